@@ -1,0 +1,1887 @@
+/* based.c - the whole runtime of a Based language model, in one file, to be read from top to bottom.
+ *
+ * A transformer remembers everything it has read, so every token costs more than the one before. A Based model
+ * (Arora et al. 2024, arXiv 2402.18668) remembers an unlimited past in a fixed number of bytes, with three mixers:
+ *
+ *   conv     a gated short convolution: remembers the last two vectors. Local word order is its business.
+ *   window   softmax attention over the last 64 or so tokens: remembers a ring of keys and values. Exact, but short.
+ *   taylor   linear attention: exp(q.k) is replaced by its Taylor polynomial 1 + s + s^2/2, s = q.k/sqrt(d). A polynomial
+ *            of a dot product is itself a dot product, w(q, k) = phi(q).phi(k) of vectors of monomials, so the attention
+ *            over all of the past, sum_j w(q, k_j) v_j = phi(q) . sum_j phi(k_j) v_j^T, needs only that last sum, a
+ *            matrix that stays the same size for ever. Vague, but infinite.
+ *
+ * This file owns: the checkpoint's bytes -> a model; a model and memory -> a session; tokens -> logits; logits -> a token.
+ * It refuses to be: a tokenizer (tokenizer.c), a command line (run.c), a trainer (models/), or anything that prints,
+ * exits, allocates while it runs, or gives other numbers on another machine. Every float operation below happens in an
+ * order that the source fixes: sums run in sixteen lanes that any vector unit can hold, and exp is our own.
+ *
+ * Order: errors, format, arithmetic, the two big kernels, mixers, block, feeding, state, sampling, operating system.
+ */
+#include "based.h"
+
+#include <math.h>                       /* sqrtf: the only one whose result IEEE 754 fixes                       */
+#include <float.h>
+#include <stdarg.h>
+#include <string.h>
+
+/* ==== Errors =========================================================================================================
+ * One line per failure. A tiny formatter instead of snprintf, so that the core needs no stdio: %s is a string, %u a
+ * uint64_t; nothing else is known.
+ */
+static void put_char(based_error *e, size_t *at, char c) {
+    if (*at + 1 < sizeof e->text) e->text[(*at)++] = c;
+}
+
+static void put_number(based_error *e, size_t *at, uint64_t value) {
+    char digits[20];
+    size_t n = 0;
+    do digits[n++] = (char)('0' + value % 10); while (value /= 10);
+    while (n) put_char(e, at, digits[--n]);
+}
+
+static int fail(based_error *e, int status, const char *format, ...) {
+    va_list args;
+    size_t at = 0;
+    if (!e) return status;
+    va_start(args, format);
+    for (const char *f = format; *f; f++) {
+        if (f[0] == '%' && f[1] == 'u') {
+            put_number(e, &at, va_arg(args, uint64_t));
+            f++;
+        } else if (f[0] == '%' && f[1] == 's') {
+            for (const char *s = va_arg(args, const char *); *s; s++) put_char(e, &at, *s);
+            f++;
+        } else {
+            put_char(e, &at, *f);
+        }
+    }
+    va_end(args);
+    e->text[at] = 0;
+    e->status = status;
+    return status;
+}
+
+#define U64(x) ((uint64_t)(x))
+
+/* ==== The checkpoint in memory =======================================================================================
+ * based.h part 7 describes the bytes. Nothing is copied: a model is a table of pointers into them.
+ */
+struct matrix {
+    const float *data;                  /* F32: (rows, cols), row after row                                      */
+    const uint32_t *words, *scales;     /* Q8: see based.h                                                       */
+    const float *bias;                  /* (rows) or NULL                                                        */
+    uint32_t rows, cols, dtype;
+};
+
+struct norm {
+    const float *weight, *bias;         /* (dim), bias NULL unless LAYER                                         */
+    uint32_t kind;
+    float eps;
+};
+
+struct layer {
+    const based_layer *c;               /* what the file says                                                    */
+    struct norm norm1, norm2;           /* before the mixer, before the MLP                                      */
+    struct matrix in, out;              /* of the mixer                                                          */
+    struct matrix up, down;             /* of the MLP                                                            */
+    struct matrix gate;                 /* (heads, dim) value gates                                              */
+    const float *taps, *taps_bias;      /* (taps, channels), (channels)                                          */
+    const uint32_t *turns;              /* (rotary, 2) 64-bit fractions of a turn per token, low word first      */
+    const float *coefficients;          /* (heads, degree + 1)                                                   */
+    const float *multiplicity;          /* (features) how often each monomial occurs in (q.k)^p                  */
+    uint32_t features;                  /* taylor: C(key_width + degree, degree), the constant 1 included        */
+    size_t state;                       /* where the layer's state begins in a session, in floats                */
+    size_t shift;                       /* SHIFT: where in it the previous input is kept, (dim)                  */
+};
+
+struct based_model {
+    const based_config *c;
+    const struct kernels *k;            /* the instruction set                                                   */
+    const unsigned char *bytes;         /* the checkpoint                                                        */
+    size_t size;
+    const void *tokenizer;              /* its section, or NULL                                                  */
+    struct matrix embedding, input, head;
+    struct norm final_norm;
+    uint32_t widest_in, widest_mid;     /* of what in/up produce, of what out/down consume                       */
+    uint32_t widest_q;                  /* columns of the widest quantised matrix, 0 if there is none            */
+    size_t slot;                        /* floats of scratch that one head needs                                 */
+    uint32_t slots;                     /* heads that may run at the same time                                   */
+    size_t state;                       /* floats of state of one session                                        */
+    uint64_t parameters, weight_bytes;
+    void *self, *owned, *mapped;        /* what based_close gives back                                           */
+    size_t mapped_size;
+    struct layer layer[];
+};
+
+/* ---- Reading: every size is derived from checked fields and compared with what is left -------------------------- */
+
+struct cursor {
+    const unsigned char *bytes;         /* NULL: only count                                                      */
+    uint64_t at, size;
+    int short_of_bytes;                 /* a section did not fit                                                 */
+};
+
+/* The next section of n bytes, aligned to 64, or NULL. n < 2^58 by the maxima of based.h, so nothing overflows. */
+static const void *take(struct cursor *c, uint64_t n) {
+    uint64_t gap = (64 - (c->at & 63)) & 63;
+    if (c->short_of_bytes || gap > c->size - c->at || n > c->size - c->at - gap) {
+        c->short_of_bytes = 1;
+        return NULL;
+    }
+    c->at += gap + n;
+    return c->bytes + (c->at - n);
+}
+
+static const float *take_floats(struct cursor *c, uint64_t n) {
+    return (const float *)take(c, n * sizeof(float));
+}
+
+static uint64_t two_words(const uint32_t w[2]) {
+    return U64(w[1]) << 32 | w[0];
+}
+
+uint64_t based_checksum(const void *bytes, size_t n) {
+    const unsigned char *p = bytes;
+    uint32_t lane[16];
+    uint64_t g = n;
+    size_t i = 0;
+    for (uint32_t l = 0; l < 16; l++) lane[l] = l + 1;
+    for (; n - i >= 64; i += 64)
+        for (int l = 0; l < 16; l++) {
+            const unsigned char *b = p + i + 4 * l;
+            uint32_t w = (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16 | (uint32_t)b[3] << 24;
+            lane[l] = lane[l] * 0x9e3779b1u + w;
+        }
+    for (int l = 0; i < n; l++) {
+        uint32_t w = 0;
+        for (int byte = 0; byte < 4 && i < n; byte++) w |= (uint32_t)p[i++] << (8 * byte);
+        lane[l] = lane[l] * 0x9e3779b1u + w;
+    }
+    for (int l = 0; l < 16; l++) {
+        g = (g ^ lane[l]) * 0x9e3779b97f4a7c15u;
+        g ^= g >> 32;
+    }
+    return g;
+}
+
+/* The number of monomials of degree exactly p in d variables, C(d + p - 1, p), or `cap` if it is larger. */
+static uint64_t monomials(uint64_t d, uint64_t p, uint64_t cap) {
+    uint64_t n = 1;
+    for (uint64_t i = 1; i <= p; i++) {
+        n = n * (d + i - 1) / i;        /* exact at each step: n is C(d + i - 1, i)                              */
+        if (n > cap) return cap;
+    }
+    return n;
+}
+
+static uint64_t count_features(const based_layer *l) {
+    uint64_t n = 1;
+    if (l->kernel == BASED_DIAGONAL) return 1 + U64(l->key_width) * l->degree;
+    for (uint32_t p = 1; p <= l->degree; p++) n += monomials(l->key_width, p, BASED_MAX_FEATURES);
+    return n;
+}
+
+static uint32_t query_width(const based_layer *l) { return l->heads * l->key_width; }
+static uint32_t key_width(const based_layer *l) { return l->kv_heads * l->key_width; }
+static uint32_t value_width(const based_layer *l) { return l->kv_heads * l->value_width; }
+static uint32_t inner_width(const based_layer *l) { return l->heads * l->value_width; }
+
+/* Rows of in.weight: what the mixer wants to know of each token. */
+static uint32_t in_rows(const based_layer *l) {
+    if (l->mixer == BASED_CONV) return 2 * l->value_width;
+    return query_width(l) + key_width(l) + value_width(l);
+}
+
+/* Floats of state of one layer; the mixers below say what they are. */
+static uint64_t state_floats(const based_config *c, const based_layer *l) {
+    uint64_t n = l->flags & BASED_SHIFT ? c->dim : 0;
+    uint64_t width = U64(key_width(l)) + value_width(l);
+    if (l->mixer == BASED_CONV) n += U64(l->taps - 1) * l->value_width;
+    if (l->mixer == BASED_WINDOW) n += l->window * width;
+    if (l->mixer == BASED_TAYLOR) {
+        n += count_features(l) * l->kv_heads * (U64(l->value_width) + 1);
+        n += l->chunk * width;
+    }
+    return n;
+}
+
+/* ---- Checking: a field outside its range is named, with what was expected ---------------------------------------- */
+
+struct field { const char *name; uint32_t value, low, high; };
+
+static int check_fields(const struct field *f, size_t n, const char *where, uint64_t layer, based_error *e) {
+    for (size_t i = 0; i < n; i++) {
+        if (f[i].value >= f[i].low && f[i].value <= f[i].high) continue;
+        return fail(e, BASED_EFORMAT, "%s %u: %s is %u, expected %u to %u; the checkpoint is damaged or from another tool",
+                    where, layer, f[i].name, U64(f[i].value), U64(f[i].low), U64(f[i].high));
+    }
+    return BASED_OK;
+}
+
+static int is_finite(float x) {
+    return x - x == 0.0f;
+}
+
+#define FIELD(c, name, low, high) { #name, (c)->name, low, high }
+#define COUNT(a) (sizeof(a) / sizeof(a)[0])
+
+static int check_config(const based_config *c, based_error *e) {
+    const struct field fields[] = {
+        FIELD(c, flags, 0, BASED_TIED | BASED_HEAD_BIAS | BASED_INPUT_PROJECTION),
+        FIELD(c, dim, 1, BASED_MAX_DIM), FIELD(c, layers, 1, BASED_MAX_LAYERS),
+        FIELD(c, vocab, 0, BASED_MAX_VOCAB), FIELD(c, rows, c->vocab, c->vocab ? BASED_MAX_VOCAB : 0),
+        FIELD(c, input, 0, BASED_MAX_DIM), FIELD(c, final_norm, 0, BASED_NORM_L2),
+        FIELD(c, embedding_dtype, 0, BASED_Q8), FIELD(c, head_dtype, 0, BASED_Q8)
+    };
+    int status = check_fields(fields, COUNT(fields), "header", 0, e);
+    if (status) return status;
+    if (c->name[63]) return fail(e, BASED_EFORMAT, "header: the name is not terminated");
+    if (!is_finite(c->final_norm_eps)) return fail(e, BASED_EFORMAT, "header: final_norm_eps is not a number");
+    if (c->input == 0 && c->rows == 0)
+        return fail(e, BASED_EFORMAT, "header: neither an embedding (rows) nor input vectors (input)");
+    if ((c->flags & BASED_TIED) && (c->input || c->head_dtype != c->embedding_dtype))
+        return fail(e, BASED_EFORMAT, "header: a tied head needs an embedding of the same dtype");
+    if (c->input && c->input != c->dim && !(c->flags & BASED_INPUT_PROJECTION))
+        return fail(e, BASED_EFORMAT, "header: input vectors of width %u without a projection to dim %u", U64(c->input),
+                    U64(c->dim));
+    if (c->input == 0 && (c->flags & BASED_INPUT_PROJECTION))
+        return fail(e, BASED_EFORMAT, "header: an input projection without input vectors");
+    return BASED_OK;
+}
+
+static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
+    uint32_t taylor = l->mixer == BASED_TAYLOR;
+    const struct field fields[] = {
+        FIELD(l, heads, 1, BASED_MAX_HEADS), FIELD(l, kv_heads, 1, l->heads),
+        FIELD(l, key_width, 1, BASED_MAX_HIDDEN / (l->heads ? l->heads : 1)),
+        FIELD(l, value_width, 1, BASED_MAX_HIDDEN / (l->heads ? l->heads : 1)),
+        FIELD(l, taps, 0, 0), FIELD(l, rotary, 0, l->key_width / 2),
+        FIELD(l, window, !taylor, taylor ? 0 : BASED_MAX_WINDOW),
+        FIELD(l, chunk, taylor, taylor ? BASED_MAX_CHUNK : 0),
+        FIELD(l, degree, taylor, taylor ? BASED_MAX_DEGREE : 0),
+        FIELD(l, kernel, 0, taylor ? BASED_DIAGONAL : 0), FIELD(l, normaliser, 0, taylor ? BASED_ONE : 0)
+    };
+    int status = check_fields(fields, COUNT(fields), "layer", i, e);
+    if (status) return status;
+    if (l->heads % l->kv_heads)
+        return fail(e, BASED_EFORMAT, "layer %u: %u heads cannot share %u key/value heads evenly", i, U64(l->heads),
+                    U64(l->kv_heads));
+    if (taylor && count_features(l) > BASED_MAX_FEATURES)
+        return fail(e, BASED_EFORMAT, "layer %u: degree %u of width %u has more than %u features", i, U64(l->degree),
+                    U64(l->key_width), U64(BASED_MAX_FEATURES));
+    if (!is_finite(l->scale) || !is_finite(l->normaliser_eps))
+        return fail(e, BASED_EFORMAT, "layer %u: scale or normaliser_eps is not a number", i);
+    return BASED_OK;
+}
+
+static int check_conv(const based_layer *l, uint64_t i, based_error *e) {
+    const struct field fields[] = {
+        FIELD(l, heads, 1, 1), FIELD(l, kv_heads, 0, 0), FIELD(l, key_width, 0, 0),
+        FIELD(l, value_width, 1, BASED_MAX_HIDDEN), FIELD(l, taps, 1, BASED_MAX_TAPS), FIELD(l, window, 0, 0),
+        FIELD(l, chunk, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0)
+    };
+    return check_fields(fields, COUNT(fields), "layer", i, e);
+}
+
+static int check_layer(const based_config *c, const based_layer *l, uint64_t i, based_error *e) {
+    const struct field fields[] = {
+        FIELD(l, mixer, 0, BASED_WINDOW), FIELD(l, flags, 0, 511),
+        FIELD(l, norm1, 0, BASED_NORM_L2), FIELD(l, norm2, 0, BASED_NORM_L2), FIELD(l, mlp, 0, BASED_GELU),
+        FIELD(l, hidden, l->mlp != 0, l->mlp ? BASED_MAX_HIDDEN : 0),
+        FIELD(l, in_dtype, 0, BASED_Q8), FIELD(l, out_dtype, 0, BASED_Q8), FIELD(l, up_dtype, 0, BASED_Q8),
+        FIELD(l, down_dtype, 0, BASED_Q8)
+    };
+    int status = check_fields(fields, COUNT(fields), "layer", i, e);
+    if (status) return status;
+    if (!is_finite(l->norm1_eps) || !is_finite(l->norm2_eps))
+        return fail(e, BASED_EFORMAT, "layer %u: norm1_eps or norm2_eps is not a number", i);
+    if (l->mixer == BASED_CONV) status = check_conv(l, i, e);
+    else if (l->mixer != BASED_MIXER_NONE) status = check_attention(l, i, e);
+    if (status) return status;
+    if (l->mixer != BASED_MIXER_NONE && (l->flags & BASED_NO_OUT) && inner_width(l) != c->dim)
+        return fail(e, BASED_EFORMAT, "layer %u: no out projection, but its width is %u and dim is %u", i,
+                    U64(inner_width(l)), U64(c->dim));
+    return BASED_OK;
+}
+
+/* Magic, version, byte order, size: is this a file of ours at all? */
+static int check_identity(const void *bytes, size_t size, based_error *e) {
+    const based_config *c = bytes;
+    if (!bytes || U64((uintptr_t)bytes) % 64)
+        return fail(e, BASED_EINVAL, "the checkpoint's bytes must be aligned to 64 bytes");
+    if (size < sizeof *c)
+        return fail(e, BASED_EFORMAT, "%u bytes are too few for a checkpoint, whose header has %u; was the file cut off?",
+                    U64(size), U64(sizeof *c));
+    if (memcmp(c->magic, BASED_MAGIC, 8))
+        return fail(e, BASED_EFORMAT, "not a based checkpoint (it does not begin with the bytes BASED); make one with "
+                    "export.py");
+    if (c->byte_order == 0x04030201u)
+        return fail(e, BASED_EINVAL, "the checkpoint is in the other byte order; call based_to_native first");
+    if (c->byte_order != BASED_BYTE_ORDER)
+        return fail(e, BASED_EFORMAT, "header: the byte-order mark is damaged");
+    if (c->format != BASED_FORMAT)
+        return fail(e, BASED_EFORMAT, "checkpoint format %u; this program reads format %u, so export the model again",
+                    U64(c->format), U64(BASED_FORMAT));
+    if (two_words(c->file_size) != size)
+        return fail(e, BASED_EFORMAT, "the header says %u bytes, but there are %u; was the file cut off?",
+                    two_words(c->file_size), U64(size));
+    return BASED_OK;
+}
+
+static int check_header(const void *bytes, size_t size, based_error *e) {
+    const based_config *c = bytes;
+    int status = check_identity(bytes, size, e);
+    if (!status) status = check_config(c, e);
+    if (!status && size - sizeof *c < U64(c->layers) * sizeof(based_layer))
+        status = fail(e, BASED_EFORMAT, "%u bytes are too few for %u layers", U64(size), U64(c->layers));
+    for (uint32_t i = 0; !status && i < c->layers; i++)
+        status = check_layer(c, (const based_layer *)(c + 1) + i, i, e);
+    return status;
+}
+
+/* ---- Binding: walk the sections in file order and point at them --------------------------------------------------- */
+
+static uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
+
+/* At least one tile of rows. */
+static size_t align16(size_t n) { return n ? (n + 15) / 16 * 16 : 16; }
+static size_t tiles(uint32_t rows) { return ((size_t)rows + 15) / 16; }
+static size_t groups(uint32_t cols) { return ((size_t)cols + 31) / 32; }
+
+static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows, uint32_t cols, uint32_t dtype, int bias) {
+    struct matrix a = { NULL, NULL, NULL, NULL, rows, cols, dtype };
+    uint64_t blocks = U64(tiles(rows)) * groups(cols), before = c->at;
+    if (dtype == BASED_F32) {
+        a.data = take_floats(c, U64(rows) * cols);
+    } else {
+        a.scales = take(c, blocks * 32);
+        a.words = take(c, blocks * 512);
+        m->widest_q = max_u32(m->widest_q, cols);
+    }
+    m->weight_bytes += c->at - before;
+    if (bias) a.bias = take_floats(c, rows);
+    m->parameters += U64(rows) * cols + (bias ? rows : 0);
+    return a;
+}
+
+static struct norm take_norm(struct cursor *c, based_model *m, uint32_t kind, float eps) {
+    struct norm n = { NULL, NULL, kind, eps };
+    if (kind != BASED_NORM_NONE) n.weight = take_floats(c, m->c->dim);
+    if (kind == BASED_NORM_LAYER) n.bias = take_floats(c, m->c->dim);
+    m->parameters += kind == BASED_NORM_NONE ? 0 : kind == BASED_NORM_LAYER ? 2 * U64(m->c->dim) : m->c->dim;
+    return n;
+}
+
+static void bind_mixer(struct cursor *cur, based_model *m, struct layer *l) {
+    const based_layer *c = l->c;
+    uint32_t dim = m->c->dim;
+    l->norm1 = take_norm(cur, m, c->norm1, c->norm1_eps);
+    l->in = take_matrix(cur, m, in_rows(c), dim, c->in_dtype, c->flags & BASED_IN_BIAS);
+    if (c->mixer == BASED_CONV) {
+        l->taps = take_floats(cur, U64(c->taps) * c->value_width);
+        m->parameters += U64(c->taps) * c->value_width;
+        if (c->flags & BASED_TAPS_BIAS) l->taps_bias = take_floats(cur, c->value_width);
+        if (c->flags & BASED_TAPS_BIAS) m->parameters += c->value_width;
+    }
+    if (c->rotary) l->turns = take(cur, U64(c->rotary) * 8);
+    if (c->mixer == BASED_TAYLOR) l->coefficients = take_floats(cur, U64(c->heads) * (c->degree + 1));
+    if (c->flags & BASED_VALUE_GATES) l->gate = take_matrix(cur, m, c->heads, dim, BASED_F32, 0);
+    if (!(c->flags & BASED_NO_OUT))
+        l->out = take_matrix(cur, m, dim, inner_width(c), c->out_dtype, c->flags & BASED_OUT_BIAS);
+    m->widest_in = max_u32(m->widest_in, in_rows(c));
+    m->widest_mid = max_u32(m->widest_mid, inner_width(c));
+}
+
+static void bind_mlp(struct cursor *cur, based_model *m, struct layer *l) {
+    const based_layer *c = l->c;
+    uint32_t dim = m->c->dim, rows = c->mlp == BASED_SWIGLU ? 2 * c->hidden : c->hidden;
+    l->norm2 = take_norm(cur, m, c->norm2, c->norm2_eps);
+    if (c->mlp == BASED_MLP_NONE) return;
+    l->up = take_matrix(cur, m, rows, dim, c->up_dtype, c->flags & BASED_UP_BIAS);
+    l->down = take_matrix(cur, m, dim, c->hidden, c->down_dtype, c->flags & BASED_DOWN_BIAS);
+    m->widest_in = max_u32(m->widest_in, rows);
+    m->widest_mid = max_u32(m->widest_mid, c->hidden);
+}
+
+/* Scratch of one head at work: taylor needs the features of a whole chunk of keys, or of one query, and their weights;
+ * window one weight per key. */
+static uint64_t slot_floats(const based_layer *l, uint64_t features) {
+    if (l->mixer == BASED_WINDOW) return l->window;
+    if (l->mixer == BASED_TAYLOR) return features * (l->chunk > 1 ? l->chunk : 1) + l->chunk + l->key_width;
+    return 0;
+}
+
+static void bind(struct cursor *cur, based_model *m) {
+    const based_config *c = m->c;
+    int tied = (c->flags & BASED_TIED) != 0;
+    take(cur, sizeof *c);
+    take(cur, U64(c->layers) * sizeof(based_layer));
+    if (c->tokenizer_bytes) m->tokenizer = take(cur, c->tokenizer_bytes);
+    if (c->input == 0) m->embedding = take_matrix(cur, m, c->rows, c->dim, c->embedding_dtype, 0);
+    if (!tied) m->weight_bytes = 0;     /* one row of an embedding is read per token, all of a tied one              */
+    if (c->flags & BASED_INPUT_PROJECTION) m->input = take_matrix(cur, m, c->dim, c->input, BASED_F32, 1);
+    m->slots = 1;
+    for (uint32_t i = 0; i < c->layers; i++) {
+        struct layer *l = &m->layer[i];
+        l->c = (const based_layer *)(c + 1) + i;
+        l->features = l->c->mixer == BASED_TAYLOR ? (uint32_t)count_features(l->c) : 0;
+        if (l->c->mixer != BASED_MIXER_NONE) bind_mixer(cur, m, l);
+        bind_mlp(cur, m, l);
+        l->state = m->state;
+        m->state += (size_t)state_floats(c, l->c);
+        l->shift = m->state - c->dim;
+        uint64_t slot = slot_floats(l->c, l->features);
+        if (slot > m->slot) m->slot = (size_t)slot;
+#ifdef _OPENMP
+        m->slots = max_u32(m->slots, l->c->kv_heads);
+#endif
+    }
+    m->final_norm = take_norm(cur, m, c->final_norm, c->final_norm_eps);
+    m->head = m->embedding;
+    if (c->rows && !tied) m->head = take_matrix(cur, m, c->rows, c->dim, c->head_dtype, 0);
+    if (c->flags & BASED_HEAD_BIAS) {
+        m->head.bias = take_floats(cur, c->rows);
+        m->parameters += c->rows;
+    }
+}
+
+/* (q.k)^p is a sum over all p-tuples of coordinates; the ones that are permutations of each other are kept as one
+ * monomial x_i^a x_j^b ..., which therefore counts p!/(a! b! ...) times. Monomials are the non-decreasing tuples in
+ * lexicographic order, degree after degree; p <= 12 keeps every count exact in a float. */
+static void fill_multiplicity(float *out, const based_layer *l) {
+    *out++ = 1.0f;
+    if (l->kernel == BASED_DIAGONAL) {
+        for (uint64_t i = 0; i < U64(l->key_width) * l->degree; i++) *out++ = 1.0f;
+        return;
+    }
+    for (uint32_t p = 1; p <= l->degree; p++) {
+        uint32_t tuple[BASED_MAX_DEGREE] = { 0 };
+        for (;;) {
+            uint32_t count = 1, run = 0;
+            for (uint32_t i = 0; i < p; i++) {
+                run = i && tuple[i] == tuple[i - 1] ? run + 1 : 1;
+                count = count * (i + 1) / run;
+            }
+            *out++ = (float)count;
+            uint32_t i = p;             /* the next tuple: raise the last index that can rise, level the rest        */
+            while (i && tuple[i - 1] == l->key_width - 1) i--;
+            if (!i) break;
+            uint32_t value = tuple[i - 1] + 1;
+            for (i--; i < p; i++) tuple[i] = value;
+        }
+    }
+}
+
+/* Multiplying and adding in one rounding (FMA contraction) or in a wider type gives other bits than IEEE float32 does.
+ * A compiler flag decides, so ask the machine: with a = 1 + 2^-12, a*a rounds to 1 + 2^-11 exactly. */
+static int arithmetic_is_strict(void) {
+    volatile float a = 1.0f + 1.0f / 4096.0f, b = 1.0f + 1.0f / 2048.0f, tiny = 1.0f / 33554432.0f, one = 1.0f;
+    float p = a, q = b, r = p * p - q, s = one + tiny - one;
+    return r == 0.0f && s == 0.0f;
+}
+
+/* ==== Arithmetic =====================================================================================================
+ * Every function here gives the same bits under every compiler, optimisation level and vector width: only + - * / and
+ * sqrt, in an order that is written down.
+ */
+#define LANES 16
+
+/* Small enough to become part of whoever calls it, and so of every instruction set it is compiled for. */
+#ifdef __GNUC__
+#define BODY static inline __attribute__((always_inline))
+#else
+#define BODY static inline
+#endif
+
+/* The sum of the sixteen lanes, in a fixed tree. */
+BODY float fold(float s[LANES]) {
+    for (int half = LANES / 2; half; half /= 2)
+        for (int l = 0; l < half; l++) s[l] += s[l + half];
+    return s[0];
+}
+
+BODY float dot(const float *a, const float *b, size_t n) {
+    float s[LANES] = { 0 };
+    size_t i = 0;
+    for (; n - i >= LANES; i += LANES)
+        for (size_t l = 0; l < LANES; l++) s[l] += a[i + l] * b[i + l];
+    for (size_t l = 0; i < n; l++, i++) s[l] += a[i] * b[i];
+    return fold(s);
+}
+
+BODY float sum(const float *a, size_t n) {
+    float s[LANES] = { 0 };
+    size_t i = 0;
+    for (; n - i >= LANES; i += LANES)
+        for (size_t l = 0; l < LANES; l++) s[l] += a[i + l];
+    for (size_t l = 0; i < n; l++, i++) s[l] += a[i];
+    return fold(s);
+}
+
+/* exp(x) to 1 part in 10^7: x = n ln 2 + r with |r| <= ln 2 / 2, then a polynomial for exp(r) and n into the exponent.
+ * Below -87 the result is 0 rather than a subnormal (they cost hundreds of cycles); above 88 it stays at exp(88). */
+BODY float exponential(float x) {
+    float c = x > -87.0f ? x : -87.0f, r, y, power;
+    c = c < 88.0f ? c : 88.0f;
+    float n = c * 1.44269504f + 12582912.0f;            /* + 1.5 * 2^23: the sum rounds to a whole number            */
+    n -= 12582912.0f;
+    r = c - n * 0.693359375f;                           /* ln 2 in two parts; the first product is exact             */
+    r -= n * -2.12194440e-4f;
+    y = 1.395060218e-3f;
+    y = y * r + 8.368953523e-3f;
+    y = y * r + 4.166620414e-2f;
+    y = y * r + 1.666651831e-1f;
+    y = y * r + 5.000000096e-1f;
+    y = y * (r * r) + r + 1.0f;
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    memcpy(&power, &bits, sizeof power);
+    y = x < -87.0f ? 0.0f : y * power;
+    return x == x ? y : x;                              /* NaN stays NaN                                             */
+}
+
+BODY float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
+BODY float silu(float x) { return x / (1.0f + exponential(-x)); }
+
+/* x Phi(x) with Phi from erf: a polynomial for |z| <= 1, exp(-z^2) times one in 1/(1 + z/2) beyond. */
+static float gelu(float x) {
+    float z = fabsf(x) * 0.707106781f, erf;
+    if (z <= 1.0f) {
+        static const float c[] = { 7.889122784e-05f, -8.020842254e-04f, 5.189535449e-03f, -2.685444465e-02f,
+                                   1.128360018e-01f, -3.761262714e-01f, 1.128379166e+00f };
+        float p = c[0];
+        for (size_t i = 1; i < COUNT(c); i++) p = p * (z * z) + c[i];
+        erf = z * p;
+    } else {
+        static const float c[] = { 9.379706612e-02f, -3.824765519e-01f, 4.324679613e-01f, 2.496074697e-03f,
+                                   2.966584044e-01f, 2.743333388e-01f, 2.826056390e-01f };
+        float t = 1.0f / (1.0f + 0.5f * z), p = c[0];
+        for (size_t i = 1; i < COUNT(c); i++) p = p * t + c[i];
+        erf = z < 4.0f ? 1.0f - exponential(-z * z) * t * p : 1.0f;
+    }
+    return x * (0.5f + (x < 0.0f ? -0.5f * erf : 0.5f * erf));
+}
+
+/* Cosine and sine of a fraction of a turn, in units of 2^-64 turns. Turns add up and wrap around exactly in integers,
+ * so position 10^9 is as good as position 10; 32 bits of the fraction are more than a float can tell apart. */
+static void cos_sin(uint64_t turns, float *cosine, float *sine) {
+    uint32_t t = (uint32_t)(turns >> 32), quarter = (t + 0x20000000u) >> 30;
+    uint32_t rest = t - (quarter << 30);                /* -1/8 .. 1/8 turn, two's complement                        */
+    float r = rest < 0x80000000u ? (float)rest : -(float)(0u - rest);
+    float x = r * 1.46291808e-9f, z = x * x;            /* 2 pi / 2^32                                               */
+    float s = x + x * z * (-1.666665494e-1f + z * (8.332177915e-3f + z * -1.951726674e-4f));
+    float c = 1.0f - 0.5f * z + z * z * (4.166664686e-2f + z * (-1.388736721e-3f + z * 2.443841536e-5f));
+    float swap[4][2] = { { c, s }, { -s, c }, { -c, -s }, { s, -c } };
+    *cosine = swap[quarter & 3][0];
+    *sine = swap[quarter & 3][1];
+}
+
+static void normalise(float *out, const float *x, const struct norm *n, size_t dim) {
+    float mean = 0.0f, scale = 1.0f, squares;
+    if (n->kind == BASED_NORM_NONE) {
+        memmove(out, x, dim * sizeof *out);
+        return;
+    }
+    if (n->kind == BASED_NORM_LAYER) mean = sum(x, dim) / (float)dim;
+    for (size_t i = 0; i < dim; i++) out[i] = x[i] - mean;
+    squares = dot(out, out, dim);
+    if (n->kind == BASED_NORM_L2) {
+        float length = sqrtf(squares);
+        scale = sqrtf((float)dim) / (length > n->eps ? length : n->eps);
+    } else {
+        scale = 1.0f / sqrtf(squares / (float)dim + n->eps);
+    }
+    for (size_t i = 0; i < dim; i++) out[i] = out[i] * scale * n->weight[i] + (n->bias ? n->bias[i] : 0.0f);
+}
+
+/* ==== The kernels ====================================================================================================
+ * Nearly all time is spent here: matrix times vectors, and `combine`. Each body is written once, in plain C that
+ * compilers turn into vector code, and compiled for every instruction set worth having; a model picks its set when it is
+ * opened. Only the integer products of quantised weights need intrinsics, because no compiler finds those instructions by
+ * itself; they stand behind the plain twin that defines them. Integer sums are exact in any order, and each float sum has
+ * one order, so all sets give the same bits.
+ */
+#if defined(__GNUC__) && defined(__x86_64__) && !defined(BASED_FREESTANDING)
+#define BASED_X86 1
+#include <immintrin.h>
+#elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#define BASED_DOTPROD 1
+#include <arm_neon.h>
+#endif
+/* n vectors as quantised products want them: groups of 32 columns share a scale; the last group is filled up with zeros. */
+struct activations {
+    const float *x;                     /* (n, cols) as they are                                                 */
+    int8_t *q;                          /* (n, groups, 32) round(x / scale)                                      */
+    float *scale;                       /* (n, groups)                                                           */
+    int32_t *offset;                    /* (n, groups) -128 times the sum of q                                   */
+    size_t n, cols, groups;
+};
+
+struct kernels {
+    const char *name;
+    /* out[t][r] = row r of w . x[t], for a few rows of float weights */
+    void (*rows_f32)(float *out, size_t out_stride, const float *w, size_t rows, const struct activations *x);
+    /* the same for one tile of 16 rows of quantised weights */
+    void (*tile_q8)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x);
+    /* out = sum_i w[i] rows[i], i ascending, for n rows of `width` floats that lie `stride` apart */
+    void (*combine)(float *out, const float *w, const float *rows, size_t n, size_t width, size_t stride);
+    /* y[i] = silu(gate[i]) * value[i] */
+    void (*silu_times)(float *y, const float *gate, const float *value, size_t n);
+    /* x[i] = exp(scale * x[i] - max); returns their sum */
+    float (*soften)(float *x, size_t n, float scale);
+    void (*quantise)(const struct activations *a, size_t t);
+};
+
+/* ---- Float weights ------------------------------------------------------------------------------------------------ */
+
+/* Four rows at a time; a row alone would wait for its own additions. */
+BODY void dot4(float out[4], const float *w, size_t stride, const float *x, size_t n) {
+    float s0[LANES] = { 0 }, s1[LANES] = { 0 }, s2[LANES] = { 0 }, s3[LANES] = { 0 };
+    const float *w1 = w + stride, *w2 = w1 + stride, *w3 = w2 + stride;
+    size_t i = 0;
+    for (; n - i >= LANES; i += LANES)
+        for (size_t l = 0; l < LANES; l++) {
+            s0[l] += w[i + l] * x[i + l];
+            s1[l] += w1[i + l] * x[i + l];
+            s2[l] += w2[i + l] * x[i + l];
+            s3[l] += w3[i + l] * x[i + l];
+        }
+    for (size_t l = 0; i < n; l++, i++) {
+        s0[l] += w[i] * x[i];
+        s1[l] += w1[i] * x[i];
+        s2[l] += w2[i] * x[i];
+        s3[l] += w3[i] * x[i];
+    }
+    out[0] = fold(s0);
+    out[1] = fold(s1);
+    out[2] = fold(s2);
+    out[3] = fold(s3);
+}
+
+BODY void rows_f32(float *out, size_t out_stride, const float *w, size_t rows, const struct activations *x) {
+    size_t cols = x->cols;
+    for (size_t r = 0; r < rows; r += 4)
+        for (size_t t = 0; t < x->n; t++) {
+            float *y = out + t * out_stride + r;
+            if (rows - r >= 4) dot4(y, w + r * cols, cols, x->x + t * cols, cols);
+            else for (size_t i = 0; i < rows - r; i++) y[i] = dot(w + (r + i) * cols, x->x + t * cols, cols);
+        }
+}
+
+/* `width` (a constant to the compiler) neighbouring columns of the sum below, held in registers. */
+BODY void combine_columns(float *out, const float *w, const float *rows, size_t n, size_t stride, const size_t width) {
+    float s[32] = { 0 };
+    for (size_t i = 0; i < n; i++)
+        for (size_t l = 0; l < width; l++) s[l] += w[i] * rows[i * stride + l];
+    for (size_t l = 0; l < width; l++) out[l] = s[l];
+}
+
+/* All attention is made of this one sum: scores (rows: coordinates of the keys), outputs (rows: values) and reading the
+ * Taylor state (rows: features). */
+BODY void combine_body(float *out, const float *w, const float *rows, size_t n, size_t width, size_t stride) {
+    size_t e = 0;
+    for (; width - e >= 32; e += 32) combine_columns(out + e, w, rows + e, n, stride, 32);
+    for (; width - e >= 8; e += 8) combine_columns(out + e, w, rows + e, n, stride, 8);
+    for (; e < width; e++) combine_columns(out + e, w, rows + e, n, stride, 1);
+}
+
+BODY float soften_body(float *x, size_t n, float scale) {
+    float top = -FLT_MAX;
+    for (size_t i = 0; i < n; i++) x[i] *= scale;
+    for (size_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
+    for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - top);
+    return sum(x, n);
+}
+
+/* x -> 8 bits, a group of 32 columns. Halves round to even, by adding and subtracting 1.5 * 2^23. */
+BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x) {
+    float top[16], inverse, high;
+    int32_t s = 0;
+    for (size_t l = 0; l < 16; l++) {
+        float a = fabsf(x[l]), b = fabsf(x[l + 16]);
+        top[l] = a > b ? a : b;
+    }
+    for (size_t half = 8; half; half /= 2)
+        for (size_t l = 0; l < half; l++) top[l] = top[l] > top[l + half] ? top[l] : top[l + half];
+    high = top[0] < 3e38f ? top[0] : 3e38f;             /* an overflow in the model must not become undefined here       */
+    inverse = high > 1e-30f ? 127.0f / high : 0.0f;
+    for (size_t l = 0; l < 32; l++) {
+        float v = x[l] * inverse;
+        v = v > -127.0f ? v : -127.0f;
+        v = v < 127.0f ? v : 127.0f;
+        q[l] = (int8_t)(int32_t)(v + 12582912.0f - 12582912.0f);
+        s += q[l];
+    }
+    *scale = high / 127.0f;
+    *offset = -128 * s;
+}
+
+/* Vector t of a, whose last group is filled up with zeros. */
+BODY void quantise_body(const struct activations *a, size_t t) {
+    for (size_t g = 0; g < a->groups; g++) {
+        const float *x = a->x + t * a->cols + g * 32;
+        size_t at = t * a->groups + g, n = a->cols - g * 32;
+        float filled[32] = { 0 };
+        if (n < 32) x = memcpy(filled, x, n * sizeof *x);
+        quantise_group(a->q + at * 32, a->scale + at, a->offset + at, x);
+    }
+}
+
+/* Every instruction set gets its own copies of the float kernels. */
+#define FLOAT_KERNELS(set, target)                                                                                       \
+    target static void rows_f32_##set(float *out, size_t out_stride, const float *w, size_t rows,                        \
+                                      const struct activations *x) {                                                     \
+        rows_f32(out, out_stride, w, rows, x);                                                                           \
+    }                                                                                                                    \
+    target static void combine_##set(float *out, const float *w, const float *rows, size_t n, size_t width,              \
+                                     size_t stride) {                                                                    \
+        combine_body(out, w, rows, n, width, stride);                                                                    \
+    }                                                                                                                    \
+    target static void silu_times_##set(float *y, const float *gate, const float *value, size_t n) {                     \
+        for (size_t i = 0; i < n; i++) y[i] = silu(gate[i]) * value[i];                                                  \
+    }                                                                                                                    \
+    target static float soften_##set(float *x, size_t n, float scale) { return soften_body(x, n, scale); }               \
+    target static void quantise_##set(const struct activations *a, size_t t) { quantise_body(a, t); }
+
+FLOAT_KERNELS(plain, )
+
+/* ---- Quantised weights: the plain twin, which is the definition ----------------------------------------------------- */
+
+static float bf16(uint32_t bits) {
+    uint32_t wide = bits << 16;
+    float x;
+    memcpy(&x, &wide, sizeof x);
+    return x;
+}
+
+/* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
+ * bytes w + 128, so 128 times the sum of x is taken off again. Word 16 c + r of a group holds columns 4c .. 4c+3 of row r. */
+static void tile_q8_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                          const struct activations *x) {
+    for (size_t t = 0; t < x->n; t++) {
+        float y[16] = { 0 };
+        for (size_t g = 0; g < x->groups; g++) {
+            const int8_t *q = x->q + (t * x->groups + g) * 32;
+            const uint32_t *word = w + g * 128;
+            int32_t s[16];
+            for (size_t r = 0; r < 16; r++) s[r] = x->offset[t * x->groups + g];
+            for (size_t c = 0; c < 8; c++, q += 4, word += 16)
+                for (size_t r = 0; r < 16; r++)
+                    s[r] += (int32_t)(word[r] & 255) * q[0] + (int32_t)(word[r] >> 8 & 255) * q[1]
+                          + (int32_t)(word[r] >> 16 & 255) * q[2] + (int32_t)(word[r] >> 24) * q[3];
+            for (size_t r = 0; r < 16; r++) {
+                float scale = bf16(scales[g * 8 + r / 2] >> (r % 2 * 16) & 0xffff);
+                y[r] += (float)s[r] * (scale * x->scale[t * x->groups + g]);
+            }
+        }
+        memcpy(out + t * out_stride, y, sizeof y);
+    }
+}
+
+static const struct kernels plain_kernels = {
+    "plain", rows_f32_plain, tile_q8_plain, combine_plain, silu_times_plain, soften_plain, quantise_plain
+};
+
+/* ---- Quantised weights: vector units -------------------------------------------------------------------------------- */
+#ifdef BASED_X86
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+FLOAT_KERNELS(avx2, AVX2)
+FLOAT_KERNELS(avx512, AVX512)
+
+typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector, to meet a word of each row         */
+
+/* Eight rows in a register. The byte products need one factor without sign: |w| and x with the sign of w; both are at most
+ * 128 and 127, so that no sum of two products leaves 16 bits. */
+AVX2 static void tile_q8_avx2(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                              const struct activations *x) {
+    const __m256i bias = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
+    for (size_t t = 0; t < x->n; t++) {
+        __m256 y[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
+        for (size_t g = 0; g < x->groups; g++) {
+            const int8_t *q = x->q + (t * x->groups + g) * 32;
+            const __m256i *word = (const __m256i *)(const void *)(w + g * 128);
+            __m256i s[2] = { _mm256_setzero_si256(), _mm256_setzero_si256() };
+            __m256 scale = _mm256_set1_ps(x->scale[t * x->groups + g]);
+            for (int c = 0; c < 8; c++) {
+                __m256i four = _mm256_set1_epi32(((const four_bytes *)q)[c]);
+                for (int h = 0; h < 2; h++) {
+                    __m256i v = _mm256_xor_si256(_mm256_loadu_si256(word + 2 * c + h), bias);
+                    __m256i signs = _mm256_sign_epi8(four, v);
+                    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), signs);
+                    s[h] = _mm256_add_epi32(s[h], _mm256_madd_epi16(pairs, one));
+                }
+            }
+            for (int h = 0; h < 2; h++) {
+                __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(scales + g * 8 + 4 * h));
+                __m256 ws = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+                y[h] = _mm256_add_ps(y[h], _mm256_mul_ps(_mm256_cvtepi32_ps(s[h]), _mm256_mul_ps(ws, scale)));
+            }
+        }
+        _mm256_storeu_ps(out + t * out_stride, y[0]);
+        _mm256_storeu_ps(out + t * out_stride + 8, y[1]);
+    }
+}
+
+/* Sixteen rows in a register, `many` (a constant to the compiler) vectors against the same weights. */
+AVX512 static inline __attribute__((always_inline)) void q8_vnni(float *out, size_t out_stride, const uint32_t *scales,
+                                                                const uint32_t *w, const struct activations *x,
+                                                                size_t t, const size_t many) {
+    size_t groups = x->groups;
+    const four_bytes *q = (const four_bytes *)(x->q + t * groups * 32);
+    const int32_t *offset = x->offset + t * groups;
+    const float *xs = x->scale + t * groups;
+    __m512 y[8];
+    for (size_t i = 0; i < many; i++) y[i] = _mm512_setzero_ps();
+    for (size_t g = 0; g < groups; g++) {
+        __m512i v[8];
+        __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(scales + g * 8));
+        __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+        for (int c = 0; c < 8; c++) v[c] = _mm512_loadu_si512(w + g * 128 + 16 * c);
+        for (size_t i = 0; i < many; i++) {
+            size_t at = i * groups + g;
+            __m512i s = _mm512_set1_epi32(offset[at]);
+            for (size_t c = 0; c < 8; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[at * 8 + c]));
+            y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(ws, _mm512_set1_ps(xs[at]))));
+        }
+    }
+    for (size_t i = 0; i < many; i++) _mm512_storeu_ps(out + (t + i) * out_stride, y[i]);
+}
+
+AVX512 static void tile_q8_avx512(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                                  const struct activations *x) {
+    size_t t = 0;
+    for (; t + 8 <= x->n; t += 8) q8_vnni(out, out_stride, scales, w, x, t, 8);
+    for (; t < x->n; t++) q8_vnni(out, out_stride, scales, w, x, t, 1);
+}
+
+static const struct kernels avx2_kernels = {
+    "avx2", rows_f32_avx2, tile_q8_avx2, combine_avx2, silu_times_avx2, soften_avx2, quantise_avx2
+};
+static const struct kernels avx512_kernels = {
+    "avx512vnni", rows_f32_avx512, tile_q8_avx512, combine_avx512, silu_times_avx512, soften_avx512, quantise_avx512
+};
+
+static const struct kernels *choose_kernels(int flags) {
+    if (flags & BASED_PLAIN) return &plain_kernels;
+    if (!(flags & BASED_AVX2) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) return &avx512_kernels;
+    if (__builtin_cpu_supports("avx2")) return &avx2_kernels;
+    return &plain_kernels;
+}
+
+#elif defined(BASED_DOTPROD)
+
+/* Four rows in a register; both factors signed. */
+static void tile_q8_dotprod(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                            const struct activations *x) {
+    const uint8x16_t bias = vdupq_n_u8(128);
+    for (size_t t = 0; t < x->n; t++) {
+        float32x4_t y[4] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) };
+        for (size_t g = 0; g < x->groups; g++) {
+            const int8_t *q = x->q + (t * x->groups + g) * 32;
+            int32x4_t s[4] = { vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0) };
+            for (size_t c = 0; c < 8; c++) {
+                int32_t four;
+                memcpy(&four, q + 4 * c, 4);
+                int8x16_t xv = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                for (size_t h = 0; h < 4; h++) {
+                    uint8x16_t v = vreinterpretq_u8_u32(vld1q_u32(w + g * 128 + 16 * c + 4 * h));
+                    s[h] = vdotq_s32(s[h], vreinterpretq_s8_u8(veorq_u8(v, bias)), xv);
+                }
+            }
+            for (size_t h = 0; h < 4; h++) {
+                uint16x4_t half = vreinterpret_u16_u32(vld1_u32(scales + g * 8 + 2 * h));
+                float32x4_t ws = vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(half), 16));
+                ws = vmulq_n_f32(ws, x->scale[t * x->groups + g]);
+                y[h] = vaddq_f32(y[h], vmulq_f32(vcvtq_f32_s32(s[h]), ws));
+            }
+        }
+        for (size_t h = 0; h < 4; h++) vst1q_f32(out + t * out_stride + 4 * h, y[h]);
+    }
+}
+
+static const struct kernels dotprod_kernels = {
+    "dotprod", rows_f32_plain, tile_q8_dotprod, combine_plain, silu_times_plain, soften_plain, quantise_plain
+};
+
+static const struct kernels *choose_kernels(int flags) {
+    return flags & BASED_PLAIN ? &plain_kernels : &dotprod_kernels;
+}
+
+#else
+
+static const struct kernels *choose_kernels(int flags) {
+    (void)flags;
+    return &plain_kernels;
+}
+#endif
+
+/* ==== Sessions =======================================================================================================
+ * What moves. One block of memory, laid out once; the offsets are in floats from its start.
+ */
+struct row {                            /* one token of the block being computed                                 */
+    based_session *s;                   /* whose                                                                 */
+    uint64_t t;                         /* its position                                                          */
+    float *out;                         /* where its logits go                                                   */
+};
+
+struct based_session {
+    const based_model *m;
+    uint64_t count;                     /* tokens fed                                                            */
+    uint32_t block;                     /* tokens computed together at most                                      */
+    int threads;
+    void *owned;                        /* what based_session_free gives back                                    */
+    struct row *row;                    /* (block)                                                               */
+    float *x;                           /* (block, dim) the residual stream                                      */
+    float *xn;                          /* (block, dim) normalised, or what a projection gives back              */
+    float *xs;                          /* (block, dim) the mixer's input                                        */
+    float *u;                           /* (block, widest_in) what in/up produce                                 */
+    float *y;                           /* (block, widest_mid) what out/down consume                             */
+    float *slot;                        /* (slots, slot) scratch of the heads                                    */
+    float *q;                           /* (block, groups, 32 bytes) quantised vectors                           */
+    float *q_scale, *q_sum;             /* (block, groups) their scales, and sums as int32                       */
+    float *state;                       /* (state) everything that the past determines                           */
+    float *logits;                      /* (width) of the last token                                             */
+};
+
+/* Sixteen rows of a (or the last ones) times all vectors. */
+static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows,
+                        const struct activations *x, const struct kernels *k) {
+    if (a->dtype == BASED_F32) {
+        k->rows_f32(out, out_stride, a->data + first * a->cols, rows, x);
+    } else {
+        size_t block = first / 16 * x->groups;
+        const uint32_t *scales = a->scales + block * 8, *words = a->words + block * 128;
+        if (rows == 16) k->tile_q8(out, out_stride, scales, words, x);
+        for (size_t t = 0; rows < 16 && t < x->n; t++) {        /* a tile that sticks out must not write there            */
+            struct activations one = { x->x, x->q + t * x->groups * 32, x->scale + t * x->groups,
+                                       x->offset + t * x->groups, 1, x->cols, x->groups };
+            float y[16];
+            k->tile_q8(y, 16, scales, words, &one);
+            memcpy(out + t * out_stride, y, rows * sizeof *y);
+        }
+    }
+    for (size_t t = 0; a->bias && t < x->n; t++)
+        for (size_t i = 0; i < rows; i++) out[t * out_stride + i] += a->bias[first + i];
+}
+
+/* out[t][r] = a.row(first + r) . x[t] + bias, for `rows` rows and n vectors x (n, cols); first is a multiple of 16. Weights
+ * are read once for all vectors; each number is the same sum whatever n and however many threads. */
+static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows, const float *x,
+                   size_t n, based_session *p) {
+    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_sum, n, a->cols, groups(a->cols) };
+    int64_t count = (int64_t)((rows + 15) / 16);
+    if (a->dtype != BASED_F32) for (size_t t = 0; t < n; t++) p->m->k->quantise(&act, t);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(p->threads) if (p->threads > 1)
+#endif
+    for (int64_t i = 0; i < count; i++) {
+        size_t r = (size_t)i * 16, many = rows - r < 16 ? rows - r : 16;
+        matmul_tile(out + r, out_stride, a, first + r, many, &act, p->m->k);
+    }
+}
+
+static float *state_of(const struct row *r, const struct layer *l) {
+    return r->s->state + l->state;
+}
+
+/* Turns the first `rotary` pairs (i, i + width/2) of each head by the token's position times the pair's frequency. */
+static void rotate(float *heads, size_t count, const struct layer *l, uint64_t t) {
+    size_t width = l->c->key_width, half = width / 2;
+    for (size_t i = 0; i < l->c->rotary; i++) {
+        float c, s;
+        cos_sin(two_words(l->turns + 2 * i) * t, &c, &s);
+        for (size_t h = 0; h < count; h++) {
+            float *a = heads + h * width + i, *b = a + half, x = *a, y = *b;
+            *a = x * c - y * s;
+            *b = y * c + x * s;
+        }
+    }
+}
+
+/* ==== The mixers =====================================================================================================
+ * Each takes the rows of u (n, in_rows), one per token, updates the state of the token's session and leaves its result
+ * in y (n, inner). Tokens of one session follow each other in order, so a block of tokens is a loop of single steps:
+ * that is why feeding many and feeding one give the same bits.
+ */
+
+/* conv. State: the last taps - 1 inputs, (taps - 1, channels), as a ring: position t - k lives in slot (t - k) mod
+ * (taps - 1), so the oldest, which tap 0 multiplies, is just where the newest will be written. */
+static void mix_conv(const struct layer *l, based_session *p, size_t n) {
+    size_t channels = l->c->value_width, past = l->c->taps - 1, width = 2 * channels;
+    for (size_t r = 0; r < n; r++) {
+        float *ring = state_of(&p->row[r], l), *y = p->y + r * channels;
+        const float *u = p->u + r * width, *gate = u + channels;
+        size_t oldest = past ? (size_t)(p->row[r].t % past) : 0;
+        for (size_t e = 0; e < channels; e++) y[e] = l->taps_bias ? l->taps_bias[e] : 0.0f;
+        for (size_t i = 0; i < past; i++) {
+            const float *tap = l->taps + i * channels, *v = ring + (oldest + i) % past * channels;
+            for (size_t e = 0; e < channels; e++) y[e] += tap[e] * v[e];
+        }
+        for (size_t e = 0; e < channels; e++) y[e] += l->taps[past * channels + e] * u[e];
+        p->m->k->silu_times(y, y, gate, channels);
+        if (past) memcpy(ring + oldest * channels, u, channels * sizeof *u);
+    }
+}
+
+/* window. State per key/value head: keys (key_width, window), one column per token, then values (window, value_width);
+ * token t lives in column and row t mod window. The order of the keys does not matter to a softmax, so the ring is
+ * read as it lies. */
+static void window_head(const struct layer *l, based_session *p, size_t n, size_t head, float *weights) {
+    const based_layer *c = l->c;
+    const struct kernels *k = p->m->k;
+    size_t dk = c->key_width, dv = c->value_width, window = c->window, group = c->heads / c->kv_heads;
+    size_t width = in_rows(c), inner = inner_width(c);
+    for (size_t r = 0; r < n; r++) {
+        float *keys = state_of(&p->row[r], l) + head * window * (dk + dv), *values = keys + window * dk;
+        const float *q = p->u + r * width, *key = q + query_width(c) + head * dk;
+        const float *v = q + query_width(c) + key_width(c) + head * dv;
+        uint64_t t = p->row[r].t;
+        size_t at = (size_t)(t % window), seen = t < window ? (size_t)t + 1 : window;
+        for (size_t i = 0; i < dk; i++) keys[i * window + at] = key[i];
+        memcpy(values + at * dv, v, dv * sizeof *v);
+        for (size_t h = head * group; h < (head + 1) * group; h++) {
+            float *y = p->y + r * inner + h * dv, total;
+            k->combine(weights, q + h * dk, keys, dk, seen, window);
+            total = k->soften(weights, seen, c->scale);
+            k->combine(y, weights, values, seen, dv, dv);
+            for (size_t e = 0; e < dv; e++) y[e] /= total;
+        }
+    }
+}
+
+/* The features of n vectors at once: x (width, n), one column per vector, becomes phi (features, n).
+ * Monomials of degree p that begin with x_i are x_i times those of degree p - 1 that begin with x_i or later, and these
+ * are the last ones in lexicographic order: every feature costs one multiplication, and no index table exists. */
+static void features(float *phi, const float *x, size_t n, const based_layer *c) {
+    size_t width = c->key_width;
+    float *next = phi + n;
+    for (size_t j = 0; j < n; j++) phi[j] = 1.0f;
+    for (uint32_t p = 1; p <= c->degree; p++) {
+        const float *end = next;                        /* of the monomials of degree p - 1                          */
+        for (size_t i = 0; i < width; i++) {
+            size_t many = (size_t)monomials(width - i, p - 1, BASED_MAX_FEATURES);
+            const float *parent = end - many * n;
+            if (c->kernel == BASED_DIAGONAL) {          /* x_i^p alone                                               */
+                parent = p == 1 ? phi : end - (width - i) * n;
+                many = 1;
+            }
+            for (size_t f = 0; f < many; f++, next += n)
+                for (size_t j = 0; j < n; j++) next[j] = parent[f * n + j] * x[i * n + j];
+        }
+    }
+}
+
+/* N of based.h part 7: what the weighted sum of values is divided by, and the original's rule for 0/0. */
+static void divide(float *y, size_t n, float z, const based_layer *c) {
+    if (c->normaliser == BASED_ONE) return;
+    if (c->normaliser == BASED_ADD) z += c->normaliser_eps;
+    if (c->normaliser == BASED_CLAMP) z = z > c->normaliser_eps ? z : c->normaliser_eps;
+    for (size_t e = 0; e < n; e++) {
+        y[e] /= z;
+        if (c->normaliser != BASED_RAW) continue;
+        if (y[e] != y[e]) y[e] = 0.0f;
+        if (y[e] > FLT_MAX) y[e] = FLT_MAX;
+        if (y[e] < -FLT_MAX) y[e] = -FLT_MAX;
+    }
+}
+
+/* w(q, k_j) for `n` keys k (key_width, stride), q already scaled; a: the coefficients. */
+static void kernel_weights(float *w, const float *q, const float *k, size_t n, size_t stride, const float *a,
+                           const based_layer *c, const struct kernels *fast) {
+    if (c->kernel == BASED_DOT) {
+        fast->combine(w, q, k, c->key_width, n, stride);
+        for (size_t j = 0; j < n; j++) {
+            float s = w[j], y = a[c->degree];
+            for (uint32_t p = c->degree; p-- > 0;) y = y * s + a[p];
+            w[j] = y;
+        }
+        return;
+    }
+    for (size_t j = 0; j < n; j++) {
+        w[j] = a[0];
+        for (size_t i = 0; i < c->key_width; i++) {
+            float s = q[i] * k[i * stride + j], y = a[c->degree];
+            for (uint32_t p = c->degree; p-- > 1;) y = y * s + a[p];
+            w[j] += y * s;
+        }
+    }
+}
+
+/* taylor. State per key/value head, with D = features and C = chunk:
+ *     S (D, value_width)   sum of phi(k) v^T over all complete chunks
+ *     z (D)                sum of phi(k) over them; z[0], the number of tokens, is filled in from the count when read
+ *     K (key_width, C)     keys of the chunk under way, one column per token
+ *     V (C, value_width)   its values
+ * Adding token by token to S would lose low bits once S is large. So the last few tokens are kept as they are, their
+ * weights w(q, k) evaluated directly (the same polynomial), and join S together: the error grows 100 times slower, and
+ * S is only written once per chunk.
+ */
+struct taylor_state { float *s, *z, *k, *v; };
+
+static struct taylor_state taylor_state(float *base, const struct layer *l, size_t head) {
+    const based_layer *c = l->c;
+    size_t d = l->features, dk = c->key_width, dv = c->value_width;
+    struct taylor_state t;
+    t.s = base + head * (d * (dv + 1) + c->chunk * (dk + dv));
+    t.z = t.s + d * dv;
+    t.k = t.z + d;
+    t.v = t.k + c->chunk * dk;
+    return t;
+}
+
+/* S += sum of phi(k_j) v_j^T over the chunk, z likewise; phi is scratch (D, C). */
+static void absorb_chunk(struct taylor_state t, const struct layer *l, float *phi, const struct kernels *k) {
+    size_t chunk = l->c->chunk, dv = l->c->value_width;
+    features(phi, t.k, chunk, l->c);
+    for (size_t f = 0; f < l->features; f++) {
+        float part[32];
+        t.z[f] += sum(phi + f * chunk, chunk);
+        for (size_t e = 0; e < dv; e += 32) {
+            size_t width = dv - e < 32 ? dv - e : 32;
+            k->combine(part, phi + f * chunk, t.v + e, chunk, width, dv);
+            for (size_t i = 0; i < width; i++) t.s[f * dv + e + i] += part[i];
+        }
+    }
+}
+
+/* y = sum over all of the past, `pending` tokens of the present chunk included, of w(q, k) v / N. */
+static void read_taylor(float *y, struct taylor_state t, const float *q, size_t head, size_t pending, uint64_t absorbed,
+                        const struct layer *l, float *scratch, const struct kernels *k) {
+    const based_layer *c = l->c;
+    const float *a = l->coefficients + head * (c->degree + 1);
+    size_t dk = c->key_width, dv = c->value_width, f = 0;
+    float *psi = scratch, *weights = psi + l->features, *scaled = weights + c->chunk, z, part[32];
+    for (size_t i = 0; i < dk; i++) scaled[i] = q[i] * c->scale;
+    features(psi, scaled, 1, c);
+    for (uint32_t p = 0; p <= c->degree; p++) {
+        size_t many = c->kernel == BASED_DIAGONAL && p ? dk : (size_t)monomials(dk, p, BASED_MAX_FEATURES);
+        for (size_t end = f + many; f < end; f++) psi[f] *= a[p] * l->multiplicity[f];
+    }
+    t.z[0] = (float)absorbed;
+    k->combine(y, psi, t.s, l->features, dv, dv);
+    z = dot(psi, t.z, l->features);
+    kernel_weights(weights, scaled, t.k, pending, c->chunk, a, c, k);
+    for (size_t e = 0; e < dv; e += 32) {
+        size_t width = dv - e < 32 ? dv - e : 32;
+        k->combine(part, weights, t.v + e, pending, width, dv);
+        for (size_t i = 0; i < width; i++) y[e + i] += part[i];
+    }
+    divide(y, dv, z + sum(weights, pending), c);
+}
+
+static void taylor_head(const struct layer *l, based_session *p, size_t n, size_t head, float *scratch) {
+    const based_layer *c = l->c;
+    const struct kernels *fast = p->m->k;
+    size_t dk = c->key_width, dv = c->value_width, chunk = c->chunk, group = c->heads / c->kv_heads;
+    size_t width = in_rows(c), inner = inner_width(c);
+    for (size_t r = 0; r < n; r++) {
+        struct taylor_state state = taylor_state(state_of(&p->row[r], l), l, head);
+        const float *q = p->u + r * width, *k = q + query_width(c) + head * dk;
+        const float *v = q + query_width(c) + key_width(c) + head * dv;
+        size_t at = (size_t)(p->row[r].t % chunk);
+        for (size_t i = 0; i < dk; i++) state.k[i * chunk + at] = k[i];
+        memcpy(state.v + at * dv, v, dv * sizeof *v);
+        for (size_t h = head * group; h < (head + 1) * group; h++)
+            read_taylor(p->y + r * inner + h * dv, state, q + h * dk, h, at + 1, p->row[r].t - at, l, scratch,
+                        fast);
+        if (at == chunk - 1) absorb_chunk(state, l, scratch, fast);
+    }
+}
+
+/* Heads know nothing of each other, so threads may share them out in any way. */
+static void mix_attention(const struct layer *l, based_session *p, size_t n) {
+    const based_layer *c = l->c;
+    int64_t heads = c->kv_heads;
+    for (size_t r = 0; r < n && c->rotary; r++)         /* the heads of q and of k lie side by side                  */
+        rotate(p->u + r * in_rows(c), c->heads + c->kv_heads, l, p->row[r].t);
+#ifdef _OPENMP
+#pragma omp parallel for schedule(static) num_threads(p->threads) if (p->threads > 1)
+#endif
+    for (int64_t h = 0; h < heads; h++) {
+        float *scratch = p->slot + (p->m->slots > 1 ? (size_t)h * p->m->slot : 0);
+        if (c->mixer == BASED_WINDOW) window_head(l, p, n, (size_t)h, scratch);
+        else taylor_head(l, p, n, (size_t)h, scratch);
+    }
+}
+
+/* ==== The block: one layer, for n rows ============================================================================== */
+
+/* SHIFT: half of the channels come from the token before. */
+static void shift_channels(float *xs, const float *x, float *before, size_t dim) {
+    size_t kept = (dim + 1) / 2;
+    memcpy(xs, x, kept * sizeof *x);
+    memcpy(xs + kept, before + kept, (dim - kept) * sizeof *x);
+    memcpy(before, x, dim * sizeof *x);
+}
+
+/* VALUE_GATES: each head's result is scaled by one number, so a head can attend to nothing. */
+static void gate_heads(const struct layer *l, based_session *p, size_t n) {
+    size_t dv = l->c->value_width, heads = l->c->heads, dim = p->m->c->dim;
+    for (size_t r = 0; r < n; r++)
+        for (size_t h = 0; h < heads; h++) {
+            float open = sigmoid(dot(l->gate.data + h * dim, p->xs + r * dim, dim));
+            for (size_t e = 0; e < dv; e++) p->y[(r * heads + h) * dv + e] *= open;
+        }
+}
+
+static void add_or_replace(float *x, const float *change, size_t n, int replace) {
+    for (size_t i = 0; i < n; i++) x[i] = (replace ? 0.0f : x[i]) + change[i];
+}
+
+static void mixer_half(const struct layer *l, based_session *p, size_t n) {
+    const based_layer *c = l->c;
+    size_t dim = p->m->c->dim;
+    const float *result = p->y;
+    for (size_t r = 0; r < n; r++) {
+        float *x = p->x + r * dim, *xs = p->xs + r * dim;
+        if (c->flags & BASED_SHIFT) shift_channels(xs, x, p->row[r].s->state + l->shift, dim);
+        else memcpy(xs, x, dim * sizeof *x);
+        normalise(p->xn + r * dim, xs, &l->norm1, dim);
+    }
+    matmul(p->u, l->in.rows, &l->in, 0, l->in.rows, p->xn, n, p);
+    if (c->mixer == BASED_CONV) mix_conv(l, p, n);
+    else mix_attention(l, p, n);
+    if (c->flags & BASED_VALUE_GATES) gate_heads(l, p, n);
+    if (!(c->flags & BASED_NO_OUT)) {
+        matmul(p->xn, dim, &l->out, 0, dim, p->y, n, p);
+        result = p->xn;
+    }
+    add_or_replace(p->x, result, n * dim, c->flags & BASED_NO_RESIDUAL);
+}
+
+static void mlp_half(const struct layer *l, based_session *p, size_t n) {
+    size_t dim = p->m->c->dim, hidden = l->c->hidden, rows = l->up.rows;
+    for (size_t r = 0; r < n; r++) normalise(p->xn + r * dim, p->x + r * dim, &l->norm2, dim);
+    matmul(p->u, rows, &l->up, 0, rows, p->xn, n, p);
+    for (size_t r = 0; r < n; r++) {
+        const float *gate = p->u + r * rows, *value = gate + hidden;
+        float *y = p->y + r * hidden;
+        if (l->c->mlp == BASED_SWIGLU) p->m->k->silu_times(y, gate, value, hidden);
+        else for (size_t i = 0; i < hidden; i++) y[i] = gelu(gate[i]);
+    }
+    matmul(p->xn, dim, &l->down, 0, dim, p->y, n, p);
+    add_or_replace(p->x, p->xn, n * dim, 0);
+}
+
+/* The whole forward pass of the n rows in p->row, from what enters (in p->x) to the final norm (in p->xn). */
+static void forward(based_session *p, size_t n) {
+    const based_model *m = p->m;
+    size_t dim = m->c->dim;
+    for (uint32_t i = 0; i < m->c->layers; i++) {
+        const struct layer *l = &m->layer[i];
+        if (l->c->mixer != BASED_MIXER_NONE) mixer_half(l, p, n);
+        if (l->c->mlp != BASED_MLP_NONE) mlp_half(l, p, n);
+    }
+    for (size_t r = 0; r < n; r++) normalise(p->xn + r * dim, p->x + r * dim, &m->final_norm, dim);
+}
+
+/* ==== Feeding ========================================================================================================
+ * A block is a list of rows. Rows of one session are consecutive tokens of its text; rows of different sessions have
+ * nothing to do with each other but that they share each reading of the weights.
+ */
+static void embed(float *x, const based_model *m, int32_t token) {
+    const struct matrix *a = &m->embedding;
+    size_t row = (size_t)token, block = row / 16 * groups(a->cols);
+    if (a->dtype == BASED_F32) {
+        memcpy(x, a->data + row * a->cols, a->cols * sizeof *x);
+        return;
+    }
+    for (size_t e = 0; e < a->cols; e++) {
+        size_t g = block + e / 32;
+        uint32_t word = a->words[g * 128 + e % 32 / 4 * 16 + row % 16], two = a->scales[g * 8 + row % 16 / 2];
+        x[e] = (float)((int32_t)(word >> (e % 4 * 8) & 255) - 128) * bf16(two >> (row % 2 * 16) & 0xffff);
+    }
+}
+
+size_t based_width(const based_model *m) {
+    return m->c->rows ? m->c->vocab : m->c->dim;
+}
+
+/* The outputs of rows first .. first + n - 1 go where each wants them. The head is taken in tiles that fit the scratch memory:
+ * a whole row of logits for every token of a block would be most of a session. */
+static void head(based_session *p, size_t first, size_t n) {
+    const based_model *m = p->m;
+    const struct row *row = p->row + first;
+    size_t dim = m->c->dim, width = based_width(m), tile = align16(m->widest_in);
+    const float *x = p->xn + first * dim;
+    if (m->c->rows == 0) {
+        for (size_t r = 0; r < n; r++) memcpy(row[r].out, x + r * dim, dim * sizeof *x);
+        return;
+    }
+    for (size_t at = 0; at < width; at += tile) {
+        size_t rows = width - at < tile ? width - at : tile;
+        matmul(p->u, tile, &m->head, at, rows, x, n, p);
+        for (size_t r = 0; r < n; r++) memcpy(row[r].out + at, p->u + r * tile, rows * sizeof *x);
+    }
+}
+
+static int check_tokens(const based_model *m, const int32_t *tokens, size_t n, based_error *e) {
+    if (m->c->input) return fail(e, BASED_EINVAL, "this model takes vectors of %u floats, not tokens", U64(m->c->input));
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] < 0 || (uint32_t)tokens[i] >= m->c->vocab)
+            return fail(e, BASED_EINVAL, "token %u of %u is %s%u, but the vocabulary has %u", U64(i + 1), U64(n),
+                        tokens[i] < 0 ? "-" : "", U64(tokens[i] < 0 ? -(int64_t)tokens[i] : tokens[i]),
+                        U64(m->c->vocab));
+    return BASED_OK;
+}
+
+/* Runs n <= block tokens of session s whose vectors are in s->x. Their outputs go to the rows of `out`; without it only the
+ * last token of the feed gets one, for the session itself. */
+static void run_block(based_session *s, size_t n, float *out, int last) {
+    size_t width = based_width(s->m);
+    for (size_t r = 0; r < n; r++) {
+        s->row[r].s = s;
+        s->row[r].t = s->count + r;
+        s->row[r].out = out ? out + r * width : s->logits;
+    }
+    forward(s, n);
+    if (out) head(s, 0, n);
+    else if (last) head(s, n - 1, 1);
+    if (last && out) memcpy(s->logits, out + (n - 1) * width, width * sizeof *out);
+    s->count += n;
+}
+
+int based_feed(based_session *s, const int32_t *tokens, size_t n, float *logits, based_error *e) {
+    int status = check_tokens(s->m, tokens, n, e);
+    size_t dim = s->m->c->dim, width = based_width(s->m);
+    if (status) return status;
+    for (size_t at = 0, many; at < n; at += many) {
+        many = n - at < s->block ? n - at : s->block;
+        for (size_t r = 0; r < many; r++) embed(s->x + r * dim, s->m, tokens[at + r]);
+        run_block(s, many, logits ? logits + at * width : NULL, at + many == n);
+    }
+    return BASED_OK;
+}
+
+int based_step(based_session *s, int32_t token, based_error *e) {
+    return based_feed(s, &token, 1, NULL, e);
+}
+
+int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, based_error *e) {
+    const based_model *m = s->m;
+    size_t dim = m->c->dim, input = m->c->input, width = based_width(m);
+    if (!input) return fail(e, BASED_EINVAL, "this model takes tokens, not vectors");
+    for (size_t at = 0, many; at < n; at += many) {
+        many = n - at < s->block ? n - at : s->block;
+        if (m->input.data) matmul(s->x, dim, &m->input, 0, dim, x + at * input, many, s);
+        else memcpy(s->x, x + at * input, many * dim * sizeof *x);
+        run_block(s, many, out ? out + at * width : NULL, at + many == n);
+    }
+    return BASED_OK;
+}
+
+int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, based_error *e) {
+    based_session *lead = n ? s[0] : NULL;
+    int status = n ? check_tokens(lead->m, tokens, n, e) : BASED_OK;
+    if (status) return status;
+    for (size_t r = 0; r < n; r++) {
+        if (s[r]->m != lead->m) return fail(e, BASED_EINVAL, "session %u is over another model", U64(r));
+        if (n > s[r]->block)
+            return fail(e, BASED_EINVAL, "%u sessions at once, but session %u was made for blocks of %u", U64(n), U64(r),
+                        U64(s[r]->block));
+        for (size_t other = 0; other < r; other++)
+            if (s[other] == s[r]) return fail(e, BASED_EINVAL, "session %u is given twice", U64(r));
+    }
+    for (size_t r = 0; r < n; r++) {
+        lead->row[r].s = s[r];
+        lead->row[r].t = s[r]->count;
+        lead->row[r].out = s[r]->logits;
+        embed(lead->x + r * lead->m->c->dim, lead->m, tokens[r]);
+    }
+    if (n) forward(lead, n);
+    if (n) head(lead, 0, n);
+    for (size_t r = 0; r < n; r++) s[r]->count++;
+    return BASED_OK;
+}
+
+/* ==== Models and sessions in the caller's memory ===================================================================== */
+
+size_t based_model_bytes(const void *bytes, size_t size, based_error *e) {
+    const based_config *c = bytes;
+    uint64_t n;
+    if (check_header(bytes, size, e)) return 0;
+    n = sizeof(based_model) + U64(c->layers) * sizeof(struct layer);
+    for (uint32_t i = 0; i < c->layers; i++) {
+        const based_layer *l = (const based_layer *)(c + 1) + i;
+        if (l->mixer == BASED_TAYLOR) n += count_features(l) * sizeof(float);
+    }
+    if (n > SIZE_MAX) return fail(e, BASED_ENOMEM, "the model needs %u bytes, more than this machine can address", n), 0;
+    return (size_t)n;
+}
+
+static int check_memory(const void *memory, size_t have, size_t need, based_error *e) {
+    if (!memory || (uintptr_t)memory % 64) return fail(e, BASED_EINVAL, "the memory block must be aligned to 64 bytes");
+    if (have < need) return fail(e, BASED_ENOMEM, "the memory block has %u bytes, %u are needed", U64(have), U64(need));
+    return BASED_OK;
+}
+
+static int check_sum(const void *bytes, size_t size, uint64_t stored, based_error *e) {
+    if (based_checksum((const unsigned char *)bytes + 32, size - 32) == stored) return BASED_OK;
+    return fail(e, BASED_ECHECKSUM, "the checksum does not match: the checkpoint was damaged after it was written; copy or "
+                "export it again");
+}
+
+static int machine_is_big_endian(void) {
+    const uint32_t one = 1;
+    return *(const unsigned char *)&one == 0;
+}
+
+int based_model_init(based_model **out, void *memory, size_t memory_bytes, const void *bytes, size_t size, int flags,
+                     based_error *e) {
+    int status = check_header(bytes, size, e);
+    size_t need = status ? 0 : based_model_bytes(bytes, size, e);
+    const based_config *c = bytes;
+    based_model *m = memory;
+    struct cursor cursor = { bytes, 0, size, 0 };
+    float *multiplicity;
+    if (status) return status;
+    if (!need) return BASED_ENOMEM;
+    status = check_memory(memory, memory_bytes, need, e);
+    if (status) return status;
+    if (!arithmetic_is_strict())
+        return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile with -ffp-contract=off (and "
+                    "-msse2 -mfpmath=sse on 32-bit x86), without -ffast-math");
+    if (!machine_is_big_endian() && !(flags & BASED_NO_CHECKSUM)) status = check_sum(bytes, size, two_words(c->checksum), e);
+    if (status) return status;
+    memset(m, 0, need);
+    m->c = c;
+    m->k = choose_kernels(flags);
+    m->bytes = bytes;
+    m->size = size;
+    bind(&cursor, m);
+    if (cursor.short_of_bytes || cursor.at != size)
+        return fail(e, BASED_EFORMAT, "the header describes %s than the %u bytes there are; the checkpoint is damaged",
+                    cursor.short_of_bytes ? "more" : "less", U64(size));
+    multiplicity = (float *)(m->layer + c->layers);
+    for (uint32_t i = 0; i < c->layers; i++) {
+        struct layer *l = &m->layer[i];
+        if (l->c->mixer != BASED_TAYLOR) continue;
+        l->multiplicity = multiplicity;
+        fill_multiplicity(multiplicity, l->c);
+        multiplicity += l->features;
+    }
+    *out = m;
+    return BASED_OK;
+}
+
+/* Everything but the tokenizer's text is 4-byte words; a tokenizer says itself how many words it begins with. */
+static void swap_words(unsigned char *p, size_t n) {
+    for (; n >= 4; n -= 4, p += 4) {
+        unsigned char a = p[0], b = p[1];
+        p[0] = p[3];
+        p[1] = p[2];
+        p[2] = b;
+        p[3] = a;
+    }
+}
+
+/* Where the section after `at` begins. */
+static uint64_t align64(uint64_t at) { return (at + 63) / 64 * 64; }
+
+/* Swaps what follows the layers: the tokenizer's words, then all the tensors. */
+static int swap_sections(unsigned char *p, size_t size, uint64_t at, uint32_t tokenizer_bytes, based_error *e) {
+    uint32_t words = 0;
+    if (tokenizer_bytes) {
+        if (tokenizer_bytes < 4) return fail(e, BASED_EFORMAT, "the tokenizer section is damaged");
+        swap_words(p + at, 4);
+        memcpy(&words, p + at, 4);
+        if (words == 0 || words > tokenizer_bytes / 4)
+            return fail(e, BASED_EFORMAT, "the tokenizer section is damaged");
+        swap_words(p + at + 4, (size_t)words * 4 - 4);
+        at = align64(at + tokenizer_bytes);
+    }
+    if (at < size) swap_words(p + at, size - (size_t)at);
+    return BASED_OK;
+}
+
+int based_to_native(void *bytes, size_t size, int flags, based_error *e) {
+    based_config *c = bytes;
+    unsigned char *p = bytes;
+    uint64_t stored = 0, layers;
+    if (!machine_is_big_endian() || size < sizeof *c || c->byte_order == BASED_BYTE_ORDER) return BASED_OK;
+    if (memcmp(c->magic, BASED_MAGIC, 8)) return BASED_OK;      /* based_model_init says what is wrong               */
+    for (int i = 0; i < 8; i++) stored |= U64(p[24 + i]) << (8 * i);
+    if (!(flags & BASED_NO_CHECKSUM) && check_sum(bytes, size, stored, e)) return BASED_ECHECKSUM;
+    swap_words(p + 8, offsetof(based_config, name) - 8);
+    swap_words(p + offsetof(based_config, reserved), sizeof c->reserved);
+    layers = align64(sizeof *c + U64(c->layers) * sizeof(based_layer));
+    if (c->layers > BASED_MAX_LAYERS || layers > size || c->tokenizer_bytes > size - layers)
+        return fail(e, BASED_EFORMAT, "the header describes more than the %u bytes there are", U64(size));
+    swap_words(p + sizeof *c, (size_t)layers - sizeof *c);
+    return swap_sections(p, size, layers, c->tokenizer_bytes, e);
+}
+
+const based_config *based_model_config(const based_model *m) { return m->c; }
+const based_layer *based_model_layer(const based_model *m, uint32_t i) {
+    return i < m->c->layers ? m->layer[i].c : NULL;
+}
+uint64_t based_model_parameters(const based_model *m) { return m->parameters; }
+uint64_t based_model_weight_bytes(const based_model *m) { return m->weight_bytes; }
+const char *based_model_kernels(const based_model *m) { return m->k->name; }
+size_t based_state_bytes(const based_model *m) { return m->state * sizeof(float); }
+
+int based_tokenizer_open(based_tokenizer *t, const based_model *m, based_error *e) {
+    if (!m->tokenizer) return fail(e, BASED_EINVAL, "the checkpoint carries no tokenizer");
+    return based_tokenizer_init(t, m->tokenizer, m->c->tokenizer_bytes, m->c->vocab, e);
+}
+
+/* Lays out a session: with memory NULL it only counts. */
+static uint64_t lay_out(based_session *s, const based_model *m, uint64_t block, unsigned char *memory) {
+    uint64_t at = 0, q_groups = block * groups(m->widest_q);
+    struct { float **where; uint64_t n; } part[] = {
+        { &s->x, block * m->c->dim }, { &s->xn, block * m->c->dim }, { &s->xs, block * m->c->dim },
+        { &s->u, block * align16(m->widest_in) }, { &s->y, block * m->widest_mid },
+        { &s->slot, U64(m->slots) * m->slot }, { &s->q, q_groups * 8 }, { &s->q_scale, q_groups }, { &s->q_sum, q_groups },
+        { &s->state, m->state }, { &s->logits, based_width(m) }
+    };
+    at += align64(sizeof *s);
+    if (memory) s->row = (struct row *)(void *)(memory + at);
+    at += align64(block * sizeof(struct row));
+    for (size_t i = 0; i < COUNT(part); i++) {
+        if (memory) *part[i].where = (float *)(void *)(memory + at);
+        at += align64(part[i].n * sizeof(float));
+    }
+    return at;
+}
+
+size_t based_session_bytes(const based_model *m, uint32_t block) {
+    based_session count;
+    uint64_t n = block && block <= BASED_MAX_BLOCK ? lay_out(&count, m, block, NULL) : 0;
+    return n <= SIZE_MAX ? (size_t)n : 0;
+}
+
+int based_session_init(based_session **out, const based_model *m, void *memory, size_t memory_bytes, uint32_t block,
+                       based_error *e) {
+    size_t need = based_session_bytes(m, block);
+    int status = need ? check_memory(memory, memory_bytes, need, e)
+                      : fail(e, BASED_EINVAL, "a block of %u tokens; expected 1 to %u, and a session that fits in memory",
+                             U64(block), U64(BASED_MAX_BLOCK));
+    based_session *s = memory;
+    if (status) return status;
+    memset(s, 0, sizeof *s);
+    s->m = m;
+    s->block = block;
+    s->threads = 1;
+    lay_out(s, m, block, memory);
+    based_reset(s);
+    *out = s;
+    return BASED_OK;
+}
+
+void based_reset(based_session *s) {
+    memset(s->state, 0, s->m->state * sizeof *s->state);
+    memset(s->logits, 0, based_width(s->m) * sizeof *s->logits);
+    s->count = 0;
+}
+
+int based_copy(based_session *dst, const based_session *src, based_error *e) {
+    if (dst->m != src->m) return fail(e, BASED_EINVAL, "the two sessions are over different models");
+    if (dst == src) return BASED_OK;
+    memcpy(dst->state, src->state, src->m->state * sizeof *src->state);
+    memcpy(dst->logits, src->logits, based_width(src->m) * sizeof *src->logits);
+    dst->count = src->count;
+    return BASED_OK;
+}
+
+const float *based_logits(const based_session *s) { return s->count ? s->logits : NULL; }
+uint64_t based_count(const based_session *s) { return s->count; }
+void based_set_threads(based_session *s, int threads) { s->threads = threads > 1 ? threads : 1; }
+
+uint32_t based_hash(uint32_t h, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        h = (h ^ bits) * 0x9e3779b1u;
+        h ^= h >> 15;
+    }
+    return h;
+}
+
+/* ==== Sampling =======================================================================================================
+ * Memory: one candidate per token of the vocabulary, then the ring of recent tokens.
+ */
+struct candidate { float p; int32_t id; };
+
+size_t based_sampler_bytes(const based_sampler *s) {
+    return s->vocab * sizeof(struct candidate) + s->repeat_last_n * sizeof(int32_t);
+}
+
+int based_sampler_init(based_sampler *s, void *memory, size_t bytes, based_error *e) {
+    if (s->vocab == 0 || s->vocab > BASED_MAX_VOCAB || s->repeat_last_n > BASED_MAX_VOCAB)
+        return fail(e, BASED_EINVAL, "a sampler needs 1 to %u logits and at most as many recent tokens", U64(BASED_MAX_VOCAB));
+    if (!(s->temperature >= 0.0f && is_finite(s->temperature)))
+        return fail(e, BASED_EINVAL, "temperature must be a number from 0 up");
+    if (!(s->top_p >= 0.0f && s->top_p <= 1.0f) || !(s->min_p >= 0.0f && s->min_p <= 1.0f))
+        return fail(e, BASED_EINVAL, "top_p and min_p must be numbers from 0 to 1");
+    if (!(s->repeat_penalty > 0.0f && is_finite(s->repeat_penalty)))
+        return fail(e, BASED_EINVAL, "repeat_penalty must be a number above 0 (1: off)");
+    if (!memory || (uintptr_t)memory % 8 || bytes < based_sampler_bytes(s))
+        return fail(e, BASED_ENOMEM, "a sampler needs %u bytes, aligned to 8", U64(based_sampler_bytes(s)));
+    s->memory = memory;
+    s->state = s->seed;
+    s->seen = 0;
+    return BASED_OK;
+}
+
+static int32_t *recent_tokens(const based_sampler *s) {
+    return (int32_t *)(void *)((struct candidate *)s->memory + s->vocab);
+}
+
+void based_sampler_accept(based_sampler *s, int32_t token) {
+    if (s->repeat_last_n) recent_tokens(s)[s->seen % s->repeat_last_n] = token;
+    s->seen++;
+}
+
+/* A uniform number in [0, 1): splitmix64 (Steele, Lea, Flood 2014), the top 53 bits. */
+static double uniform(based_sampler *s) {
+    uint64_t z = s->state += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    return (double)(z >> 11) * (1.0 / 9007199254740992.0);
+}
+
+/* Candidates with penalised logits; a token that occurred twice is penalised once. NaN becomes the lowest number. */
+static void gather(based_sampler *s, const float *logits) {
+    struct candidate *c = s->memory;
+    const int32_t *recent = recent_tokens(s);
+    uint64_t n = s->seen < s->repeat_last_n ? s->seen : s->repeat_last_n;
+    for (uint32_t i = 0; i < s->vocab; i++) {
+        c[i].p = logits[i] == logits[i] ? logits[i] : -FLT_MAX;
+        c[i].id = (int32_t)i;
+    }
+    for (uint64_t i = 0; i < n && s->repeat_penalty != 1.0f; i++) {
+        uint32_t id = (uint32_t)recent[i];
+        if (id >= s->vocab || logits[id] != logits[id]) continue;
+        c[id].p = logits[id] > 0.0f ? logits[id] / s->repeat_penalty : logits[id] * s->repeat_penalty;
+    }
+}
+
+static uint32_t highest(const struct candidate *c, uint32_t n) {
+    uint32_t best = 0;
+    for (uint32_t i = 1; i < n; i++) if (c[i].p > c[best].p) best = i;
+    return best;
+}
+
+/* The order of candidates: more probable first, then the lower id, so that no two are equal. */
+static int before(const struct candidate *a, const struct candidate *b) {
+    return a->p > b->p || (a->p == b->p && a->id < b->id);
+}
+
+static void sift_down(struct candidate *c, uint32_t at, uint32_t n) {
+    struct candidate moved = c[at];
+    for (uint32_t child; (child = 2 * at + 1) < n; at = child) {
+        if (child + 1 < n && before(&c[child + 1], &c[child])) child++;
+        if (!before(&c[child], &moved)) break;
+        c[at] = c[child];
+    }
+    c[at] = moved;
+}
+
+/* Takes the best candidates off a heap one by one, as many as top-k, min-p and top-p admit; they end up at the end of
+ * the array, the best last. Returns how many, at least 1; *mass is their total probability. */
+static uint32_t keep_best(const based_sampler *s, struct candidate *c, double total, double *mass) {
+    uint32_t n = s->vocab, limit = s->top_k && s->top_k < n ? s->top_k : n, kept = 0, admitted = 0;
+    int narrowed = limit < n || s->min_p > 0.0f;
+    float floor_p = 0.0f;
+    double sum_p = 0.0;
+    for (uint32_t i = n / 2; i-- > 0;) sift_down(c, i, n);
+    floor_p = s->min_p * c[0].p;
+    while (kept < limit && c[0].p >= floor_p && c[0].p > 0.0f) {
+        struct candidate best = c[0];
+        sum_p += best.p;
+        kept++;
+        c[0] = c[n - kept];
+        c[n - kept] = best;
+        sift_down(c, 0, n - kept);
+        if (!narrowed && sum_p >= s->top_p * total) break;
+    }
+    if (!kept) return *mass = c[0].p, c[n - 1] = c[0], 1u;
+    total = narrowed ? sum_p : total;
+    *mass = 0.0;
+    while (admitted < kept && (admitted == 0 || *mass < s->top_p * total)) *mass += c[n - ++admitted].p;
+    return admitted;
+}
+
+int32_t based_sample(based_sampler *s, const float *logits) {
+    struct candidate *c = s->memory;
+    uint32_t n = s->vocab, first = 0, step, i;
+    double total = 0.0, target;
+    gather(s, logits);
+    i = highest(c, n);
+    if (s->temperature == 0.0f || c[i].p == -FLT_MAX) return c[i].id;
+    for (float top = c[i].p, t = s->temperature; first < n; first++)
+        total += c[first].p = exponential((c[first].p - top) / t);
+    if (s->top_k || s->min_p > 0.0f || s->top_p < 1.0f) {
+        step = keep_best(s, c, total, &total);
+        target = uniform(s) * total;
+        for (i = n - 1; i > n - step && (target -= c[i].p) >= 0.0; i--) {}
+        return c[i].id;
+    }
+    target = uniform(s) * total;
+    for (i = 0; i + 1 < n && (target -= c[i].p) >= 0.0; i++) {}
+    return c[i].id;
+}
+
+double based_log_probability(const float *logits, size_t n, int32_t token) {
+    float top = -FLT_MAX;
+    double total = 0.0;
+    for (size_t i = 0; i < n; i++) top = logits[i] > top ? logits[i] : top;
+    for (size_t i = 0; i < n; i++) total += exponential(logits[i] - top);
+    return (double)(logits[token] - top) - log(total);
+}
+
+/* ==== With an operating system =======================================================================================
+ * The convenience calls: memory from malloc, checkpoints mapped from files. Leave this part out with
+ * -DBASED_FREESTANDING where there is neither.
+ */
+#ifndef BASED_FREESTANDING
+#include <errno.h>
+#include <stdlib.h>
+#if defined(__unix__) || defined(__APPLE__)
+#define BASED_POSIX 1
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#else
+#include <stdio.h>
+#endif
+
+/* malloc aligned to 64 bytes; *owned is what free wants back. */
+static void *aligned(size_t n, void **owned) {
+    unsigned char *p = n <= SIZE_MAX - 64 ? malloc(n + 64) : NULL;
+    *owned = p;
+    return p ? p + (64 - (uintptr_t)p % 64) : NULL;
+}
+
+struct file { void *bytes, *owned, *mapped; size_t size; };
+
+static void close_file(struct file *f) {
+#ifdef BASED_POSIX
+    if (f->mapped) munmap(f->mapped, f->size);
+#endif
+    free(f->owned);
+}
+
+static int no_memory(const char *what, size_t n, based_error *e) {
+    return fail(e, BASED_ENOMEM, "out of memory: %u bytes for %s", U64(n), what);
+}
+
+#ifdef BASED_POSIX
+static int read_all(int fd, unsigned char *to, size_t n) {
+    for (size_t at = 0; at < n;) {
+        ssize_t got = read(fd, to + at, n - at);
+        if (got == 0) errno = EIO;
+        if (got > 0) at += (size_t)got;
+        else if (got == 0 || errno != EINTR) return -1;
+    }
+    return 0;
+}
+
+/* The bytes of an open file: mapped and shared where they can be used as they are, else read into memory. */
+static int load_fd(struct file *f, int fd, const char *path, based_error *e) {
+    struct stat st;
+    if (fstat(fd, &st)) return fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
+    if (S_ISDIR(st.st_mode)) return fail(e, BASED_EIO, "%s: is a directory, not a checkpoint", path);
+    if (st.st_size <= 0) return fail(e, BASED_EFORMAT, "%s: the file is empty", path);
+    if (U64(st.st_size) > SIZE_MAX - 64) return no_memory(path, SIZE_MAX, e);
+    f->size = (size_t)st.st_size;
+    if (!machine_is_big_endian()) {
+        f->mapped = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
+        if (f->mapped != MAP_FAILED) return f->bytes = f->mapped, BASED_OK;
+        f->mapped = NULL;
+    }
+    f->bytes = aligned(f->size, &f->owned);
+    if (!f->bytes) return no_memory(path, f->size, e);
+    if (read_all(fd, f->bytes, f->size)) return fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
+    return BASED_OK;
+}
+
+static int load_file(struct file *f, const char *path, based_error *e) {
+    int status, fd = open(path, O_RDONLY);
+    if (fd < 0) return fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
+    status = load_fd(f, fd, path, e);
+    close(fd);
+    return status;
+}
+#else
+static int load_file(struct file *f, const char *path, based_error *e) {
+    FILE *in = fopen(path, "rb");
+    long size = -1;
+    int status = BASED_OK;
+    if (!in) return fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
+    if (fseek(in, 0, SEEK_END) == 0) size = ftell(in);
+    if (size <= 0 || fseek(in, 0, SEEK_SET)) status = fail(e, BASED_EFORMAT, "%s: the file is empty or cannot be read", path);
+    f->size = size > 0 ? (size_t)size : 0;
+    if (!status && !(f->bytes = aligned(f->size, &f->owned))) status = no_memory(path, f->size, e);
+    if (!status && fread(f->bytes, 1, f->size, in) != f->size) status = fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
+    fclose(in);
+    return status;
+}
+#endif
+
+/* "path: text", for errors that came up while reading what was in a file. */
+static void name_file(const char *path, based_error *e) {
+    based_error inner;
+    if (!e) return;
+    inner = *e;
+    fail(e, inner.status, "%s: %s", path, inner.text);
+}
+
+/* BASED_KERNELS=plain or avx2 in the environment holds back newer instructions, for tests and comparisons. */
+static int kernel_flags(void) {
+    const char *wish = getenv("BASED_KERNELS");
+    if (wish && strcmp(wish, "plain") == 0) return BASED_PLAIN;
+    return wish && strcmp(wish, "avx2") == 0 ? BASED_AVX2 : 0;
+}
+
+based_model *based_open(const char *path, int flags, based_error *e) {
+    struct file f = { NULL, NULL, NULL, 0 };
+    based_model *m = NULL;
+    void *owned = NULL, *memory = NULL;
+    size_t need;
+    int status = load_file(&f, path, e);
+    if (!status) {
+        status = based_to_native(f.bytes, f.size, flags, e);
+        need = status ? 0 : based_model_bytes(f.bytes, f.size, e);
+        if (need && !(memory = aligned(need, &owned))) no_memory("the model", need, e);
+        if (memory) based_model_init(&m, memory, need, f.bytes, f.size, flags | kernel_flags(), e);
+        if (!m) name_file(path, e);
+    }
+    if (!m) {
+        free(owned);
+        close_file(&f);
+        return NULL;
+    }
+    m->owned = f.owned;
+    m->mapped = f.mapped;
+    m->mapped_size = f.size;
+    m->self = owned;
+    return m;
+}
+
+void based_close(based_model *m) {
+    if (!m) return;
+    struct file f = { NULL, m->owned, m->mapped, m->mapped_size };
+    void *self = m->self;
+    close_file(&f);
+    free(self);
+}
+
+based_session *based_session_new(const based_model *m, uint32_t block, based_error *e) {
+    based_session *s = NULL;
+    void *owned = NULL;
+    size_t need = based_session_bytes(m, block);
+    void *memory = need ? aligned(need, &owned) : NULL;
+    if (need && !memory) return no_memory("a session", need, e), NULL;
+    if (based_session_init(&s, m, memory, need, block, e)) return free(owned), NULL;
+    s->owned = owned;
+    return s;
+}
+
+void based_session_free(based_session *s) {
+    if (s) free(s->owned);
+}
+#endif

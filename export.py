@@ -1,0 +1,1231 @@
+#!/usr/bin/env python3
+"""Turns a trained model into one checkpoint file for based.c.
+
+The format and the mathematics are written down in based.h, part 7. This file is the bridge: it reads what others wrote
+(HazyResearch/based directories, llama2.c checkpoints), brings every origin into that one form, and checks the result.
+
+    1. the format      header fields, dtypes, the list of tensors in file order, the checksum
+    2. writing         one tensor at a time, verified by reading back, put in place by a rename
+    3. origins         one function per origin: what the model is, and where each of our tensors comes from
+    4. tokenizers      the tokenizer section
+    5. the command line
+"""
+import argparse
+import json
+import lzma
+import math
+import os
+import re
+import signal
+import struct
+import sys
+from collections import namedtuple
+from dataclasses import dataclass, field
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. The format.
+
+MAGIC, FORMAT, BYTE_ORDER, NONE = b"BASED\r\n\032", 1, 0x01020304, 0xFFFFFFFF
+CONFIG_BYTES, LAYER_BYTES, ALIGN = 256, 128, 64
+
+TIED, HEAD_BIAS, INPUT_PROJECTION = 1, 2, 4
+NORMS = NORM_NONE, NORM_RMS, NORM_LAYER, NORM_L2 = 0, 1, 2, 3
+MIXERS = MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
+MLP_NONE, SWIGLU, GELU = 0, 1, 2
+DOT, DIAGONAL = 0, 1
+ADD, CLAMP, RAW, ONE = 0, 1, 2, 3
+IN_BIAS, OUT_BIAS, TAPS_BIAS, UP_BIAS, DOWN_BIAS, VALUE_GATES, SHIFT, NO_OUT, NO_RESIDUAL = (1 << i for i in range(9))
+
+CONFIG_FIELDS = """magic:8s format:I byte_order:I file_size:Q checksum:Q flags:I dim:I layers:I vocab:I rows:I input:I
+    embedding_dtype:I head_dtype:I final_norm:I final_norm_eps:f tokenizer_bytes:I context:I name:64s reserved:112s"""
+LAYER_FIELDS = """mixer:I flags:I norm1:I norm2:I norm1_eps:f norm2_eps:f heads:I kv_heads:I key_width:I value_width:I
+    taps:I window:I chunk:I degree:I kernel:I normaliser:I normaliser_eps:f scale:f rotary:I mlp:I hidden:I in_dtype:I
+    out_dtype:I up_dtype:I down_dtype:I reserved:28s"""
+
+
+class Refused(Exception):
+    """Something the user gave cannot be used; the text is the one line they read."""
+
+
+class Record:
+    """A fixed struct of the header: pack(fields) -> bytes, unpack(bytes) -> fields, new(**some) -> fields, rest zero."""
+
+    def __init__(self, text):
+        pairs = [item.split(":") for item in text.split()]
+        self.names = [name for name, _ in pairs]
+        self.codes = "<" + "".join(code for _, code in pairs)
+
+    def new(self, **some):
+        fields = dict(zip(self.names, struct.unpack(self.codes, bytes(struct.calcsize(self.codes)))))
+        assert some.keys() <= fields.keys(), some.keys() - fields.keys()
+        return SimpleNamespace(**{**fields, **some})
+
+    def pack(self, fields):
+        return struct.pack(self.codes, *(getattr(fields, name) for name in self.names))
+
+    def unpack(self, data):
+        return SimpleNamespace(**dict(zip(self.names, struct.unpack(self.codes, data))))
+
+
+CONFIG, LAYER = Record(CONFIG_FIELDS), Record(LAYER_FIELDS)
+
+# How numbers lie in the file. nbytes(shape); pack(array) -> bytes-like; unpack(bytes, shape) -> array as stored.
+Dtype = namedtuple("Dtype", "name nbytes pack unpack")
+
+
+def plain(name, code):
+    """A dtype that stores each number by itself, little-endian."""
+    kind = np.dtype(code)
+    return Dtype(name, lambda shape: math.prod(shape) * kind.itemsize,
+                 lambda array: np.ascontiguousarray(array, kind),
+                 lambda data, shape: np.frombuffer(data, kind).reshape(shape))
+
+
+def bfloat16_up(x):
+    """The smallest bfloat16 >= x, for x >= 0, as uint16 bits: rounding a scale up keeps every weight within its range."""
+    return ((x.astype(np.float32).view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16).astype(np.uint16)
+
+
+def as_float(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def tiled(array, rows=16, cols=32):
+    """[rows, cols] padded with zeros and cut up: (tiles, groups, 16 rows, 32 columns)."""
+    array = np.asarray(array, np.float32)
+    padded = np.zeros([-(-n // step) * step for n, step in zip(array.shape, (rows, cols))], np.float32)
+    padded[:array.shape[0], :array.shape[1]] = array
+    return padded.reshape(padded.shape[0] // rows, rows, -1, cols).swapaxes(1, 2)
+
+
+def q8_nbytes(shape):
+    blocks = -(-shape[0] // 16) * -(-shape[1] // 32)
+    return align(blocks * 32) + blocks * 512
+
+
+def q8_pack(array):
+    """Scales, then bytes, as part 7 of based.h lays them out."""
+    t = tiled(array)
+    scales = bfloat16_up(np.abs(t).max(3) / np.float32(127))                              # (tiles, groups, 16)
+    step = as_float(scales)[..., None]
+    q = np.rint(np.divide(t, step, out=np.zeros_like(t), where=step > 0)).astype(np.int16) + 128
+    words = q.astype(np.uint8).reshape(*t.shape[:3], 8, 4).swapaxes(2, 3)                # (tiles, groups, 8, 16, 4)
+    scales = scales.astype("<u2").tobytes()
+    return np.frombuffer(scales + bytes(align(len(scales)) - len(scales)) + words.tobytes(), np.uint8)
+
+
+def q8_unpack(data, shape):
+    tiles, groups = -(-shape[0] // 16), -(-shape[1] // 32)
+    scales = np.frombuffer(data[:tiles * groups * 32], "<u2").reshape(tiles, groups, 16, 1)
+    words = np.frombuffer(data[align(tiles * groups * 32):], np.uint8).reshape(tiles, groups, 8, 16, 4)
+    values = (words.swapaxes(2, 3).reshape(tiles, groups, 16, 32).astype(np.float32) - 128) * as_float(scales)
+    return values.swapaxes(1, 2).reshape(tiles * 16, groups * 32)[:shape[0], :shape[1]]
+
+
+F32, U64 = plain("f32", "<f4"), plain("u64", "<u8")
+Q8 = Dtype("q8", q8_nbytes, q8_pack, q8_unpack)
+DTYPES = {0: F32, 1: Q8}                                  # the number in the header -> how a matrix is stored
+DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
+
+Tensor = namedtuple("Tensor", "name shape dtype")
+Placed = namedtuple("Placed", "name shape dtype offset nbytes")
+
+
+def tensors(config, layers):
+    """Yields every tensor of a checkpoint in file order. The writer, the reader and --inspect all follow this list."""
+    dim = config.dim
+
+    def norm(name, kind):
+        if kind != NORM_NONE:
+            yield Tensor(name + ".weight", (dim,), F32)
+        if kind == NORM_LAYER:
+            yield Tensor(name + ".bias", (dim,), F32)
+
+    def linear(name, rows, cols, dtype, bias):
+        yield Tensor(name + ".weight", (rows, cols), DTYPES[dtype])
+        if bias:
+            yield Tensor(name + ".bias", (rows,), F32)
+
+    if config.input == 0:
+        yield Tensor("embedding", (config.rows, dim), DTYPES[config.embedding_dtype])
+    if config.flags & INPUT_PROJECTION:
+        yield from linear("input", dim, config.input, 0, True)
+    for i, l in enumerate(layers):
+        name = f"layers.{i}."
+        inner = l.heads * l.value_width
+        yield from norm(name + "norm1", l.norm1)
+        if l.mixer == CONV:
+            yield from linear(name + "in", 2 * inner, dim, l.in_dtype, l.flags & IN_BIAS)
+            yield Tensor(name + "taps", (l.taps, inner), F32)
+            if l.flags & TAPS_BIAS:
+                yield Tensor(name + "taps.bias", (inner,), F32)
+        elif l.mixer in (TAYLOR, WINDOW):
+            rows = l.heads * l.key_width + l.kv_heads * (l.key_width + l.value_width)
+            yield from linear(name + "in", rows, dim, l.in_dtype, l.flags & IN_BIAS)
+            if l.rotary:
+                yield Tensor(name + "turns", (l.rotary,), U64)
+            if l.mixer == TAYLOR:
+                yield Tensor(name + "coefficients", (l.heads, l.degree + 1), F32)
+            if l.flags & VALUE_GATES:
+                yield Tensor(name + "gate.weight", (l.heads, dim), F32)
+        if l.mixer != MIXER_NONE and not l.flags & NO_OUT:
+            yield from linear(name + "out", dim, inner, l.out_dtype, l.flags & OUT_BIAS)
+        yield from norm(name + "norm2", l.norm2)
+        if l.mlp != MLP_NONE:
+            up = 2 * l.hidden if l.mlp == SWIGLU else l.hidden
+            yield from linear(name + "up", up, dim, l.up_dtype, l.flags & UP_BIAS)
+            yield from linear(name + "down", dim, l.hidden, l.down_dtype, l.flags & DOWN_BIAS)
+    yield from norm("final_norm", config.final_norm)
+    if config.rows and not config.flags & TIED:
+        yield Tensor("head.weight", (config.rows, dim), DTYPES[config.head_dtype])
+    if config.flags & HEAD_BIAS:
+        yield Tensor("head.bias", (config.rows,), F32)
+
+
+def align(offset):
+    return -(-offset // ALIGN) * ALIGN
+
+
+def layout(config, layers):
+    """Where everything lies: (list of Placed, file size). Every section begins at a multiple of 64."""
+    end = CONFIG_BYTES + LAYER_BYTES * len(layers)
+    if config.tokenizer_bytes:
+        end = align(end) + config.tokenizer_bytes
+    placed = []
+    for t in tensors(config, layers):
+        placed.append(Placed(*t, align(end), t.dtype.nbytes(t.shape)))
+        end = placed[-1].offset + placed[-1].nbytes
+    return placed, end
+
+
+class Checksum:
+    """based_checksum of part 7, fed piece by piece. A lane is a polynomial in K, so many rows are one product with powers
+    of K instead of a loop."""
+    LANES, K, ROWS = 16, 0x9E3779B1, 1 << 14
+
+    def __init__(self):
+        self.lanes = np.arange(1, self.LANES + 1, dtype=np.uint32)
+        self.powers = np.array([pow(self.K, self.ROWS - i, 1 << 32) for i in range(self.ROWS + 1)], np.uint32)
+        self.rest, self.n = b"", 0
+
+    def update(self, data):
+        data = memoryview(data).cast("B")
+        self.n += len(data)
+        step = 4 * self.LANES * (self.ROWS - 1)           # with the rest at most ROWS rows
+        for at in range(0, len(data), step):
+            piece = self.rest + bytes(data[at:at + step])
+            rows = len(piece) // (4 * self.LANES)
+            words = np.frombuffer(piece, "<u4", rows * self.LANES).reshape(rows, self.LANES)
+            powers = self.powers[self.ROWS - rows:]
+            self.lanes = self.lanes * powers[0] + (words * powers[1:, None]).sum(0, dtype=np.uint32)
+            self.rest = piece[rows * 4 * self.LANES:]
+
+    def value(self):
+        h = [int(lane) for lane in self.lanes]
+        for lane, (word,) in enumerate(struct.iter_unpack("<I", self.rest + bytes(-len(self.rest) % 4))):
+            h[lane] = h[lane] * self.K + word & 0xFFFFFFFF
+        g = self.n
+        for lane in h:
+            g = (g ^ lane) * 0x9E3779B97F4A7C15 & (1 << 64) - 1
+            g ^= g >> 32
+        return g
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Writing and reading.
+
+def progress(items, what, total=None):
+    """A bar on stderr over items, when a person is watching."""
+    from tqdm import tqdm
+    return tqdm(items, desc=what, total=total, unit="tensor", leave=False, disable=not sys.stderr.isatty())
+
+
+def write(path, config, layers, tokenizer, fetch):
+    """Writes a checkpoint. fetch(name) -> array, called once per tensor to write and once to verify, so that no more than
+    one tensor is in memory. The file appears at `path` whole and verified, or `path` stays as it was."""
+    config.magic, config.format, config.byte_order = MAGIC, FORMAT, BYTE_ORDER
+    config.layers, config.tokenizer_bytes = len(layers), len(tokenizer)
+    placed, config.file_size = layout(config, layers)
+    temporary = f"{path}.{os.getpid()}.part"
+    try:
+        with open(temporary, "wb") as f:
+            total = Checksum()
+
+            def put(data, offset):
+                """Zeros up to offset, then data; everything but the first 32 bytes goes into the checksum."""
+                for part in (bytes(offset - f.tell()), data):
+                    skip = max(0, 32 - f.tell())
+                    f.write(part)
+                    total.update(memoryview(part).cast("B")[skip:])
+
+            put(CONFIG.pack(config), 0)
+            put(b"".join(map(LAYER.pack, layers)), CONFIG_BYTES)
+            if tokenizer:
+                put(tokenizer, align(f.tell()))
+            for t in progress(placed, "writing"):
+                put(t.dtype.pack(checked(t, fetch(t.name))).reshape(-1), t.offset)
+            f.seek(24)
+            f.write(struct.pack("<Q", total.value()))
+            f.flush()
+            os.fsync(f.fileno())
+        verify(temporary, tokenizer, fetch)
+        os.replace(temporary, path)
+        sync_directory(os.path.dirname(os.path.abspath(path)))
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+    return config
+
+
+def sync_directory(path):
+    """Makes a rename in it last through a power cut, where the system can."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    except OSError:
+        pass
+
+
+def checked(t, array):
+    """The array if it may be written as tensor t."""
+    if array.shape != t.shape:
+        raise Refused(f"{t.name} has shape {list(array.shape)}, expected {list(t.shape)}")
+    if t.dtype is not U64 and not np.isfinite(array).all():
+        bad = np.argwhere(~np.isfinite(array))[0]
+        raise Refused(f"{t.name} holds {array[tuple(bad)]} at {bad.tolist()}: a model with NaN or infinity cannot run")
+    return array
+
+
+class Checkpoint:
+    """A checkpoint read back: config, layers, tokenizer (bytes), placed, data; checks header and size, not the checksum."""
+
+    def __init__(self, path):
+        size = os.path.getsize(path)
+        with open(path, "rb") as f:
+            head = f.read(CONFIG_BYTES)
+            if head[:8] != MAGIC:
+                raise Refused(f"{path} is no checkpoint of based.c: it begins with {head[:8]!r}, expected {MAGIC!r}")
+            if len(head) < CONFIG_BYTES:
+                raise Refused(f"{path} ends inside its header, at byte {size} of {CONFIG_BYTES}")
+            self.config = CONFIG.unpack(head)
+            if (self.config.format, self.config.byte_order) != (FORMAT, BYTE_ORDER):
+                raise Refused(f"{path} has format {self.config.format}, this program knows {FORMAT}")
+            table = f.read(LAYER_BYTES * self.config.layers)
+        if self.config.file_size != size:
+            raise Refused(f"{path} has {size:,} bytes, its header says {self.config.file_size:,}: copy it again")
+        if len(table) < LAYER_BYTES * self.config.layers:
+            raise Refused(f"{path} says it has {self.config.layers} layers but ends before their descriptions")
+        self.layers = [LAYER.unpack(table[i:i + LAYER_BYTES]) for i in range(0, len(table), LAYER_BYTES)]
+        try:
+            self.placed, expected = layout(self.config, self.layers)
+        except KeyError as e:
+            raise Refused(f"{path} stores a matrix in dtype {e}, this program knows {sorted(DTYPES)}") from None
+        if expected != size:
+            raise Refused(f"{path} has {size:,} bytes, its header describes {expected:,}")
+        self.data = np.memmap(path, np.uint8, "r")
+        start = align(CONFIG_BYTES + len(table))
+        self.tokenizer = self.data[start:start + self.config.tokenizer_bytes].tobytes()
+
+    def __getitem__(self, name):
+        t = next(t for t in self.placed if t.name == name)
+        return t.dtype.unpack(self.data[t.offset:t.offset + t.nbytes], t.shape)
+
+    def checksum(self):
+        total = Checksum()
+        for at in progress(range(32, len(self.data), 1 << 26), "checksum"):
+            total.update(self.data[at:at + (1 << 26)])
+        return total.value()
+
+
+def verify(path, tokenizer, fetch):
+    """Reads the file back from the start and compares all of it with what should be there."""
+    saved = Checkpoint(path)
+    if saved.tokenizer != tokenizer:
+        raise Refused(f"verification failed: the tokenizer read back from {path} differs; is the disk sound?")
+    for t in progress(saved.placed, "verifying"):
+        expected = t.dtype.unpack(np.ascontiguousarray(t.dtype.pack(fetch(t.name))).view(np.uint8).reshape(-1), t.shape)
+        if not np.array_equal(saved[t.name], expected):
+            raise Refused(f"verification failed: {t.name} read back from {path} differs; is the disk sound?")
+    if saved.checksum() != saved.config.checksum:
+        raise Refused(f"verification failed: the checksum of {path} is wrong; is the disk sound?")
+
+
+def parameters(config, layers):
+    """Trained numbers: every tensor but the tables that follow from the configuration."""
+    return sum(math.prod(t.shape) for t in tensors(config, layers)
+               if t.name.rsplit(".", 1)[-1] not in ("turns", "coefficients"))
+
+
+def state_floats(config, l):
+    """Floats that one layer remembers of the past: taps, sums and the chunk before them, ring; the shifted token."""
+    ring = l.kv_heads * (l.key_width + l.value_width)
+    if l.kernel == DIAGONAL:
+        features = 1 + l.degree * l.key_width
+    else:
+        features = math.comb(l.degree + l.key_width, l.degree)
+    floats = {CONV: (l.taps - 1) * l.value_width, WINDOW: l.window * ring,
+              TAYLOR: l.kv_heads * features * (l.value_width + 1) + l.chunk * ring}.get(l.mixer, 0)
+    return floats + (config.dim if l.flags & SHIFT else 0)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. Origins. Each returns (config, layers, plan): plan[name] is a function without arguments that returns the array.
+
+def rotary_turns(pairs, width, base=10000.0):
+    """[pairs] uint64: 2^64 * frequency / 2 pi. The frequencies are 1 / base^(2i/width) with each step rounded to float32,
+    as the models were trained; rounding is exact here, so that every machine writes the same file."""
+    two_pi = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
+    turns = []
+    with localcontext() as context:
+        context.prec = 50
+        for i in range(pairs):
+            exponent = np.float32(2 * i) / np.float32(width)
+            power = np.float32(float(Decimal(base) ** Decimal(float(exponent))))
+            turns.append(round(Fraction(float(np.float32(1) / power)) * 2**64 / two_pi))
+    return np.array(turns, np.uint64)
+
+
+def half_split(width, rotary, interleaved):
+    """The order of one head's rows that puts the partner of row i at i + width/2, for `rotary` pairs; the rest follow."""
+    if interleaved:
+        first, second = [2 * i for i in range(rotary)], [2 * i + 1 for i in range(rotary)]
+    else:
+        first, second = list(range(rotary)), [rotary + i for i in range(rotary)]
+    rest = list(range(2 * rotary, width))
+    return first + rest[:width // 2 - rotary] + second + rest[width // 2 - rotary:]
+
+
+def by_head(weight, heads, order):
+    """weight with the rows (or entries) of each head put in `order`."""
+    return weight.reshape(heads, len(order), -1)[:, order].reshape(weight.shape)
+
+
+def taylor_coefficients(heads, degree):
+    """[heads, degree + 1] of the series of exp: 1/p!."""
+    return np.tile(np.array([1 / math.factorial(p) for p in range(degree + 1)], np.float32), (heads, 1))
+
+
+class Source:
+    """Tensors of an origin by name. take() checks the shape of one and claims it; leftover() is what nobody claimed."""
+
+    def __init__(self, shapes, load, where):
+        self.shapes, self.load, self.where, self.claimed = shapes, load, where, set()
+
+    def __contains__(self, name):
+        return name in self.shapes
+
+    def take(self, name, *shape):
+        if name not in self.shapes:
+            raise Refused(f"{self.where} lacks the tensor {name}")
+        if tuple(self.shapes[name]) != shape:
+            raise Refused(f"{self.where}: {name} has shape {list(self.shapes[name])}, expected {list(shape)}")
+        self.claimed.add(name)
+        return lambda: self.load(name)
+
+    def shape(self, name, dims):
+        """The shape of a tensor that must have this many dimensions."""
+        if name not in self.shapes:
+            raise Refused(f"{self.where} lacks the tensor {name}")
+        if len(self.shapes[name]) != dims or 0 in self.shapes[name]:
+            raise Refused(f"{self.where}: {name} has shape {list(self.shapes[name])}, expected {dims} dimensions")
+        return tuple(self.shapes[name])
+
+    def leftover(self):
+        return sorted(set(self.shapes) - self.claimed)
+
+
+REFUSED_NAMES = [
+    (r"mixer\.conv1\.", "it uses the older classes of the withdrawn based-1.3b, which nobody could verify"),
+    (r"mixer\.decay_proj\.", "its linear attention decays (based-360M-30B of the JRT paper), which is another model"),
+    (r"mixer\.proj_[kv]_enc\.", "it reads its prompt in both directions (JRT, prefix linear attention)"),
+    (r"g_norm\.", "it divides by a norm per head in place of the sum (the ThunderKittens demo)"),
+    (r"mixer\.(A_log|x_proj|dt_proj)|^backbone\.", "it is a Mamba, not a Based model"),
+]
+REFUSED_VALUES = [
+    ("activation_function", ("swiglu",)), ("prenorm", (True,)), ("parallel_block", (False,)),
+    ("rotary_emb_scale_base", (None, 0)), ("scale_attn_by_inverse_layer_idx", (False,)), ("n_head_kv", (None,)),
+]
+KNOWN_WINDOWS = {(27, 1024): 128, (36, 1792): 256}        # layers, dim -> window_size, for a config.json without one
+
+
+def clean_names(names):
+    """HazyResearch/based state dict names without what training left in them: {our key: name in the file}."""
+    clean = {}
+    for name in names:
+        key = name[6:] if name.startswith("model.") else name
+        if "metrics" in key or key == "transformer.decay.decay" or key.endswith("inv_freq"):
+            continue
+        clean[key] = name
+    return clean
+
+
+def based_model(settings, source, window=None, chunk=16, note=lambda text: None):
+    """A HazyResearch/based model: layer kinds from the names of its tensors, sizes from their shapes, the rest from
+    config.json (settings). window: visible keys in place of the setting's."""
+    for pattern, reason in REFUSED_NAMES:
+        found = next((name for name in source.shapes if re.search(pattern, name)), None)
+        if found:
+            raise Refused(f"{source.where} is not supported: {reason} (found {found})")
+    for name, allowed in REFUSED_VALUES:
+        if settings.get(name, allowed[0]) not in allowed:
+            raise Refused(f"config.json: {name} = {json.dumps(settings[name])} is not supported")
+
+    def setting(name, default=None, kind=int, among=settings):
+        value = among.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kind(value) or value <= 0:
+            raise Refused(f"config.json: {name} = {json.dumps(value)}, expected a positive number")
+        return kind(value)
+
+    root, head = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
+    rows, dim = source.shape(root if root in source else head, 2)
+    found = re.compile(r"transformer\.layers\.(\d+)\.")
+    count = 1 + max((int(m[1]) for m in map(found.match, source.shapes) if m), default=-1)
+    if setting("n_layer", count) != count:
+        raise Refused(f"{source.where} holds {count} layers, config.json says n_layer = {settings['n_layer']}")
+    if setting("n_embd", dim) != dim:
+        raise Refused(f"{source.where} is {dim} wide, config.json says n_embd = {settings['n_embd']}")
+    vocab = setting("vocab_size", rows)
+    if vocab > rows:
+        raise Refused(f"{source.where} embeds {rows} tokens, config.json says vocab_size = {vocab}")
+    heads, eps = setting("n_head"), setting("layer_norm_epsilon", 1e-5, float)
+    kind = NORM_RMS if settings.get("rms_norm", True) else NORM_LAYER
+    alt, alt2 = settings.get("alt_mixer") or {}, settings.get("alt_mixer_2") or {}
+    config = CONFIG.new(dim=dim, vocab=vocab, rows=rows, final_norm=kind, final_norm_eps=eps,
+                        context=int((settings.get("mixer") or {}).get("l_max", 0) or 0))
+    plan, layers = {}, []
+
+    def norm(ours, theirs):
+        plan[ours + ".weight"] = source.take(theirs + ".weight", dim)
+        if kind == NORM_LAYER:
+            plan[ours + ".bias"] = source.take(theirs + ".bias", dim)
+
+    def linear(ours, parts, cols, flag, order=lambda whole: whole):
+        """Stacks the rows of (name, rows) parts into one matrix, and their biases if they have any; then orders them."""
+        name = ours.replace(".weight", "")
+        matrix = [source.take(part + ".weight", n, cols) for part, n in parts]
+        plan[name + ".weight"] = lambda: order(np.concatenate([load() for load in matrix]))
+        if parts[0][0] + ".bias" not in source:
+            return 0
+        bias = [source.take(part + ".bias", n) for part, n in parts]
+        plan[name + ".bias"] = lambda: order(np.concatenate([load() for load in bias]))
+        return flag
+
+    # Tied embedding and head: either may be missing; two of them must agree.
+    embedding, separate = (source.take(name, rows, dim) if name in source else None for name in (root, head))
+    plan["embedding"] = embedding or separate
+    if embedding and separate and not np.array_equal(embedding(), separate()):
+        if settings.get("tie_word_embeddings", True):
+            raise Refused(f"{source.where}: {root} and {head} should be one tensor, but differ")
+        plan["head.weight"] = separate
+    else:
+        config.flags |= TIED
+
+    for i in range(count):
+        theirs, ours = f"transformer.layers.{i}.", f"layers.{i}."
+        l = LAYER.new(norm1=kind, norm2=kind, norm1_eps=eps, norm2_eps=eps, mlp=SWIGLU, heads=1)
+        layers.append(l)
+        norm(ours + "norm1", theirs + "norm1")
+        mixer = theirs + "mixer."
+        if mixer + "Wqkv.weight" in source:
+            l.mixer, l.heads, l.kv_heads = WINDOW, heads, heads
+            if dim % heads:
+                raise Refused(f"config.json: n_head = {heads} does not divide the width {dim}")
+            if not alt2:
+                raise Refused(f"{source.where} is not supported: layer {i} is attention, yet config.json describes no sliding window")
+            if alt2.get("causal") is False:
+                raise Refused("config.json: alt_mixer_2.causal = false is not supported: a stream has no future")
+            l.key_width = l.value_width = width = dim // heads
+            if "window_size" not in alt2:
+                if (count, dim) not in KNOWN_WINDOWS and not window:
+                    raise Refused("config.json lacks alt_mixer_2.window_size: give the number of visible keys by --window")
+                alt2 = dict(alt2, window_size=KNOWN_WINDOWS.get((count, dim)))
+                note(f"config.json lacks alt_mixer_2.window_size; taking {alt2['window_size']} as in the release of this shape")
+            l.window = window or setting("window_size", among=alt2) // 2 + 1
+            l.scale = 1 / math.sqrt(width) if settings.get("scale_attn_weights", True) else 1.0
+            fraction = settings.get("rotary_emb_fraction", 0)
+            l.rotary = int(fraction * width) // 2
+            order = half_split(width, l.rotary, bool(settings.get("rotary_emb_interleaved", False)))
+
+            def turned(whole, order=order):
+                q, k, v = np.split(whole, 3)
+                return np.concatenate([by_head(q, heads, order), by_head(k, heads, order), v])
+
+            l.flags |= linear(ours + "in", [(mixer + "Wqkv", 3 * dim)], dim, IN_BIAS, turned)
+            if l.rotary:
+                turns = rotary_turns(l.rotary, 2 * l.rotary, setting("rotary_emb_base", 10000.0, float))
+                plan[ours + "turns"] = lambda turns=turns: turns
+        elif mixer + "proj_q.weight" in source:
+            l.mixer = TAYLOR
+            l.heads = l.kv_heads = setting("num_heads", heads, among=alt)
+            wide = source.shape(mixer + "proj_q.weight", 2)[0]
+            if wide % l.heads or dim % l.heads:
+                raise Refused(f"{source.where}: {mixer}proj_q.weight has {wide} rows for {l.heads} heads of width {dim}")
+            l.key_width, l.value_width = wide // l.heads, dim // l.heads
+            feature_map = alt.get("feature_map") or {}
+            if "Taylor" not in feature_map.get("_target_", "Taylor"):
+                raise Refused(f"config.json: feature map {feature_map['_target_']} is not supported, only TaylorExp")
+            l.degree, l.chunk, l.kernel, l.normaliser, l.normaliser_eps = 2, chunk, DOT, ADD, 1e-12
+            l.scale = 1 / math.sqrt(setting("input_dim", l.key_width, among=feature_map))
+            l.flags |= linear(ours + "in", [(mixer + "proj_q", wide), (mixer + "proj_k", wide), (mixer + "proj_v", dim)],
+                              dim, IN_BIAS)
+            plan[ours + "coefficients"] = lambda l=l: taylor_coefficients(l.heads, 2)
+        elif mixer + "in_proj.weight" in source:
+            l.mixer = CONV
+            l.value_width, _, l.taps = source.shape(mixer + "conv.conv.weight", 3)
+            l.flags |= linear(ours + "in", [(mixer + "in_proj", 2 * l.value_width)], dim, IN_BIAS)
+            taps = source.take(mixer + "conv.conv.weight", l.value_width, 1, l.taps)
+            plan[ours + "taps"] = lambda taps=taps: taps()[:, 0].T
+            if mixer + "conv.conv.bias" in source:
+                plan[ours + "taps.bias"] = source.take(mixer + "conv.conv.bias", l.value_width)
+                l.flags |= TAPS_BIAS
+        else:
+            raise Refused(f"{source.where}: layer {i} has none of mixer.Wqkv, mixer.proj_q, mixer.in_proj: unknown mixer")
+        l.flags |= linear(ours + "out", [(mixer + "out_proj", dim)], l.heads * l.value_width, OUT_BIAS)
+        norm(ours + "norm2", theirs + "norm2")
+        fc1 = theirs + "mlp.fc1"
+        l.hidden = source.shape(fc1 + ".weight", 2)[0] // 2
+        gate_first = lambda whole: np.roll(whole, len(whole) // 2, axis=0)          # theirs: value, gate
+        l.flags |= linear(ours + "up", [(fc1, 2 * l.hidden)], dim, UP_BIAS, gate_first)
+        l.flags |= linear(ours + "down", [(theirs + "mlp.fc2", dim)], l.hidden, DOWN_BIAS)
+    norm("final_norm", "transformer.ln_f")
+    if source.leftover():
+        names = source.leftover()
+        raise Refused(f"{source.where} holds {len(names)} tensors that no known layer uses, the first is {names[0]}")
+    for name, kind in (("alt_mixer_layers", TAYLOR), ("alt_mixer_2_layers", WINDOW)):
+        there = [i for i, l in enumerate(layers) if l.mixer == kind]
+        if name in settings and there != sorted(settings[name] or []) and name == "alt_mixer_2_layers":
+            note(f"config.json: {name} = {settings[name]}, but the tensors say {there}; going by the tensors")
+    return config, layers, plan
+
+
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            value = json.load(f)
+    except (ValueError, UnicodeDecodeError) as e:
+        raise Refused(f"{path} is no valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{path} should hold a JSON object")
+    return value
+
+
+def open_safetensors(path):
+    """({name: shape}, load) of a .safetensors file; nothing but the header is read until load(name)."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        f = safe_open(path, "np")
+        slices = {name: f.get_slice(name) for name in f.keys()}
+        if any(s.get_dtype() == "BF16" for s in slices.values()):
+            f = safe_open(path, "pt")                     # numpy has no bfloat16; torch has
+    except (SafetensorError, OSError) as e:
+        raise Refused(f"{path} is no valid safetensors file: {str(e).splitlines()[0]}") from None
+    shapes = {name: tuple(s.get_shape()) for name, s in slices.items()}
+
+    def load(name):
+        t = f.get_tensor(name)
+        return np.asarray(t if isinstance(t, np.ndarray) else t.float().numpy(), np.float32)
+    return shapes, load
+
+
+def open_torch(path):
+    """({name: shape}, load) of a PyTorch file of plain tensors. No code in the file is run."""
+    try:
+        import torch
+    except ImportError:
+        raise Refused(f"reading {path} needs PyTorch: pip install torch, or convert the file to safetensors") from None
+    try:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:
+            state = torch.load(path, map_location="cpu", weights_only=True)          # the format before zip
+    except Exception as e:                                # torch raises what it likes on a file it cannot read
+        raise Refused(f"{path} cannot be read as a PyTorch file of tensors: {(str(e) or repr(e)).splitlines()[0]}") from None
+    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise Refused(f"{path} is no state dict: expected a dictionary of tensors")
+    return {name: tuple(t.shape) for name, t in state.items()}, lambda name: state[name].float().numpy()
+
+
+def open_based(path, options, note):
+    """Origin (a): a directory of HazyResearch/based."""
+    settings = read_json(os.path.join(path, "config.json"))
+    for name, reader in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
+        weights = os.path.join(path, name)
+        if os.path.exists(weights):
+            break
+    else:
+        raise Refused(f"{path} holds config.json but neither model.safetensors nor pytorch_model.bin")
+    shapes, load = reader(weights)
+    names = clean_names(shapes)
+    source = Source({key: shapes[name] for key, name in names.items()}, lambda key: load(names[key]), weights)
+    return based_model(settings, source, options.window, options.chunk, note)
+
+
+def llama_shapes(header):
+    """The tensors of a llama2.c file in file order, from its seven header numbers."""
+    dim, hidden, n, heads, kv, vocab, seq = header
+    width = dim // heads
+    shapes = {"embedding": (abs(vocab), dim), "rms_att": (n, dim), "wq": (n, dim, dim), "wk": (n, kv * width, dim),
+              "wv": (n, kv * width, dim), "wo": (n, dim, dim), "rms_ffn": (n, dim), "w1": (n, hidden, dim),
+              "w2": (n, dim, hidden), "w3": (n, hidden, dim), "rms_final": (dim,), "freq_cis": (seq, width)}
+    if vocab < 0:
+        shapes["wcls"] = (-vocab, dim)
+    return shapes
+
+
+def open_llama(path, options, note):
+    """Origin (b): a llama2.c checkpoint with the seven-number header. Its attention becomes a window as long as its
+    context, so results agree exactly up to there and the model goes on beyond."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        start = f.read(28)
+    if start[:4] == b"24ka":
+        raise Refused(f"{path} is a llama2.c file of version {int.from_bytes(start[4:8], 'little')}; "
+                      "export it with --version 0, the float32 form that run.c reads")
+    header = struct.unpack("<7i", start) if len(start) == 28 else (0,) * 7
+    dim, hidden, n, heads, kv, vocab, seq = header
+    unknown = Refused(f"{path} is nothing this program can read: expected a HazyResearch/based directory (config.json and "
+                      "weights) or a llama2.c checkpoint")
+    if not (0 < dim <= 65536 and 0 < hidden <= 1 << 20 and 0 < n <= 1024 and 0 < kv <= heads <= 4096 and dim % heads == 0
+            and heads % kv == 0 and 0 < abs(vocab) <= 1 << 22 and 0 < seq <= 1 << 20):
+        raise unknown
+    shapes = llama_shapes(header)
+    expected = 28 + 4 * sum(map(math.prod, shapes.values()))
+    if size != expected:
+        raise Refused(f"{path} has {size:,} bytes; as a llama2.c checkpoint of this header it should have {expected:,}")
+    at, where = 28, {}
+    for name, shape in shapes.items():
+        where[name] = np.memmap(path, "<f4", "r", at, shape)
+        at += 4 * math.prod(shape)
+    if (dim // heads) % 2:
+        raise Refused(f"{path} has heads of odd width {dim // heads}, which rotary positions cannot turn")
+    width, window = dim // heads, options.window or seq
+    config = CONFIG.new(dim=dim, vocab=abs(vocab), rows=abs(vocab), flags=TIED if vocab > 0 else 0, context=seq,
+                        final_norm=NORM_RMS, final_norm_eps=1e-5)
+    plan = {"embedding": lambda: where["embedding"], "final_norm.weight": lambda: where["rms_final"]}
+    if vocab < 0:
+        plan["head.weight"] = lambda: where["wcls"]
+    order, turns = half_split(width, width // 2, True), rotary_turns(width // 2, width)
+    layers = []
+    for i in range(n):
+        layers.append(LAYER.new(
+            mixer=WINDOW, norm1=NORM_RMS, norm2=NORM_RMS, norm1_eps=1e-5, norm2_eps=1e-5, heads=heads, kv_heads=kv,
+            key_width=width, value_width=width, window=window, scale=1 / math.sqrt(width), rotary=width // 2,
+            mlp=SWIGLU, hidden=hidden))
+        plan.update({f"layers.{i}.{name}": load for name, load in {
+            "norm1.weight": lambda i=i: where["rms_att"][i],
+            "in.weight": lambda i=i: np.concatenate([by_head(where["wq"][i], heads, order),
+                                                     by_head(where["wk"][i], kv, order), where["wv"][i]]),
+            "turns": lambda: turns,
+            "out.weight": lambda i=i: where["wo"][i],
+            "norm2.weight": lambda i=i: where["rms_ffn"][i],
+            "up.weight": lambda i=i: np.concatenate([where["w1"][i], where["w3"][i]]),
+            "down.weight": lambda i=i: where["w2"][i]}.items()})
+    return config, layers, plan
+
+
+RELEASED = {"n_head": 16, "vocab_size": 50257, "layer_norm_epsilon": 1e-5, "rotary_emb_fraction": 1, "mixer": {"l_max": 2048},
+            "alt_mixer": {"feature_dim": 16, "num_heads": 16, "feature_map": {"input_dim": 16}}}
+SHAPES = {
+    "based-360m": dict(RELEASED, n_layer=27, n_embd=1024, n_inner=2048, alt_mixer_layers=[1, 6, 11, 16, 21],
+                       alt_mixer_2_layers=[2, 7, 12, 17, 22], alt_mixer_2={"window_size": 128}),
+    "based-1b": dict(RELEASED, n_layer=36, n_embd=1792, n_inner=3584, alt_mixer_layers=[1, 6, 11, 16, 21, 27, 33],
+                     alt_mixer_2_layers=[2, 7, 12, 17, 22, 28, 34], alt_mixer_2={"window_size": 256}),
+}
+
+
+def open_random(name, options, note):
+    """Origin (c): random weights in a released shape, or in that of a config.json. Scaled so that activations keep their
+    size through any number of layers; the same seed gives the same file."""
+    settings = SHAPES.get(name) or read_json(name)
+    try:
+        d, count, heads = (int(settings[key]) for key in ("n_embd", "n_layer", "n_head"))
+        inner = -(-int(settings.get("n_inner") or 4 * d) // 256) * 256
+        step = int(settings.get("pad_vocab_size_multiple") or 8)
+        rows = -(-int(settings["vocab_size"]) // step) * step
+        alt = settings.get("alt_mixer") or {}
+        features = int(alt.get("feature_dim", 16)) * int(alt.get("num_heads", heads))
+        channels = d * int((settings.get("mixer") or {}).get("expand_proj", 4)) // 2
+        linear, window = settings.get("alt_mixer_layers") or [], settings.get("alt_mixer_2_layers") or []
+    except (KeyError, TypeError, ValueError) as e:
+        raise Refused(f"{name}: {'lacks ' if isinstance(e, KeyError) else ''}{e}; expected the config.json of a Based model") from None
+    shapes = {"transformer.embeddings.word_embeddings.weight": (rows, d), "transformer.ln_f.weight": (d,)}
+    for i in range(count):
+        if i in window:
+            mixer = {"Wqkv.weight": (3 * d, d), "out_proj.weight": (d, d)}
+        elif i in linear:
+            mixer = {"proj_q.weight": (features, d), "proj_k.weight": (features, d), "proj_v.weight": (d, d), "out_proj.weight": (d, d)}
+        else:
+            mixer = {"in_proj.weight": (2 * channels, d), "in_proj.bias": (2 * channels,), "conv.conv.weight": (channels, 1, 3),
+                     "out_proj.weight": (d, channels), "out_proj.bias": (d,)}
+        other = {"norm1.weight": (d,), "norm2.weight": (d,), "mlp.fc1.weight": (2 * inner, d), "mlp.fc2.weight": (d, inner)}
+        shapes.update({f"transformer.layers.{i}.{key}": shape for key, shape in other.items()})
+        shapes.update({f"transformer.layers.{i}.mixer.{key}": shape for key, shape in mixer.items()})
+    number = {key: i for i, key in enumerate(shapes)}
+
+    def load(key):
+        shape = shapes[key]
+        if len(shape) == 1:
+            return np.full(shape, 0.0 if key.endswith("bias") else 1.0, np.float32)
+        scale = 1 / math.sqrt(shape[-1])
+        if key.endswith(("out_proj.weight", "fc2.weight")):
+            scale /= math.sqrt(2 * count)
+        random = np.random.default_rng([options.seed, number[key]])
+        weight = random.standard_normal(shape, np.float32)
+        weight *= np.float32(scale)
+        return weight
+    return based_model(settings, Source(shapes, load, name), options.window, options.chunk, note)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Tokenizers: three origins, one form, one section of the checkpoint. A tokenizer that the runtime could not reproduce
+#    exactly is refused with the reason: one wrong token is worse than no tokenizer, because nothing shows it.
+
+BPE, SCORES = 1, 2
+PREFIX_SPACE, ADD_BOS = 1, 2
+MAX_TOKEN = 4096                                          # bytes of one token
+GPT2_VOCAB, GPT2_MERGES = 50257, "models/gpt2.bpe.xz"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+@dataclass
+class Tokenizer:
+    kind: int                               # BPE or SCORES
+    tokens: list                            # (size) the bytes of each token; of a special token its name
+    flags: int = 0
+    bos: int = NONE
+    eos: int = NONE
+    unknown: int = NONE
+    byte_id: list = field(default_factory=lambda: [NONE] * 256)     # id of each single byte
+    specials: list = field(default_factory=list)                    # ids that stand for no text
+    merges: dict = field(default_factory=dict)                      # BPE: (left, right) -> (rank, result)
+    scores: list = field(default_factory=list)                      # SCORES: (size)
+
+    @property
+    def size(self):
+        return len(self.tokens)
+
+
+def byte_characters():
+    """GPT-2 writes each byte as one printable character. Returns these 256 characters in the order of GPT-2's ids,
+    with the byte each stands for: the visible Latin-1 characters are themselves, the rest follow from U+0100 on."""
+    visible = [b for b in range(256) if 0x21 <= b <= 0x7E or 0xA1 <= b <= 0xAC or 0xAE <= b <= 0xFF]
+    hidden = [b for b in range(256) if b not in visible]
+    characters = {chr(b): b for b in visible}
+    characters.update({chr(256 + i): b for i, b in enumerate(hidden)})
+    return characters
+
+
+def unmap(text, characters):
+    """The bytes that a token stands for, or None if it is not written in GPT-2's characters."""
+    try:
+        return bytes(characters[c] for c in text)
+    except KeyError:
+        return None
+
+
+def gpt2_tokenizer(merges_path):
+    """The tokenizer of GPT-2 from its list of merges (vocab.bpe, or the same compressed with xz). The vocabulary needs
+    no second file: it is the 256 bytes, then what each merge makes, then <|endoftext|>."""
+    raw = open(merges_path, "rb").read()
+    try:
+        text = (lzma.decompress(raw) if raw[:6] == b"\xfd7zXZ\0" else raw).decode("utf-8")
+    except (lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{merges_path}: not a list of merges: {error}") from None
+    characters = byte_characters()
+    ids = {c: i for i, c in enumerate(characters)}
+    tokens = [bytes([b]) for b in characters.values()]
+    merges = {}
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split(" ")
+        if len(pair) != 2 or pair[0] not in ids or pair[1] not in ids or "".join(pair) in ids:
+            raise ValueError(f"{merges_path}:{number}: expected two known tokens that make a new one, found {line!r}")
+        left, right = ids[pair[0]], ids[pair[1]]
+        merges[left, right] = (len(merges), len(tokens))
+        ids["".join(pair)] = len(tokens)
+        tokens.append(tokens[left] + tokens[right])
+    end = len(tokens)
+    tokens.append(b"<|endoftext|>")
+    byte_id = [NONE] * 256
+    for i in range(256):
+        byte_id[tokens[i][0]] = i
+    return Tokenizer(BPE, tokens, bos=end, eos=end, byte_id=byte_id, specials=[end], merges=merges)
+
+
+def check_pieces(path, pre):
+    """Refuses every way of cutting text into pieces that is not GPT-2's."""
+    steps = pre.get("pretokenizers", []) if pre and pre.get("type") == "Sequence" else [pre]
+    kinds = [step.get("type") if step else None for step in steps]
+    last = steps[-1] if steps else None
+    if not kinds or kinds[-1] != "ByteLevel" or kinds[:-1] not in ([], ["Split"]):
+        raise ValueError(f"{path}: pre-tokenizer {'+'.join(map(str, kinds))} is not supported, only GPT-2's ByteLevel")
+    if last.get("add_prefix_space", True):
+        raise ValueError(f"{path}: ByteLevel with add_prefix_space is not supported")
+    if len(steps) == 1 and not last.get("use_regex", True):
+        raise ValueError(f"{path}: ByteLevel without a pattern is not supported, only with GPT-2's")
+    if len(steps) == 2:
+        split = steps[0]
+        pattern = split.get("pattern", {}).get("Regex")
+        isolated = split.get("behavior") in ("Isolated", "isolated") and not split.get("invert", False)
+        if pattern != GPT2_PATTERN or not isolated or last.get("use_regex", True):
+            raise ValueError(f"{path}: it cuts text by another pattern than GPT-2's: {str(pattern)[:60]!r}")
+
+
+def check_model(path, spec):
+    """Refuses every kind of model, and every step before or after it, that tokenizer.c does not compute."""
+    model = spec.get("model", {})
+    kind = model.get("type", "BPE" if "merges" in model else "?")
+    if kind != "BPE":
+        raise ValueError(f"{path}: model {kind} is not supported, only byte-level BPE")
+    for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(option):
+            raise ValueError(f"{path}: BPE with {option}={model[option]!r} is not supported")
+    normalizer = spec.get("normalizer")
+    if normalizer and not (normalizer.get("type") == "Sequence" and not normalizer.get("normalizers")):
+        raise ValueError(f"{path}: normalizer {normalizer.get('type')} is not supported: text must reach BPE unchanged")
+    decoder = spec.get("decoder")
+    if decoder and decoder.get("type") != "ByteLevel":
+        raise ValueError(f"{path}: decoder {decoder.get('type')} is not supported, only ByteLevel")
+    check_pieces(path, spec.get("pre_tokenizer"))
+    return model
+
+
+def template_ids(path, spec, special_ids):
+    """(id, id): the tokens that the post-processor puts before and after a text, NONE where it puts none."""
+    post = spec.get("post_processor")
+    steps = post.get("processors", []) if post and post.get("type") == "Sequence" else [post] if post else []
+    before, after = [], []
+    for step in steps:
+        if step.get("type") == "ByteLevel":                 # trims offsets only, never changes an id
+            continue
+        if step.get("type") != "TemplateProcessing":
+            raise ValueError(f"{path}: post-processor {step.get('type')} is not supported")
+        side = before
+        for piece in step.get("single", []):
+            if "Sequence" in piece:
+                side = after
+            else:
+                side.extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
+    if len(before) > 1 or len(after) > 1 or not set(before + after) <= special_ids:
+        raise ValueError(f"{path}: the post-processor adds {len(before)} tokens before and {len(after)} after a text; "
+                         "at most one special token on either side is supported")
+    return (before or [NONE])[0], (after or [NONE])[0]
+
+
+def named_ids(path, names):
+    """(bos, eos) by the names in tokenizer_config.json beside the file if there is one, else by the usual names."""
+    config = {}
+    beside = os.path.join(os.path.dirname(path), "tokenizer_config.json")
+    if os.path.exists(beside):
+        with open(beside, encoding="utf-8") as file:
+            config = json.load(file)
+    found = []
+    for key, usual in (("bos_token", ("<s>", "<|begin_of_text|>", "<|endoftext|>")),
+                       ("eos_token", ("</s>", "<|end_of_text|>", "<|endoftext|>"))):
+        value = config.get(key)
+        value = value.get("content") if isinstance(value, dict) else value
+        found.append(next((names[name] for name in ((value,) if value else usual) if name in names), NONE))
+    return found
+
+
+def hf_tokenizer(tokenizer_json_path):
+    """A byte-level BPE tokenizer in the Hugging Face form."""
+    path = str(tokenizer_json_path)
+    try:
+        with open(path, encoding="utf-8") as file:
+            spec = json.load(file)
+        model = check_model(path, spec)
+        vocab = dict(model["vocab"])
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a tokenizer.json: {error!r}") from None
+
+    names = {}
+    for token in spec.get("added_tokens", []):
+        if not token.get("special") or any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
+            raise ValueError(f"{path}: added token {token['content']!r} is not supported: only special tokens "
+                             "without lstrip, rstrip, single_word")
+        names[token["content"]] = token["id"]
+    size = max(list(vocab.values()) + list(names.values()), default=-1) + 1
+    if size > 2 * (len(vocab) + len(names)):
+        raise ValueError(f"{path}: {len(vocab) + len(names)} tokens but ids up to {size - 1}")
+
+    characters = byte_characters()
+    tokens = [b""] * size                   # an id that no token has stays empty: it cannot come out of any text
+    byte_id = [NONE] * 256
+    for text, index in vocab.items():
+        if text in names:
+            continue
+        tokens[index] = unmap(text, characters)
+        if tokens[index] is None:
+            raise ValueError(f"{path}: token {index} {text!r} is not written in byte-level characters")
+        if len(text) == 1:
+            byte_id[tokens[index][0]] = index
+    for text, index in names.items():
+        tokens[index] = text.encode("utf-8")
+
+    merges = {}
+    for rank, pair in enumerate(model["merges"]):
+        pair = pair.split(" ") if isinstance(pair, str) else pair
+        if len(pair) != 2 or any(text not in vocab for text in (*pair, "".join(pair))):
+            raise ValueError(f"{path}: merge {rank} {pair!r} names a token that is not in the vocabulary")
+        if any(text in names for text in (*pair, "".join(pair))):
+            raise ValueError(f"{path}: merge {rank} {pair!r} makes a special token out of text")
+        merges[vocab[pair[0]], vocab[pair[1]]] = (rank, vocab["".join(pair)])
+
+    if model.get("unk_token") and model.get("fuse_unk") and NONE in byte_id:
+        raise ValueError(f"{path}: it fuses unknown bytes into one token, which is not supported")
+    before, after = template_ids(path, spec, set(names.values()))
+    bos, eos = named_ids(path, names)
+    unknown = vocab.get(model.get("unk_token") or "", NONE)
+    return Tokenizer(BPE, tokens, flags=ADD_BOS if before != NONE else 0, bos=before if before != NONE else bos,
+                     eos=after if after != NONE else eos, unknown=unknown, byte_id=byte_id,
+                     specials=sorted(names.values()), merges=merges)
+
+
+def llama2c_tokenizer(tokenizer_bin_path, vocab):
+    """The tokenizer.bin of llama2.c: `vocab` scored pieces; 0 to 2 are <unk>, <s>, </s>, then the 256 bytes."""
+    path = str(tokenizer_bin_path)
+    raw = open(path, "rb").read()
+    tokens, scores, at = [], [], 4
+    while at < len(raw) and len(tokens) < vocab:
+        if len(raw) - at < 8:
+            raise ValueError(f"{path}: ends within token {len(tokens)}, at byte {at}")
+        score, length = struct.unpack_from("<fI", raw, at)
+        at += 8
+        if length > len(raw) - at or length > MAX_TOKEN:
+            raise ValueError(f"{path}: token {len(tokens)} at byte {at} claims {length} bytes, {len(raw) - at} are left")
+        tokens.append(raw[at:at + length])
+        scores.append(score)
+        at += length
+    if len(tokens) != vocab or at != len(raw):
+        raise ValueError(f"{path}: holds {'more' if at < len(raw) else len(tokens)} tokens, the model has {vocab}: "
+                         "this tokenizer belongs to another model")
+    if vocab < 259 or any(not re.fullmatch(rb"<0x[0-9A-F]{2}>", t) or int(t[3:5], 16) != i
+                          for i, t in enumerate(tokens[3:259])):
+        raise ValueError(f"{path}: tokens 3 to 258 are not the bytes <0x00> to <0xFF>")
+    if any(score != score for score in scores):
+        raise ValueError(f"{path}: token {[s != s for s in scores].index(True)} has no number as its score")
+    tokens[0:3] = [t.strip(b"\n") for t in tokens[0:3]]
+    tokens[3:259] = [bytes([b]) for b in range(256)]
+    return Tokenizer(SCORES, tokens, flags=PREFIX_SPACE | ADD_BOS, bos=1, eos=2, unknown=0,
+                     byte_id=list(range(3, 259)), specials=[0, 1, 2], scores=scores)
+
+
+def section(tok):
+    """The tokenizer section of a checkpoint, exactly as based.h part 7 writes it down."""
+    for index, token in enumerate(tok.tokens):
+        if len(token) > MAX_TOKEN:
+            raise ValueError(f"token {index} has {len(token)} bytes, at most {MAX_TOKEN} are supported")
+    specials = sorted(tok.specials, key=lambda i: (-len(tok.tokens[i]), i))
+    start = np.cumsum([0] + [len(token) for token in tok.tokens])
+    if tok.kind == BPE:
+        table = np.array([(l, r, rank, to) for (l, r), (rank, to) in sorted(tok.merges.items())])
+        entries, tables = len(table), [table.reshape(-1)]
+    else:
+        # Text becomes neither a special token nor, by looking characters up, a byte token. Of two tokens with the
+        # same bytes the first is the one that text becomes.
+        apart = set(tok.specials) | set(tok.byte_id)
+        first = {}
+        for index, token in enumerate(tok.tokens):
+            if index not in apart:
+                first.setdefault(token, index)
+        order = [first[token] for token in sorted(first)]
+        entries, tables = len(order), [np.array(order), np.array(tok.scores, "<f4").view("<u4")]
+    words = 12 + 256 + len(specials) + len(start) + sum(len(t) for t in tables)
+    header = [words, tok.kind, tok.flags, tok.size, tok.bos, tok.eos, tok.unknown, entries, len(specials), 0, 0, 0]
+    parts = [header, tok.byte_id, specials, start, *tables]
+    return b"".join(np.asarray(part, dtype="<u4").tobytes() for part in parts) + b"".join(tok.tokens)
+
+
+def choose_tokenizer(options, beside, vocab, note):
+    """The bytes of the tokenizer section: of --tokenizer, or beside the weights, or GPT-2's if the vocabulary is; b'' else."""
+    path = options.tokenizer or (os.path.join(beside, "tokenizer.json") if beside else "")
+    if not options.tokenizer and not os.path.exists(path):
+        path = os.path.join(os.path.dirname(os.path.abspath(__file__)), GPT2_MERGES)
+        if vocab != GPT2_VOCAB:
+            note(f"exporting without a tokenizer: none given (--tokenizer FILE) and a vocabulary of {vocab} is not GPT-2's")
+            return b""
+        if not os.path.exists(path):
+            note(f"exporting without a tokenizer: {path} is missing")
+            return b""
+    try:
+        with open(path, "rb") as f:
+            start = f.read(16)
+        if start.lstrip()[:1] == b"{":
+            tokenizer = hf_tokenizer(path)
+        elif start[:6] == b"\xfd7zXZ\0" or start[:8] == b"#version":
+            tokenizer = gpt2_tokenizer(path)
+        else:
+            tokenizer = llama2c_tokenizer(path, vocab)
+        if tokenizer.size > vocab:
+            raise Refused(f"{path} has {tokenizer.size} tokens, the model knows {vocab}: it belongs to another model")
+        return section(tokenizer)
+    except ValueError as e:
+        raise Refused(str(e)) from None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. The command line.
+
+EXAMPLES = """examples:
+  export.py based-360m/ based-360m.bin                   a HazyResearch/based download: config.json and weights
+  export.py stories15M.bin out.bin --tokenizer tokenizer.bin    a llama2.c model
+  export.py --random based-1b random.bin                 random weights in a released shape, to measure speed
+  export.py --inspect models/stories260K.bin             what a checkpoint contains"""
+
+
+def name_of(kind, table):
+    return dict(enumerate(table)).get(kind, f"? {kind}")
+
+
+def human(n):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000 or unit == "GB":
+            return f"{n:,.0f} {unit}" if unit == "bytes" else f"{n:.2f} {unit}"
+        n /= 1000
+
+
+def inspect(path):
+    """Prints what a checkpoint contains; returns the exit status: 1 if it is damaged."""
+    saved = Checkpoint(path)
+    c, layers = saved.config, saved.layers
+    norms = ("none", "rms", "layer", "l2")
+    name = c.name.split(b"\0")[0].decode("utf-8", "replace")
+    print(f"{path}: {''.join(ch if ch.isprintable() else '?' for ch in name) or 'unnamed'}")
+    head = "none" if not c.rows else "tied" if c.flags & TIED else "separate"
+    print(f"  format {c.format}, {c.file_size:,} bytes; width {c.dim}, {len(layers)} layers, vocabulary {c.vocab} in {c.rows} rows, "
+          f"head {head}{' with bias' if c.flags & HEAD_BIAS else ''}, final norm {name_of(c.final_norm, norms)} "
+          f"{c.final_norm_eps:g}, trained on {c.context or '?'} tokens at once")
+    if c.input:
+        print(f"  input: vectors of {c.input}{', projected' if c.flags & INPUT_PROJECTION else ''}")
+    print(f"  parameters {parameters(c, layers):,}, tokenizer {human(c.tokenizer_bytes) if c.tokenizer_bytes else 'none'}, "
+          f"state of a session {human(4 * sum(state_floats(c, l) for l in layers))}")
+    print("\nlayer mixer  heads  kv  key value  mixer's own                                   norms        mlp")
+    flags = "in.bias out.bias taps.bias up.bias down.bias value-gates shift no-out no-residual".split()
+    for i, l in enumerate(layers):
+        own = {CONV: f"{l.taps} taps", WINDOW: f"{l.window} keys, rotary {l.rotary}, scale {l.scale:.6g}", MIXER_NONE: "",
+               TAYLOR: f"degree {l.degree} {name_of(l.kernel, ('dot', 'diagonal'))}, scale {l.scale:.6g}, divide "
+                       f"{name_of(l.normaliser, ('add', 'clamp', 'raw', 'one'))} {l.normaliser_eps:g}"
+                       f"{f', rotary {l.rotary}' if l.rotary else ''}"}.get(l.mixer, "?")
+        print(f"{i:5} {name_of(l.mixer, ('none', 'conv', 'taylor', 'window')):6}{l.heads:6}{l.kv_heads:4}{l.key_width:5}{l.value_width:6}"
+              f"  {own:44}  {name_of(l.norm1, norms) + '/' + name_of(l.norm2, norms):11}  "
+              f"{name_of(l.mlp, ('none', 'swiglu', 'gelu'))} {l.hidden or ''}"
+              f"  {' '.join(flag for bit, flag in enumerate(flags) if l.flags >> bit & 1)}")
+    print(f"\n{'tensor':28} {'shape':>16} dtype {'bytes':>14} {'offset':>14}")
+    for t in saved.placed:
+        print(f"{t.name:28} {'x'.join(map(str, t.shape)):>16} {t.dtype.name:5} {t.nbytes:14,} {t.offset:14,}")
+    sound = saved.checksum() == c.checksum
+    print(f"\nchecksum {c.checksum:016x} {'ok' if sound else 'WRONG: the file was damaged after it was written'}")
+    return 0 if sound else 1
+
+
+def convert(options, note):
+    """Exports options.source, or random weights, to options.out; returns the line that says so."""
+    beside = None
+    if options.random:
+        origin = options.random
+        config, layers, plan = open_random(options.random, options, note)
+    else:
+        origin = os.path.normpath(options.source)
+        if not os.path.exists(origin):
+            raise Refused(f"{origin} does not exist")
+        if os.path.isdir(origin) or os.path.basename(origin) in ("config.json", "model.safetensors", "pytorch_model.bin"):
+            beside = origin if os.path.isdir(origin) else os.path.dirname(origin)
+            if not os.path.exists(os.path.join(beside, "config.json")):
+                raise Refused(f"{beside or '.'} holds no config.json: expected a HazyResearch/based directory")
+            config, layers, plan = open_based(beside, options, note)
+        else:
+            with open(origin, "rb") as f:
+                if f.read(8) == MAGIC:
+                    raise Refused(f"{origin} is a checkpoint of based.c already; --inspect shows what it contains")
+            config, layers, plan = open_llama(origin, options, note)
+    code = DTYPE_CODES[options.dtype]
+    config.embedding_dtype = config.head_dtype = code
+    for l in layers:
+        l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
+    title = options.name or os.path.splitext(os.path.basename(os.path.abspath(origin)))[0] + (" (random)" if options.random else "")
+    config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
+    tokenizer = choose_tokenizer(options, beside, config.vocab, note)
+    if os.path.isdir(options.out):
+        raise Refused(f"{options.out} is a directory; expected the name of the file to write")
+    write(options.out, config, layers, tokenizer, lambda name: plan[name]())
+    return (f"{options.out}: {human(config.file_size)}, {parameters(config, layers):,} parameters, {len(layers)} layers, "
+            f"{'tokenizer' if tokenizer else 'no tokenizer'}, {options.dtype}; read back and verified")
+
+
+def arguments(argv):
+    def count(text):
+        value = int(text)
+        if not 1 <= value <= 1 << 20:
+            raise argparse.ArgumentTypeError(f"{text} is not between 1 and {1 << 20}")
+        return value
+
+    parser = argparse.ArgumentParser(
+        prog="export.py", description="Turns a trained model into one checkpoint file for based.c.", epilog=EXAMPLES,
+        usage="export.py SOURCE OUT.bin [options]\n       export.py --random SHAPE OUT.bin [options]\n"
+              "       export.py --inspect FILE",
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("files", nargs="*", metavar="SOURCE OUT.bin",
+                        help="what to read (recognised by its content) and the file to write")
+    parser.add_argument("--dtype", choices=sorted(DTYPE_CODES), default="f32", help="how matrices are stored (f32)")
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, or tokenizer.bin of llama2.c (default: "
+                        "tokenizer.json beside the weights, else GPT-2's if the vocabulary is)")
+    parser.add_argument("--window", type=count, metavar="N", help="visible keys of window layers (default: as the origin "
+                        "says; for llama2.c its context length)")
+    parser.add_argument("--chunk", type=count, default=16, metavar="C", help="taylor layers: tokens kept before they join "
+                        "the sums (16)")
+    parser.add_argument("--name", metavar="TEXT", help="what the checkpoint calls itself (default: from SOURCE)")
+    parser.add_argument("--random", metavar="SHAPE", help="write random weights: based-360m, based-1b or a config.json")
+    parser.add_argument("--seed", type=int, default=1, help="of --random (1)")
+    parser.add_argument("--inspect", metavar="FILE", help="print what a checkpoint contains, check its checksum")
+    options = parser.parse_args(argv)
+    expected = 0 if options.inspect else 1 if options.random else 2
+    if len(options.files) != expected:
+        parser.error(f"expected {('no', 'one', 'two')[expected]} file name{'s' if expected != 1 else ''}"
+                     f"{(' with --inspect', ' (OUT.bin) with --random', ' (SOURCE OUT.bin)')[expected]}, got {len(options.files)}")
+    if options.chunk > 1024:
+        parser.error(f"--chunk {options.chunk} is above 1024")
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed} is negative")
+    options.out = options.files[-1] if options.files else None
+    options.source = options.files[0] if expected == 2 else None
+    return options
+
+
+def main(argv=None):
+    options = arguments(argv)
+
+    def note(text):
+        print(f"export.py: note: {text}", file=sys.stderr)
+
+    def stop(number, frame):
+        raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if options.inspect:
+            return inspect(options.inspect)
+        print(convert(options, note))
+        return 0
+    except Refused as e:
+        print(f"export.py: {e}", file=sys.stderr)
+    except OSError as e:
+        print(f"export.py: {e.filename or options.out}: {e.strerror or e}", file=sys.stderr)
+    except ImportError as e:
+        print(f"export.py: {e}; pip install -r tests/requirements.txt", file=sys.stderr)
+    except MemoryError:
+        print("export.py: not enough memory for the largest tensor of this model", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("export.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1265 @@
+/* run.c - the command line of based.c: arguments, files, the terminal, timing.
+ *
+ * This file knows the library only through based.h and knows nothing of tensors. It does three jobs: continue a text
+ * (generate), measure how well a model predicts a text (measure), and say what a checkpoint is (inform). Its promises:
+ *
+ *     stdout        is the text and nothing else; a failed write is an error
+ *     stderr        has one line for an error, and otherwise statistics; with -q only errors
+ *     exit status   0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted. A closed pipe (| head) is status 1
+ *                   without a message: the reader has what it wanted, but the text was not written to its end.
+ *     Ctrl-C        ends the text, and the statistics still come; a second one ends the process at once
+ *
+ * The order of the file: the operating system, error lines, options, files, text on stdout, the dump of logits, feeding
+ * with progress, the three jobs, main. All memory is allocated before the first token is fed.
+ */
+#if !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
+#define _POSIX_C_SOURCE 200809L
+#endif
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "based.h"
+
+#if !defined(__wasi__)
+#include <signal.h>
+#endif
+#if defined(_WIN32)
+#include <fcntl.h>
+#include <io.h>
+#elif (defined(__unix__) || defined(__APPLE__)) && !defined(__wasi__)
+#define RUN_POSIX 1
+#include <sys/stat.h>
+#include <unistd.h>
+#endif
+
+enum { DONE = 0, BAD_INPUT = 1, BAD_USAGE = 2, INTERRUPTED = 130 };     /* exit statuses                             */
+enum { BLOCK = 64 };                                                    /* tokens of a prompt computed together      */
+enum { ROWS_BYTES = 1 << 24 };                                          /* memory for the logits of a block, at most */
+enum { FLUSH_BYTES = 12 };                                              /* what based_decode_flush may write         */
+enum { NUMBER_BYTES = 24 };                                             /* a 64-bit number, sign, space, zero        */
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The operating system: everything that is not C99 is here, and without it the program only gets plainer.
+ */
+
+/* Set by Ctrl-C, read between tokens. The only variable of this file that outlives a function. */
+#if defined(SIGINT)
+static volatile sig_atomic_t interrupted_by_user = 0;
+
+static void on_interrupt(int number) {
+    (void)number;
+    interrupted_by_user = 1;
+}
+#else
+enum { interrupted_by_user = 0 };
+#endif
+
+/* The first Ctrl-C asks for an orderly end and gives the signal back its default action, so that a second one cannot be
+ * missed whatever the program is doing. Who started us with the signal ignored (nohup) is obeyed. A closed pipe must
+ * come back as a failed write, not as a sudden death that would leave a half-written dump behind. */
+static void catch_signals(void) {
+#if defined(RUN_POSIX)
+    struct sigaction action, old;
+    memset(&action, 0, sizeof action);
+    sigemptyset(&action.sa_mask);
+    action.sa_handler = on_interrupt;
+    action.sa_flags = SA_RESTART | (int)SA_RESETHAND;
+    if (sigaction(SIGINT, NULL, &old) == 0 && old.sa_handler != SIG_IGN) sigaction(SIGINT, &action, NULL);
+    signal(SIGPIPE, SIG_IGN);
+#elif defined(SIGINT)
+    signal(SIGINT, on_interrupt);
+#endif
+}
+
+/* Seconds since some moment in the past, never running backwards where the system can promise it. */
+static double seconds(void) {
+#if defined(RUN_POSIX)
+    struct timespec now;
+    if (clock_gettime(CLOCK_MONOTONIC, &now) == 0) return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+#endif
+    return (double)clock() / CLOCKS_PER_SEC;
+}
+
+/* A seed that differs from one start to the next, also within a second. */
+static uint64_t seed_from_time(void) {
+    uint64_t seed = (uint64_t)time(NULL) * 1000000007u;
+#if defined(RUN_POSIX)
+    struct timespec now;
+    if (clock_gettime(CLOCK_REALTIME, &now) == 0) {
+        seed = (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    }
+#endif
+    return seed;
+}
+
+/* Progress is for eyes only: into a file or a log it would be noise. */
+static int stderr_is_terminal(void) {
+#if defined(RUN_POSIX)
+    return isatty(STDERR_FILENO);
+#elif defined(_WIN32)
+    return _isatty(_fileno(stderr));
+#else
+    return 0;
+#endif
+}
+
+/* Bytes are bytes: no system may turn a newline into something else on its way. */
+static void use_plain_bytes(void) {
+#if defined(_WIN32)
+    _setmode(_fileno(stdin), _O_BINARY);
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
+}
+
+/* True if `path` may be replaced by renaming another file over it: it does not exist, or is an ordinary file. A device
+ * or a symbolic link must be written through instead, or it would be lost. */
+static int may_be_replaced(const char *path) {
+#if defined(RUN_POSIX)
+    struct stat there;
+    if (lstat(path, &there) != 0) return errno == ENOENT;
+    return S_ISREG(there.st_mode) != 0;
+#else
+    (void)path;                                         /* rename does not replace everywhere in plain C             */
+    return 0;
+#endif
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Error lines and numbers for people.
+ */
+
+/* Bytes that could move the cursor or break a line become '?': files and arguments are not trusted with a terminal. */
+static void scrub(char *text) {
+    for (; *text; text++) {
+        if ((unsigned char)*text < 0x20 || *text == 0x7f) *text = '?';
+    }
+}
+
+/* Prints one line on stderr, whatever is in the arguments, and returns `status` so that a caller can pass it on. */
+static int fail(int status, const char *format, ...) {
+    char line[1024];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    scrub(line);
+    fprintf(stderr, "run: %s\n", line);
+    return status;
+}
+
+/* Leaves the function with the status of a call that did not go well. */
+#define TRY(call) do { int status_ = (call); if (status_ != DONE) return status_; } while (0)
+
+static int out_of_memory(const char *what) {
+    return fail(BAD_INPUT, "not enough memory for %s", what);
+}
+
+enum { QUOTE_BYTES = 80 };
+
+/* What the user typed, in quotes, shortened between two characters if it is long. Returns out. */
+static const char *quote(char out[QUOTE_BYTES], const char *text) {
+    size_t n = strlen(text), most = QUOTE_BYTES - 8;
+    const char *rest = "";
+    if (n > most) {
+        for (n = most; n > 0 && ((unsigned char)text[n] & 0xc0) == 0x80; n--) {
+        }
+        rest = "...";
+    }
+    snprintf(out, QUOTE_BYTES, "\"%.*s%s\"", (int)n, text, rest);
+    return out;
+}
+
+enum { GROUPED_BYTES = 32 };
+
+/* 1234567 as 1,234,567. Returns out. */
+static const char *grouped(char out[GROUPED_BYTES], uint64_t value) {
+    char digits[NUMBER_BYTES];
+    size_t n = (size_t)snprintf(digits, sizeof digits, "%llu", (unsigned long long)value);
+    char *to = out;
+    for (size_t i = 0; i < n; i++) {
+        if (i > 0 && (n - i) % 3 == 0) *to++ = ',';
+        *to++ = digits[i];
+    }
+    *to = '\0';
+    return out;
+}
+
+static double per_second(uint64_t count, double spent) {
+    return spent > 0 ? (double)count / spent : 0;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Options. One table says everything about every flag: parsing, help, defaults and error lines all come from it.
+ */
+
+typedef struct {
+    const char *checkpoint;
+    const char *prompt, *file, *tokens, *perplexity;    /* where the tokens come from; at most one is not NULL       */
+    const char *dump;                                   /* file for logits                                           */
+    const char **stops;                                 /* (n_stops) texts that end the reply                        */
+    size_t      n_stops;
+    int64_t     predict, top_k, repeat_last_n, threads;
+    double      temperature, top_p, min_p, repeat_penalty;
+    uint64_t    seed;
+    int         has_seed, ignore_eos, info, no_display_prompt, quiet, verbose, help, version;
+} options;
+
+enum kind { SWITCH, TEXT, TEXTS, WHOLE, REAL, SEED };
+enum group { PROMPT, SAMPLING, MEASURING, OUTPUT, GROUPS };
+
+static const char *const group_titles[GROUPS] = {
+    "Model and prompt", "Generation and sampling", "Measuring", "Output"
+};
+
+typedef struct {
+    char        letter;                                 /* 0: none                                                   */
+    const char *name;
+    const char *value;                                  /* how help calls the value; NULL for a switch               */
+    enum group  group;
+    enum kind   kind;
+    size_t      offset;                                 /* of the field in struct options                            */
+    double      low, high;                              /* of a number, both allowed                                 */
+    const char *standard;                               /* the default as one would type it; parsed at the start     */
+    const char *help;
+    const char *takes;                                  /* for error lines: "-p takes ..."                           */
+    const char *elsewhere;                              /* what the letter means in llama.cpp, for who typed that    */
+} flag;
+
+#define AT(field) offsetof(options, field)
+
+static const flag flags[] = {
+    {'i', "prompt", "TEXT", PROMPT, TEXT, AT(prompt), 0, 0, NULL,
+     "Continue this text; \"-\" reads it from standard input. Without a prompt a new text begins", "a text", NULL},
+    {'f', "file", "FILE", PROMPT, TEXT, AT(file), 0, 0, NULL,
+     "Continue the text in this file; \"-\" is standard input. One newline at the end of the input is dropped",
+     "the name of a text file", NULL},
+    {0, "tokens", "IDS", PROMPT, TEXT, AT(tokens), 0, 0, NULL,
+     "Continue these token ids, such as \"1 403 407\", exactly as given", "token ids separated by spaces", NULL},
+    {'j', "threads", "N", PROMPT, WHOLE, AT(threads), 1, 1024, "1",
+     "Compute with N threads; the result is the same for any number", "a number of threads from 1 to 1024", NULL},
+
+    {'n', "predict", "N", SAMPLING, WHOLE, AT(predict), -1, 9e18, "256",
+     "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the end of the text or Ctrl-C: the "
+     "model's memory of the past has a fixed size, so there is no limit",
+     "a whole number of tokens, 0 or more, or -1 for no limit", NULL},
+    {'t', "temp", "X", SAMPLING, REAL, AT(temperature), 0, 100, "1.0",
+     "Temperature: low is careful, high is daring, 0 always takes the most probable token",
+     "a temperature from 0 to 100", "for threads use -j or --threads"},
+    {'p', "top-p", "X", SAMPLING, REAL, AT(top_p), 0, 1, "0.9",
+     "Choose among the most probable tokens that together reach probability X; 1 is all",
+     "a top-p value from 0 to 1", "for a prompt use -i or --prompt"},
+    {'k', "top-k", "N", SAMPLING, WHOLE, AT(top_k), 0, 4294967295.0, "0",
+     "Choose among the N most probable tokens; 0 is all", "a whole number from 0 to 4294967295", NULL},
+    {0, "min-p", "X", SAMPLING, REAL, AT(min_p), 0, 1, "0",
+     "Leave out tokens less than X times as probable as the best one", "a value from 0 to 1", NULL},
+    {0, "repeat-penalty", "X", SAMPLING, REAL, AT(repeat_penalty), 0.01, 100, "1.0",
+     "Make recent tokens less probable if above 1", "a value from 0.01 to 100 (1 is off)", NULL},
+    {0, "repeat-last-n", "N", SAMPLING, WHOLE, AT(repeat_last_n), 0, 1048576, "64",
+     "Count the last N tokens as recent", "a whole number from 0 to 1048576", NULL},
+    {'s', "seed", "N", SAMPLING, SEED, AT(seed), 0, 0, NULL,
+     "Seed of the random choices; the same seed gives the same text on every machine (default: the time, "
+     "which -v shows)",
+     "a whole number from 0 to 18446744073709551615", NULL},
+    {'r', "reverse-prompt", "TEXT", SAMPLING, TEXTS, 0, 0, 0, NULL,
+     "Stop before this text would be printed; may be given several times", "a text that is not empty", NULL},
+    {0, "ignore-eos", NULL, SAMPLING, SWITCH, AT(ignore_eos), 0, 0, NULL,
+     "Go on past the end of a text", NULL, NULL},
+
+    {'x', "perplexity", "FILE", MEASURING, TEXT, AT(perplexity), 0, 0, NULL,
+     "Measure how well the model predicts the text in FILE, of any length; \"-\" is standard input",
+     "the name of a text file", NULL},
+    {0, "info", NULL, MEASURING, SWITCH, AT(info), 0, 0, NULL,
+     "Say what this checkpoint is: its layers, parameters and sizes", NULL, NULL},
+    {0, "dump-logits", "FILE", MEASURING, TEXT, AT(dump), 0, 0, NULL,
+     "Write the logits after every token read, row after row, as little-endian float32", "the name of a file", NULL},
+
+    {0, "no-display-prompt", NULL, OUTPUT, SWITCH, AT(no_display_prompt), 0, 0, NULL,
+     "Print only what is generated", NULL, NULL},
+    {'q', "quiet", NULL, OUTPUT, SWITCH, AT(quiet), 0, 0, NULL,
+     "Write nothing but errors to standard error", NULL, NULL},
+    {'v', "verbose", NULL, OUTPUT, SWITCH, AT(verbose), 0, 0, NULL,
+     "Also write the model, the seed, sizes, times, and a fingerprint of all logits used", NULL, NULL},
+    {'h', "help", NULL, OUTPUT, SWITCH, AT(help), 0, 0, NULL, "Print this text", NULL, NULL},
+    {0, "version", NULL, OUTPUT, SWITCH, AT(version), 0, 0, NULL, "Print the version", NULL, NULL},
+};
+
+enum { FLAGS = (int)(sizeof flags / sizeof flags[0]) };
+
+/* Flags of llama2.c and llama.cpp that mean nothing here, and what to do instead. */
+static const struct { const char *name, *advice; } foreign[] = {
+    {"-m", "the model is the first argument: run CHECKPOINT [options]"},
+    {"--model", "the model is the first argument: run CHECKPOINT [options]"},
+    {"-z", "the tokenizer is inside the checkpoint"},
+    {"--steps", "the number of tokens to generate is -n or --predict"},
+    {"-c", "the model's memory has a fixed size, so there is no context to set"},
+    {"--ctx-size", "the model's memory has a fixed size, so there is no context to set"},
+};
+
+/* Word-wraps `text` between columns 30 and 80. */
+static void print_help_text(const char *text, const char *standard) {
+    char whole[512];
+    int column = 30;
+    snprintf(whole, sizeof whole, standard ? "%s (default %s)." : "%s.", text, standard);
+    for (const char *word = whole; *word; ) {
+        int n = (int)strcspn(word, " ");
+        if (column > 30 && column + 1 + n > 80) {
+            printf("\n%30s", "");
+            column = 30;
+        } else if (column > 30) {
+            putchar(' ');
+            column++;
+        }
+        printf("%.*s", n, word);
+        column += n;
+        word += n;
+        word += *word == ' ';
+    }
+    putchar('\n');
+}
+
+static void print_help(void) {
+    puts("usage: run CHECKPOINT [options]\n\n"
+         "Continues a text with a Based language model. The text goes to standard output and\n"
+         "nothing else does; statistics and errors go to standard error.");
+    for (int group = 0; group < GROUPS; group++) {
+        printf("\n%s:\n", group_titles[group]);
+        for (int i = 0; i < FLAGS; i++) {
+            const flag *f = &flags[i];
+            if ((int)f->group == group) {
+                char left[64], letter[8] = "    ";
+                if (f->letter) snprintf(letter, sizeof letter, "-%c, ", f->letter);
+                snprintf(left, sizeof left, "%s--%s %s", letter, f->name, f->value ? f->value : "");
+                printf("  %-27s ", left);
+                print_help_text(f->help, f->standard);
+            }
+        }
+    }
+    puts("\nExamples:\n"
+         "  run models/stories260K.bin                               a story\n"
+         "  run models/stories260K.bin -i \"Once upon a time\" -t 0    always the same story\n"
+         "  run models/stories260K.bin -f draft.txt -n -1 -r \"The end\"\n"
+         "  run models/stories260K.bin -x book.txt                   perplexity of a book\n\n"
+         "Exit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
+}
+
+/* A finite decimal number and nothing else: no spaces, no hexadecimal, no "nan". */
+static int parse_real(const char *text, double *value) {
+    char *end;
+    if (text[strspn(text, "+-.0123456789eE")] != '\0') return 0;
+    *value = strtod(text, &end);
+    return end != text && *end == '\0' && *value - *value == 0;
+}
+
+static int parse_whole(const char *text, int64_t *value) {
+    char *end;
+    if (text[strspn(text, "+-0123456789")] != '\0') return 0;
+    errno = 0;
+    *value = strtoll(text, &end, 10);
+    return end != text && *end == '\0' && errno == 0;
+}
+
+static int parse_seed(const char *text, uint64_t *value) {
+    char *end;
+    if (text[strspn(text, "0123456789")] != '\0') return 0;
+    errno = 0;
+    *value = strtoull(text, &end, 10);
+    return end != text && *end == '\0' && errno == 0;
+}
+
+/* "-p takes a top-p value from 0 to 1, got ..."; what the letter means elsewhere only if no number was meant. */
+static int bad_value(const flag *f, const char *typed, const char *text) {
+    char shown[QUOTE_BYTES];
+    double number;
+    int hint = f->elsewhere && !parse_real(text, &number);
+    return fail(BAD_USAGE, "%s takes %s, got %s%s%s", typed, f->takes, quote(shown, text), hint ? "; " : "",
+                hint ? f->elsewhere : "");
+}
+
+/* Stores the value of one flag. typed: the flag as the user wrote it. */
+static int set_value(options *o, const flag *f, const char *typed, const char *text) {
+    void *field = (char *)o + f->offset;
+    double real = 0;
+    int64_t whole = 0;
+    int good = 1;
+    switch (f->kind) {
+    case SWITCH: *(int *)field = 1; break;
+    case TEXT:   *(const char **)field = text; break;
+    case TEXTS:  good = *text != '\0', o->stops[o->n_stops++] = text; break;
+    case REAL:   good = parse_real(text, &real) && real >= f->low && real <= f->high, *(double *)field = real; break;
+    case WHOLE:  good = parse_whole(text, &whole) && (double)whole >= f->low && (double)whole <= f->high;
+                 *(int64_t *)field = whole; break;
+    case SEED:   good = parse_seed(text, (uint64_t *)field), o->has_seed = 1; break;
+    }
+    return good ? DONE : bad_value(f, typed, text);
+}
+
+/* How many letters must be changed, added or left out to make one word of the other. */
+static size_t distance(const char *a, const char *b) {
+    enum { MOST = 32 };
+    size_t row[MOST + 1], na = strlen(a), nb = strlen(b);
+    na = na < MOST ? na : MOST;
+    nb = nb < MOST ? nb : MOST;
+    for (size_t j = 0; j <= nb; j++) row[j] = j;
+    for (size_t i = 1; i <= na; i++) {
+        size_t diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= nb; j++) {
+            size_t best = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            best = row[j] + 1 < best ? row[j] + 1 : best;
+            row[j] = row[j - 1] + 1 < best ? row[j - 1] + 1 : best;
+        }
+    }
+    return row[nb];
+}
+
+/* An unknown flag: says what it is in the program it comes from, or the nearest one there is. */
+static int unknown_flag(const char *typed) {
+    char shown[QUOTE_BYTES];
+    const char *word = typed + strspn(typed, "-"), *nearest = NULL;
+    size_t best = 2 + strlen(word) / 4;
+    for (size_t i = 0; i < sizeof foreign / sizeof foreign[0]; i++) {
+        if (strcmp(typed, foreign[i].name) == 0) {
+            return fail(BAD_USAGE, "there is no %s: %s", typed, foreign[i].advice);
+        }
+    }
+    for (int i = 0; i < FLAGS; i++) {
+        if (typed[1] == flags[i].letter && flags[i].value && strspn(typed + 2, "+-.0123456789") > 0) {
+            return fail(BAD_USAGE, "unknown option %s; put a space before the value: -%c %.20s", quote(shown, typed),
+                        typed[1], typed + 2);
+        }
+        size_t n = strlen(flags[i].name);
+        size_t far = n > 2 && strncmp(word, flags[i].name, n) == 0 ? 1 : distance(word, flags[i].name);
+        if (strlen(word) > 1 && far < best) {
+            best = far;
+            nearest = flags[i].name;
+        }
+    }
+    return fail(BAD_USAGE, "unknown option %s; %s%s%s", quote(shown, typed), nearest ? "did you mean --" : "",
+                nearest ? nearest : "run --help lists them all", nearest ? "?" : "");
+}
+
+/* The flag that `typed` names, or NULL. *attached: the value after "=" in "--name=value", or NULL. */
+static const flag *find_flag(const char *typed, const char **attached) {
+    size_t n = strcspn(typed, "=");
+    *attached = NULL;
+    for (int i = 0; i < FLAGS; i++) {
+        const flag *f = &flags[i];
+        if (typed[1] == f->letter && typed[1] != '\0' && typed[2] == '\0') return f;
+        if (typed[1] == '-' && n == strlen(f->name) + 2 && strncmp(typed + 2, f->name, n - 2) == 0) {
+            *attached = typed[n] == '=' ? typed + n + 1 : NULL;
+            return f;
+        }
+    }
+    return NULL;
+}
+
+/* Takes the flag at argv[*i], and its value if it has one. */
+static int take_flag(options *o, int argc, char **argv, int *i) {
+    const char *typed = argv[*i], *text;
+    const flag *f = find_flag(typed, &text);
+    char name[48];
+    if (!f) return unknown_flag(typed);
+    snprintf(name, sizeof name, "%.*s", (int)strcspn(typed, "="), typed);
+    if (!f->value && text) return fail(BAD_USAGE, "%s is a switch and takes no value", name);
+    if (f->value && !text) {
+        if (*i + 1 >= argc) return fail(BAD_USAGE, "%s needs a value: %s", name, f->takes);
+        text = argv[++*i];
+    }
+    return set_value(o, f, name, text);
+}
+
+static int take_checkpoint(options *o, const char *path) {
+    char one[QUOTE_BYTES], two[QUOTE_BYTES];
+    if (o->checkpoint) {
+        return fail(BAD_USAGE, "two checkpoints, %s and %s; if one is a prompt, put -i before it",
+                    quote(one, o->checkpoint), quote(two, path));
+    }
+    o->checkpoint = path;
+    return DONE;
+}
+
+/* What single flags cannot know: which of them do not go together. */
+static int check_options(const options *o) {
+    int sources = (o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) + (o->perplexity != NULL);
+    if (!o->checkpoint) {
+        return fail(BAD_USAGE, "no checkpoint; usage: run CHECKPOINT [options], and run --help explains them");
+    }
+    if (sources > 1) {
+        return fail(BAD_USAGE, "more than one of -i, -f, --tokens and -x; there can be only one text");
+    }
+    if (o->info && (sources > 0 || o->dump)) {
+        return fail(BAD_USAGE, "--info only describes the checkpoint; leave the text options away");
+    }
+    if (o->perplexity && o->dump) {
+        return fail(BAD_USAGE, "--dump-logits goes with a prompt, not with -x; use -f FILE -n 0 --dump-logits OUT");
+    }
+    if (o->dump && (o->dump[0] == '\0' || strcmp(o->dump, "-") == 0)) {
+        return fail(BAD_USAGE, "--dump-logits takes the name of a file; standard output is for the text");
+    }
+    if (o->quiet && o->verbose) return fail(BAD_USAGE, "both -q and -v; choose one");
+    return DONE;
+}
+
+/* Fills *o from the command line. o->stops must have room for argc texts. */
+static int parse_options(options *o, int argc, char **argv) {
+    int only_paths = 0;
+    for (int i = 0; i < FLAGS; i++) {
+        if (flags[i].standard) TRY(set_value(o, &flags[i], flags[i].name, flags[i].standard));
+    }
+    for (int i = 1; i < argc && !o->help && !o->version; i++) {
+        if (only_paths || argv[i][0] != '-' || argv[i][1] == '\0') TRY(take_checkpoint(o, argv[i]));
+        else if (strcmp(argv[i], "--") == 0) only_paths = 1;
+        else TRY(take_flag(o, argc, argv, &i));
+    }
+    return o->help || o->version ? DONE : check_options(o);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * What one run of the program holds.
+ */
+
+typedef struct {                                        /* text on its way to stdout                                 */
+    based_decoder decoder;
+    char   *token;                                      /* text of one token                                         */
+    char   *held;                                       /* the tail that might be the beginning of a stop text       */
+    size_t  n_held;
+    int     wrote, stopped;                             /* anything was printed; a stop text has come                */
+} text_out;
+
+typedef struct {                                        /* the file of --dump-logits                                 */
+    FILE   *file;
+    char   *temporary;                                  /* name while it is written; NULL: written in place          */
+} dump_out;
+
+typedef struct {                                        /* what perplexity sums up                                   */
+    uint64_t tokens;
+    double   nats, mean, squares;                       /* sum, running mean, sum of squared deviations (Welford)    */
+} score;
+
+typedef struct {                                        /* the line that tells how far a long work has come        */
+    const char *what;
+    double begun, shown;                                /* times; shown 0: nothing on the screen                     */
+} progress;
+
+typedef struct {
+    const options  *o;
+    based_model    *model;
+    based_session  *session;
+    based_tokenizer tokenizer;
+    int             has_tokenizer;
+    based_sampler   sampler;
+    void           *sampler_memory;
+    int32_t        *ids;                                /* (n_ids) the prompt, or the text to be measured            */
+    size_t          n_ids;
+    float          *rows;                               /* (block, width) logits of fed tokens; NULL if nobody looks */
+    size_t          block;
+    text_out        out;
+    dump_out        dump;
+    score           sum;
+    progress        bar;
+    uint32_t        hash;                               /* of all logits used                                        */
+    uint64_t        fed, generated;                     /* tokens                                                    */
+    double          feed_time, generate_time;
+} run;
+
+enum { PROGRESS_COLUMNS = 76 };
+
+/* Must come before anything else is written to stderr. */
+static void clear_progress(run *r) {
+    if (r->bar.shown > 0) {
+        fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");     /* and the "^C" that a terminal wrote behind it  */
+        fflush(stderr);
+    }
+    r->bar.shown = 0;
+}
+
+/* Logits that decided something enter the fingerprint; it costs time, so only where it is shown. */
+static void use_logits(run *r, const float *logits) {
+    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Reading text and turning it into tokens.
+ */
+
+/* Reads all of `file` into memory; returns NULL if that fails, with errno set. */
+static char *read_all(FILE *file, size_t *n) {
+    size_t room = 1 << 16;
+    char *bytes = malloc(room), *more;
+    *n = 0;
+    for (;;) {
+        errno = bytes ? 0 : ENOMEM;
+        if (!bytes) return NULL;
+        *n += fread(bytes + *n, 1, room - *n, file);
+        if (ferror(file)) break;
+        if (*n < room) return bytes;
+        more = room <= SIZE_MAX / 2 ? realloc(bytes, room *= 2) : NULL;
+        if (!more) {
+            errno = ENOMEM;
+            break;
+        }
+        bytes = more;
+    }
+    free(bytes);
+    return NULL;
+}
+
+/* Reads a whole file, or standard input for "-". The caller frees *bytes. */
+static int read_text(const char *path, char **bytes, size_t *n) {
+    int standard = strcmp(path, "-") == 0;
+    FILE *file = standard ? stdin : fopen(path, "rb");
+    *bytes = file ? read_all(file, n) : NULL;
+    int error = errno;
+    if (file && !standard) fclose(file);
+    if (*bytes) return DONE;
+    return fail(BAD_INPUT, "cannot read %s: %s", standard ? "standard input" : path, strerror(error));
+}
+
+/* The token that a text begins with: what the model saw before every text in training. -1 if there is none. */
+static int32_t start_token(const based_tokenizer *t) {
+    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
+    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
+}
+
+static int no_tokenizer(const run *r) {
+    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a tokenizer",
+                r->o->checkpoint);
+}
+
+/* Encodes a text into r->ids. lead: begin with the start token even where the model does not ask for one before every
+ * text, so that the first word has something to be predicted from. */
+static int encode(run *r, const char *text, size_t n, int lead) {
+    const based_tokenizer *t = &r->tokenizer;
+    int add_bos = (t->flags & BASED_TOK_ADD_BOS) && t->bos != BASED_NONE;
+    size_t bound = based_encode_bound(t, n), scratch_bytes = based_encode_scratch(t, n);
+    based_error e;
+    if (bound > SIZE_MAX / sizeof *r->ids - 2) return out_of_memory("the tokens of the text");
+    r->ids = malloc((bound + 1) * sizeof *r->ids);
+    void *scratch = malloc(scratch_bytes + 1);
+    if (!r->ids || !scratch) {
+        free(scratch);
+        return out_of_memory("the tokens of the text");
+    }
+    int64_t got = 0;
+    if (start_token(t) >= 0 && (n == 0 || (lead && !add_bos))) r->ids[r->n_ids++] = start_token(t);
+    if (n > 0) {
+        got = based_encode(t, text, n, BASED_PARSE_SPECIALS | (add_bos ? BASED_ADD_BOS : 0), r->ids + r->n_ids, scratch,
+                           &e);
+    }
+    free(scratch);
+    if (got < 0) return fail(BAD_INPUT, "cannot encode the text: %s", e.text);
+    r->n_ids += (size_t)got;
+    return DONE;
+}
+
+/* Reads the next id of a list such as "1 5 2"; spaces, commas and newlines separate. Returns 0 at its end. */
+static int next_id(const char **at, char word[QUOTE_BYTES]) {
+    *at += strspn(*at, " ,\t\r\n");
+    size_t n = strcspn(*at, " ,\t\r\n"), copied = n < QUOTE_BYTES - 1 ? n : QUOTE_BYTES - 1;
+    memcpy(word, *at, copied);
+    word[copied] = '\0';
+    *at += n;
+    return n > 0;
+}
+
+/* Fills r->ids from the list of --tokens. Every id is at least one character, which bounds their number. */
+static int read_tokens(run *r, const char *list) {
+    char word[QUOTE_BYTES], shown[QUOTE_BYTES];
+    size_t vocab = based_width(r->model);
+    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);
+    if (!r->ids) return out_of_memory("the tokens");
+    while (next_id(&list, word)) {
+        uint64_t id;
+        if (!parse_seed(word, &id) || id >= vocab) {
+            return fail(BAD_USAGE, "--tokens takes ids from 0 to %llu separated by spaces, got %s",
+                        (unsigned long long)vocab - 1, quote(shown, word));
+        }
+        r->ids[r->n_ids++] = (int32_t)id;
+    }
+    return r->n_ids > 0 ? DONE : fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
+}
+
+/* Fills r->ids with the prompt, wherever it comes from. Without one, the start token begins a new text. */
+static int read_prompt(run *r) {
+    const options *o = r->o;
+    if (o->tokens) return read_tokens(r, o->tokens);
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    const char *path = o->file ? o->file : o->prompt && strcmp(o->prompt, "-") == 0 ? "-" : NULL;
+    char *bytes = NULL;
+    size_t n = !path && o->prompt ? strlen(o->prompt) : 0;
+    int rc = path ? read_text(path, &bytes, &n) : DONE;
+    if (rc == DONE) {
+        if (path && n > 0 && bytes[n - 1] == '\n') n -= n > 1 && bytes[n - 2] == '\r' ? 2 : 1;
+        rc = encode(r, path ? bytes : o->prompt, n, 0);
+    }
+    free(bytes);
+    if (rc == DONE && r->n_ids == 0) {
+        rc = fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i", o->checkpoint);
+    }
+    return rc;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Text on its way to stdout: tokens -> whole characters -> what is surely not part of a stop text.
+ */
+
+/* After a failed write to stdout. A reader that went away (| head) is no news to anyone. */
+static int write_failed(void) {
+#ifdef EPIPE
+    if (errno == EPIPE) return BAD_INPUT;
+#endif
+    return fail(BAD_INPUT, "cannot write the text to standard output: %s", strerror(errno));
+}
+
+static int flush_text(void) {
+    return fflush(stdout) == 0 && !ferror(stdout) ? DONE : write_failed();
+}
+
+static int write_text(text_out *out, const char *text, size_t n) {
+    out->wrote |= n > 0;
+    return fwrite(text, 1, n, stdout) == n ? DONE : write_failed();
+}
+
+static size_t longest_stop(const options *o) {
+    size_t longest = 0;
+    for (size_t i = 0; i < o->n_stops; i++) {
+        size_t n = strlen(o->stops[i]);
+        longest = n > longest ? n : longest;
+    }
+    return longest;
+}
+
+/* Reserves all memory that printing will need: the text of one token, after a tail shorter than the longest stop. */
+static int open_text(run *r) {
+    size_t most = r->has_tokenizer ? based_decode_bound(&r->tokenizer) : 0;
+    most = (most > NUMBER_BYTES ? most : NUMBER_BYTES) + FLUSH_BYTES;
+    r->out.token = malloc(most);
+    r->out.held = malloc(most + longest_stop(r->o));
+    return r->out.token && r->out.held ? DONE : out_of_memory("the text");
+}
+
+/* The first place in the held text where a stop text begins, whole or (cut) running over its end; n_held if none. */
+static size_t find_stop(const run *r, int cut) {
+    const text_out *out = &r->out;
+    for (size_t at = 0; at < out->n_held; at++) {
+        size_t rest = out->n_held - at;
+        for (size_t i = 0; i < r->o->n_stops; i++) {
+            size_t n = strlen(r->o->stops[i]);
+            if ((n <= rest || cut) && memcmp(out->held + at, r->o->stops[i], n < rest ? n : rest) == 0) {
+                return at;
+            }
+        }
+    }
+    return out->n_held;
+}
+
+/* Adds n bytes of generated text and prints all that cannot belong to a stop text any more; all of it if `last`. */
+static int put_text(run *r, const char *text, size_t n, int last) {
+    text_out *out = &r->out;
+    memcpy(out->held + out->n_held, text, n);
+    out->n_held += n;
+    size_t ready = find_stop(r, 0);
+    out->stopped = ready < out->n_held;
+    if (!out->stopped && !last) ready = find_stop(r, 1);
+    int rc = write_text(out, out->held, ready);
+    out->n_held -= ready;
+    memmove(out->held, out->held + ready, out->n_held);
+    return rc != DONE || ready == 0 ? rc : flush_text();
+}
+
+/* The text of one token, into r->out.token; returns its length. A model without a tokenizer speaks in numbers. */
+static size_t decode(run *r, int32_t id) {
+    int first = !r->out.wrote && r->out.n_held == 0;
+    if (r->has_tokenizer) return based_decode(&r->tokenizer, &r->out.decoder, id, r->out.token);
+    return (size_t)snprintf(r->out.token, NUMBER_BYTES, first ? "%ld" : " %ld", (long)id);
+}
+
+/* Prints the prompt as the model has read it. It also passes through the decoder when it is not shown, since a
+ * character may begin in the prompt and end in the reply. */
+static int echo_prompt(run *r) {
+    for (size_t i = 0; i < r->n_ids; i++) {
+        size_t n = decode(r, r->ids[i]);
+        if (!r->o->no_display_prompt) TRY(write_text(&r->out, r->out.token, n));
+    }
+    return flush_text();
+}
+
+/* Ends the text: what is held comes out, and one newline, as in llama2.c. */
+static int end_text(run *r) {
+    if (!r->out.stopped) {
+        size_t n = r->has_tokenizer ? based_decode_flush(&r->out.decoder, r->out.token) : 0;
+        TRY(put_text(r, r->out.token, n, 1));
+    }
+    if (r->out.wrote) TRY(write_text(&r->out, "\n", 1));
+    return flush_text();
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The dump of logits. It appears under its name only when it is complete.
+ */
+
+static int dump_failed(run *r) {
+    int error = errno;
+    clear_progress(r);
+    return fail(BAD_INPUT, "cannot write the logits to %s: %s", r->o->dump, strerror(error));
+}
+
+static int open_dump(run *r) {
+    const char *path = r->o->dump, *ending = ".tmp";
+    if (may_be_replaced(path)) {
+        size_t bytes = strlen(path) + strlen(ending) + 1;
+        r->dump.temporary = malloc(bytes);
+        if (!r->dump.temporary) return out_of_memory("a file name");
+        snprintf(r->dump.temporary, bytes, "%s%s", path, ending);
+    }
+    r->dump.file = fopen(r->dump.temporary ? r->dump.temporary : path, "wb");
+    return r->dump.file ? DONE : dump_failed(r);
+}
+
+/* Writes n rows of logits, byte by byte so that the file is the same on every machine. */
+static int dump_rows(run *r, const float *rows, size_t n) {
+    size_t width = based_width(r->model), total = n * width;
+    unsigned char bytes[4096];
+    for (size_t row = 0; row < n; row++) use_logits(r, rows + row * width);
+    for (size_t done = 0; done < total; ) {
+        size_t some = total - done < sizeof bytes / 4 ? total - done : sizeof bytes / 4;
+        for (size_t i = 0; i < some; i++) {
+            uint32_t bits;
+            memcpy(&bits, &rows[done + i], sizeof bits);
+            for (size_t b = 0; b < 4; b++) bytes[4 * i + b] = (unsigned char)(bits >> (8 * b) & 0xff);
+        }
+        if (fwrite(bytes, 4, some, r->dump.file) != some) return dump_failed(r);
+        done += some;
+    }
+    return DONE;
+}
+
+/* Closes the dump; a complete one gets its name, another one is removed. */
+static int close_dump(run *r, int complete) {
+    int rc = DONE;
+    if (r->dump.file) {
+        int closed = fclose(r->dump.file) == 0;
+        r->dump.file = NULL;
+        if (complete && (!closed || (r->dump.temporary && rename(r->dump.temporary, r->o->dump) != 0))) {
+            rc = dump_failed(r);
+        }
+        if (r->dump.temporary && (!complete || rc != DONE)) remove(r->dump.temporary);
+    }
+    free(r->dump.temporary);
+    r->dump.temporary = NULL;
+    return rc;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Feeding many tokens, with progress where a person is waiting.
+ */
+
+/* Rewrites the progress line a few times per second, once the work has taken long enough to wonder about. */
+static void show_progress(run *r, size_t done, size_t total) {
+    progress *p = &r->bar;
+    double now = seconds(), spent = now - p->begun;
+    char line[160], some[GROUPED_BYTES], all[GROUPED_BYTES];
+    if (r->o->quiet || spent < 0.3 || now - p->shown < 0.1 || !stderr_is_terminal()) return;
+    int n = snprintf(line, sizeof line, "%s %s of %s tokens, %.0f tok/s, %.0f s left", p->what,
+                     grouped(some, done), grouped(all, total), per_second(done, spent),
+                     spent / (double)done * (double)(total - done));
+    if (r->sum.tokens > 0) snprintf(line + n, sizeof line - (size_t)n, ", PPL %.4g", exp(r->sum.mean));
+    fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
+    fflush(stderr);
+    p->shown = now;
+}
+
+/* Feeds the first n of r->ids in blocks. visit: NULL, or called with each block's logits in r->rows; `first` is the
+ * index of the block's first token. Stops early on Ctrl-C; r->fed says how far it came. */
+static int feed_ids(run *r, size_t n, const char *what, int (*visit)(run *r, size_t first, size_t n)) {
+    based_error e;
+    r->bar.what = what;
+    r->bar.begun = seconds();
+    for (size_t i = 0, m; i < n && !interrupted_by_user; i += m) {
+        m = n - i < r->block ? n - i : r->block;
+        if (based_feed(r->session, r->ids + i, m, visit ? r->rows : NULL, &e) != BASED_OK) {
+            clear_progress(r);
+            return fail(BAD_INPUT, "cannot compute tokens %llu and on: %s", (unsigned long long)i, e.text);
+        }
+        r->fed += m;
+        if (visit) TRY(visit(r, i, m));
+        show_progress(r, i + m, n);
+    }
+    r->feed_time = seconds() - r->bar.begun;
+    clear_progress(r);
+    return DONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Opening a checkpoint, and what is said about it.
+ */
+
+static int open_model(run *r) {
+    based_error e;
+    r->model = based_open(r->o->checkpoint, 0, &e);
+    if (!r->model) return fail(BAD_INPUT, "%s", e.text);
+    r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
+    if (r->has_tokenizer && based_tokenizer_open(&r->tokenizer, r->model, &e) != BASED_OK) {
+        return fail(BAD_INPUT, "%s: %s", r->o->checkpoint, e.text);
+    }
+    return DONE;
+}
+
+/* Opens a session, with room for the logits of a whole block if somebody looks at every row. */
+static int open_session(run *r, int every_row) {
+    const based_config *c = based_model_config(r->model);
+    size_t width = based_width(r->model), fit = ROWS_BYTES / sizeof(float) / (width > 0 ? width : 1);
+    based_error e;
+    if (c->input > 0 || c->rows == 0) {
+        return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors, which only the library can do",
+                    r->o->checkpoint);
+    }
+    r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    r->session = based_session_new(r->model, (uint32_t)r->block, &e);
+    if (!r->session) return fail(BAD_INPUT, "%s: %s", r->o->checkpoint, e.text);
+    based_set_threads(r->session, (int)r->o->threads);
+    if (every_row) r->rows = malloc(r->block * width * sizeof(float));
+    return r->rows || !every_row ? DONE : out_of_memory("logits");
+}
+
+static int open_sampler(run *r) {
+    const options *o = r->o;
+    based_sampler *s = &r->sampler;
+    based_error e;
+    s->temperature = (float)o->temperature;
+    s->top_p = (float)o->top_p;
+    s->top_k = (uint32_t)o->top_k;
+    s->min_p = (float)o->min_p;
+    s->repeat_penalty = (float)o->repeat_penalty;
+    s->repeat_last_n = (uint32_t)o->repeat_last_n;
+    s->seed = o->has_seed ? o->seed : seed_from_time();
+    s->vocab = (uint32_t)based_width(r->model);
+    size_t bytes = based_sampler_bytes(s);
+    r->sampler_memory = malloc(bytes + 1);
+    if (!r->sampler_memory) return out_of_memory("sampling");
+    return based_sampler_init(s, r->sampler_memory, bytes, &e) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", e.text);
+}
+
+/* The name in the checkpoint, fit for a terminal. */
+static const char *model_name(const run *r, char name[65]) {
+    const based_config *c = based_model_config(r->model);
+    memcpy(name, c->name, sizeof c->name);
+    name[64] = '\0';
+    scrub(name);
+    return name[0] ? name : "a model without a name";
+}
+
+static void describe(const run *r, const char *what) {
+    char name[65], number[GROUPED_BYTES];
+    if (!r->o->verbose) return;
+    fprintf(stderr, "model:  %s, %s parameters\n", model_name(r, name),
+            grouped(number, based_model_parameters(r->model)));
+    fprintf(stderr, "state:  %s bytes, however long the text\n", grouped(number, based_state_bytes(r->model)));
+    fprintf(stderr, "%-7s %s tokens\n", what, grouped(number, r->n_ids));
+}
+
+static void time_line(const char *what, double spent, uint64_t count, const char *unit) {
+    fprintf(stderr, "%16s = %10.2f ms / %5llu %-6s (%8.2f ms per token, %8.2f tokens per second)\n", what, 1e3 * spent,
+            (unsigned long long)count, unit, count > 0 ? 1e3 * spent / (double)count : 0, per_second(count, spent));
+}
+
+/* The statistics. The last line is the one that scripts written for llama2.c look for. */
+static void report(const run *r, const char *feeding, double speed) {
+    if (r->o->verbose) {
+        time_line(feeding, r->feed_time, r->fed, "tokens");
+        if (r->generated > 1) time_line("eval time", r->generate_time, r->generated - 1, "runs");
+        fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
+    }
+    if (!r->o->quiet) fprintf(stderr, "achieved tok/s: %f\n", speed);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Job 1: continue a text.
+ */
+
+static int dump_block(run *r, size_t first, size_t n) {
+    (void)first;
+    return dump_rows(r, r->rows, n);
+}
+
+/* Feeds the prompt, lets the sampler know of it, and shows it. */
+static int feed_prompt(run *r) {
+    TRY(feed_ids(r, r->n_ids, "reading the prompt:", r->o->dump ? dump_block : NULL));
+    for (size_t i = 0; i < r->n_ids; i++) based_sampler_accept(&r->sampler, r->ids[i]);
+    if (r->o->predict == 0 && !r->o->dump && r->fed > 0) use_logits(r, based_logits(r->session));
+    return interrupted_by_user ? DONE : echo_prompt(r);
+}
+
+/* Feeds one generated token. */
+static int step(run *r, int32_t id) {
+    based_error e;
+    if (based_step(r->session, id, &e) != BASED_OK) {
+        return fail(BAD_INPUT, "cannot compute token %llu: %s", (unsigned long long)based_count(r->session), e.text);
+    }
+    return r->o->dump ? dump_rows(r, based_logits(r->session), 1) : DONE;
+}
+
+static int ends_text(const run *r, int32_t id) {
+    return r->has_tokenizer && ((uint32_t)id == r->tokenizer.eos || (uint32_t)id == r->tokenizer.bos);
+}
+
+/* Samples, prints and feeds until something ends the text. A token is fed only when the next one is wanted. The clock
+ * starts after the first token, whose time belongs to the prompt. */
+static int continue_text(run *r) {
+    const options *o = r->o;
+    double begun = 0;
+    int32_t id = -1;
+    while (!r->out.stopped && !interrupted_by_user && (o->predict < 0 || r->generated < (uint64_t)o->predict)) {
+        if (r->generated > 0) TRY(step(r, id));
+        if (!o->dump) use_logits(r, based_logits(r->session));
+        id = based_sample(&r->sampler, based_logits(r->session));
+        based_sampler_accept(&r->sampler, id);
+        if (r->generated++ == 0) begun = seconds();
+        r->generate_time = seconds() - begun;
+        if (!ends_text(r, id)) TRY(put_text(r, r->out.token, decode(r, id), 0));
+        else if (!o->ignore_eos) break;
+    }
+    return DONE;
+}
+
+static int generate(run *r) {
+    TRY(open_session(r, r->o->dump != NULL));
+    TRY(read_prompt(r));
+    TRY(open_sampler(r));
+    TRY(open_text(r));
+    if (r->o->dump) TRY(open_dump(r));
+    catch_signals();
+    describe(r, "prompt:");
+    if (r->o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
+    TRY(feed_prompt(r));
+    TRY(continue_text(r));
+    TRY(end_text(r));
+    TRY(close_dump(r, 1));
+    report(r, "prompt eval time", per_second(r->generated > 0 ? r->generated - 1 : 0, r->generate_time));
+    return interrupted_by_user ? INTERRUPTED : DONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Job 2: measure how well a text is predicted. Each token is scored by the logits after all that came before it; the
+ * first one is predicted from the start token, as if <|endoftext|> stood before the text.
+ */
+
+static int score_block(run *r, size_t first, size_t n) {
+    size_t width = based_width(r->model);
+    for (size_t i = 0; i < n; i++) {
+        const float *logits = r->rows + i * width;
+        double nats = -based_log_probability(logits, width, r->ids[first + i + 1]);
+        if (nats - nats != 0) {
+            clear_progress(r);
+            return fail(BAD_INPUT, "%s gives token %llu of %s no probability; the checkpoint is broken",
+                        r->o->checkpoint, (unsigned long long)(first + i + 1), r->o->perplexity);
+        }
+        use_logits(r, logits);
+        score *s = &r->sum;
+        double off = nats - s->mean;
+        s->tokens++;
+        s->nats += nats;
+        s->mean += off / (double)s->tokens;
+        s->squares += off * (nats - s->mean);
+    }
+    return DONE;
+}
+
+/* Bytes of the text that are predicted: all of them, but for a first token that nothing stands before. */
+static size_t predicted_bytes(const run *r, size_t bytes) {
+    size_t n = 0;
+    if (start_token(&r->tokenizer) < 0 && based_token_bytes(&r->tokenizer, r->ids[0], &n) && n < bytes) {
+        return bytes - n;
+    }
+    return bytes;
+}
+
+/* The result, or after Ctrl-C what there is of it; then nothing on stdout could be taken for the result. */
+static int print_estimate(const run *r, size_t bytes) {
+    const score *s = &r->sum;
+    double n = (double)s->tokens, perplexity = exp(s->nats / n);
+    double error = perplexity * sqrt(s->squares / n / (n - 1));
+    double bits = s->nats / log(2.0) / (double)predicted_bytes(r, bytes);
+    char tokens[GROUPED_BYTES], of[GROUPED_BYTES];
+    grouped(tokens, s->tokens);
+    if (interrupted_by_user) {
+        if (!r->o->quiet && n > 0) {
+            fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n", tokens, perplexity);
+        }
+        return DONE;
+    }
+    if (!r->o->quiet) fprintf(stderr, "%s tokens predicted, %s bytes\n", tokens, grouped(of, bytes));
+    printf("Final estimate: PPL = %.4f +/- %.5f, %.4f bits per byte\n", perplexity, error, bits);
+    return flush_text();
+}
+
+static int measure(run *r) {
+    char *text = NULL;
+    size_t bytes = 0;
+    TRY(open_session(r, 1));
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    TRY(read_text(r->o->perplexity, &text, &bytes));
+    int rc = encode(r, text, bytes, 1);
+    free(text);
+    TRY(rc);
+    if (r->n_ids < 3) return fail(BAD_INPUT, "%s is too short to measure; it takes several tokens", r->o->perplexity);
+    catch_signals();
+    describe(r, "text:");
+    TRY(feed_ids(r, r->n_ids - 1, "measuring:", score_block));
+    TRY(print_estimate(r, bytes));
+    report(r, "eval time", per_second(r->fed, r->feed_time));
+    return interrupted_by_user ? INTERRUPTED : DONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Job 3: say what a checkpoint is.
+ */
+
+/* Names for the numbers of a header; a number that this version has no name for is shown as it is. */
+#define NAME_OF(names, value) ((value) < sizeof(names) / sizeof(names)[0] ? (names)[value] : "unknown")
+
+static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
+static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
+static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU"};
+static const char *const dtype_names[] = {"f32"};
+static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
+
+static void inform_size(const char *label, uint64_t bytes, const char *note) {
+    char number[GROUPED_BYTES];
+    printf("%-12s %15s bytes%s\n", label, grouped(number, bytes), note);
+}
+
+/* One letter for each layer, so that the rhythm of the mixers can be seen. */
+static void inform_picture(const run *r, uint32_t layers) {
+    static const char letters[] = "-ctw";
+    for (uint32_t i = 0; i < layers; i++) {
+        uint32_t mixer = based_model_layer(r->model, i)->mixer;
+        if (i % 64 == 0) printf("%s%-12s ", i ? "\n" : "", i ? "" : "mixers");
+        putchar(mixer < sizeof letters - 1 ? letters[mixer] : '?');
+    }
+    puts(layers ? "  (c conv, t taylor, w window)" : "");
+}
+
+/* The line of layers first..last, which are all alike. */
+static void inform_layers(const based_layer *l, uint32_t first, uint32_t last) {
+    char range[NUMBER_BYTES], heads[48], shape[120] = "";
+    snprintf(range, sizeof range, first == last ? "%u" : "%u-%u", (unsigned)first, (unsigned)last);
+    snprintf(heads, sizeof heads, l->kv_heads == l->heads ? "%u heads" : "%u heads (%u key/value)",
+             (unsigned)l->heads, (unsigned)l->kv_heads);
+    if (l->mixer == BASED_CONV) {
+        snprintf(shape, sizeof shape, "%u channels, %u taps", (unsigned)l->value_width, (unsigned)l->taps);
+    } else if (l->mixer == BASED_TAYLOR) {
+        snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, degree %u", heads, (unsigned)l->key_width,
+                 (unsigned)l->value_width, (unsigned)l->degree);
+    } else if (l->mixer == BASED_WINDOW) {
+        snprintf(shape, sizeof shape, "%s of %u, last %u tokens", heads, (unsigned)l->key_width,
+                 (unsigned)l->window);
+    }
+    printf("%-12s %-8s %-52s %s", range, NAME_OF(mixer_names, l->mixer), shape, NAME_OF(mlp_names, l->mlp));
+    if (l->mlp != BASED_MLP_NONE) printf(" %u", (unsigned)l->hidden);
+    putchar('\n');
+}
+
+static void inform_table(const run *r, uint32_t layers) {
+    printf("\n%-12s %-8s %-52s %s\n", "layer", "mixer", "shape", "MLP");
+    for (uint32_t first = 0, next; first < layers; first = next) {
+        const based_layer *l = based_model_layer(r->model, first);
+        for (next = first + 1; next < layers; next++) {
+            if (memcmp(l, based_model_layer(r->model, next), sizeof *l) != 0) break;
+        }
+        inform_layers(l, first, next - 1);
+    }
+}
+
+static void inform_tokenizer(const run *r) {
+    char number[GROUPED_BYTES];
+    const based_tokenizer *t = &r->tokenizer;
+    if (!r->has_tokenizer) {
+        puts("tokenizer    none");
+        return;
+    }
+    printf("%-12s %s, %s tokens, %u special", "tokenizer", NAME_OF(tokenizer_names, t->kind), grouped(number, t->size),
+           (unsigned)t->specials);
+    if (t->bos != BASED_NONE) {
+        printf(", begin %u%s", (unsigned)t->bos, t->flags & BASED_TOK_ADD_BOS ? " before every text" : "");
+    }
+    if (t->eos != BASED_NONE) printf(", end %u", (unsigned)t->eos);
+    putchar('\n');
+}
+
+static void inform_sizes(const run *r, const based_config *c) {
+    uint64_t file = (uint64_t)c->file_size[1] << 32 | c->file_size[0];
+    uint64_t header = sizeof *c + (uint64_t)c->layers * sizeof(based_layer);
+    inform_size("file", file, "");
+    inform_size("  header", header, "");
+    inform_size("  tokenizer", c->tokenizer_bytes, "");
+    inform_size("  weights", file - header - c->tokenizer_bytes, ", gaps between sections included");
+    inform_size("per token", based_model_weight_bytes(r->model), " of weights are read");
+    inform_size("state", based_state_bytes(r->model), " of one session, however long the text");
+    inform_size("session", based_session_bytes(r->model, 1), " with scratch memory");
+}
+
+static int inform(run *r) {
+    const based_config *c = based_model_config(r->model);
+    char name[65], number[GROUPED_BYTES];
+    printf("%-12s %s\n", "name", model_name(r, name));
+    printf("%-12s %u, checksum %08x%08x is right\n", "format", (unsigned)c->format,
+           (unsigned)c->checksum[1], (unsigned)c->checksum[0]);
+    printf("%-12s %s (%s)\n", "parameters", grouped(number, based_model_parameters(r->model)),
+           NAME_OF(dtype_names, c->embedding_dtype));
+    printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim, (unsigned)c->layers,
+           NAME_OF(norm_names, c->final_norm));
+    printf("%-12s %s tokens, %u rows, head %s\n", "vocabulary", grouped(number, c->vocab), (unsigned)c->rows,
+           c->flags & BASED_TIED ? "tied to the embedding" : "of its own");
+    if (c->context > 0) {
+        printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on", grouped(number, c->context));
+    }
+    inform_tokenizer(r);
+    inform_picture(r, c->layers);
+    inform_table(r, c->layers);
+    putchar('\n');
+    inform_sizes(r, c);
+    return flush_text();
+}
+
+/* ------------------------------------------------------------------------------------------------------------------ */
+
+static int do_job(run *r) {
+    if (r->o->help) print_help();
+    if (r->o->version) puts("based.c " BASED_VERSION);
+    if (r->o->help || r->o->version) return flush_text();
+    TRY(open_model(r));
+    return r->o->info ? inform(r) : r->o->perplexity ? measure(r) : generate(r);
+}
+
+static void close_run(run *r) {
+    close_dump(r, 0);                                   /* one that is complete was closed before                    */
+    free(r->out.token);
+    free(r->out.held);
+    free(r->rows);
+    free(r->ids);
+    free(r->sampler_memory);
+    based_session_free(r->session);
+    based_close(r->model);
+}
+
+int main(int argc, char **argv) {
+    options o;
+    run r;
+    memset(&o, 0, sizeof o);
+    memset(&r, 0, sizeof r);
+    r.o = &o;
+    use_plain_bytes();
+    o.stops = calloc((size_t)argc + 1, sizeof *o.stops);
+    int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
+    if (rc == DONE) rc = do_job(&r);
+    close_run(&r);
+    free(o.stops);
+    return rc;
+}

@@ -1,0 +1,361 @@
+"""The whole of based.h, part 7, once more: in float64, from the formulas, with the entire past in memory.
+
+Written to be compared with, not to be fast: every layer sees all tokens at once, attention is a full table of scores and
+nothing is carried from token to token. It shares no code with export.py or based.c, and reads checkpoint files itself.
+
+    model = read(path)               header fields and tensors, float64
+    logits = run(model, tokens)      [tokens, vocab] (or vectors in: [n, input])
+    path = random_checkpoint(rng, path, **overrides)      a small model with a random choice of everything
+"""
+import math
+import struct
+from types import SimpleNamespace
+
+import numpy as np
+
+FLT_MAX = float(np.finfo(np.float32).max)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading: the numbers on the left are the offsets that based.h names.
+
+CONFIG = {32: "flags", 36: "dim", 40: "layers", 44: "vocab", 48: "rows", 52: "input", 56: "embedding_dtype",
+          60: "head_dtype", 64: "final_norm", 68: "final_norm_eps", 72: "tokenizer_bytes", 76: "context"}
+LAYER = {0: "mixer", 4: "flags", 8: "norm1", 12: "norm2", 16: "norm1_eps", 20: "norm2_eps", 24: "heads", 28: "kv_heads",
+         32: "key_width", 36: "value_width", 40: "taps", 44: "window", 48: "chunk", 52: "degree", 56: "kernel",
+         60: "normaliser", 64: "normaliser_eps", 68: "scale", 72: "rotary", 76: "mlp", 80: "hidden", 84: "in_dtype",
+         88: "out_dtype", 92: "up_dtype", 96: "down_dtype"}
+
+
+def fields(data, at, names):
+    """The fields of one struct: 32-bit words, floats where the name says eps or scale."""
+    return SimpleNamespace(**{name: struct.unpack_from("<f" if "eps" in name or name == "scale" else "<I", data, at + offset)[0]
+                              for offset, name in names.items()})
+
+
+def read(path):
+    """A checkpoint as a namespace: config fields, `layer` (a list of namespaces), every tensor an attribute."""
+    data = open(path, "rb").read()
+    assert data[:8] == b"BASED\r\n\x1a" and struct.unpack_from("<II", data, 8) == (1, 0x01020304)
+    assert struct.unpack_from("<Q", data, 16)[0] == len(data)
+    m = fields(data, 0, CONFIG)
+    m.layer = [fields(data, 256 + 128 * i, LAYER) for i in range(m.layers)]
+    at = 256 + 128 * m.layers
+
+    def section(nbytes):
+        nonlocal at
+        at = (at + 63) // 64 * 64
+        part = data[at:at + nbytes]
+        assert len(part) == nbytes, "the file ends too early"
+        at += nbytes
+        return part
+
+    def vector(*shape):
+        return np.frombuffer(section(4 * math.prod(shape)), "<f4").reshape(shape).astype(np.float64)
+
+    def matrix(dtype, rows, cols):
+        assert dtype == 0, "only float32 so far"
+        return vector(rows, cols)
+
+    def norm(into, name, kind):
+        if kind:
+            setattr(into, name + "_weight", vector(m.dim))
+        if kind == 2:
+            setattr(into, name + "_bias", vector(m.dim))
+
+    m.tokenizer = section(m.tokenizer_bytes) if m.tokenizer_bytes else b""
+    if m.input == 0:
+        m.embedding = matrix(m.embedding_dtype, m.rows, m.dim)
+    if m.flags & 4:
+        m.input_weight, m.input_bias = matrix(m.embedding_dtype, m.dim, m.input), vector(m.dim)
+    for l in m.layer:
+        inner = l.heads * l.value_width
+        norm(l, "norm1", l.norm1)
+        if l.mixer:
+            l.parts = [inner, inner] if l.mixer == 1 else [l.heads * l.key_width, l.kv_heads * l.key_width, l.kv_heads * l.value_width]
+            l.in_weight = matrix(l.in_dtype, sum(l.parts), m.dim)
+            l.in_bias = vector(sum(l.parts)) if l.flags & 1 else 0
+        if l.mixer == 1:
+            l.tap = vector(l.taps, inner)
+            l.taps_bias = vector(inner) if l.flags & 4 else 0
+        if l.rotary:
+            l.turns = np.frombuffer(section(8 * l.rotary), "<u8")
+        if l.mixer == 2:
+            l.coefficients = vector(l.heads, l.degree + 1)
+        if l.flags & 32:
+            l.gate = vector(l.heads, m.dim)
+        if l.mixer and not l.flags & 128:
+            l.out_weight = matrix(l.out_dtype, m.dim, inner)
+            l.out_bias = vector(m.dim) if l.flags & 2 else 0
+        norm(l, "norm2", l.norm2)
+        if l.mlp:
+            l.up_weight = matrix(l.up_dtype, l.hidden * (2 if l.mlp == 1 else 1), m.dim)
+            l.up_bias = vector(len(l.up_weight)) if l.flags & 8 else 0
+            l.down_weight = matrix(l.down_dtype, m.dim, l.hidden)
+            l.down_bias = vector(m.dim) if l.flags & 16 else 0
+    norm(m, "final_norm", m.final_norm)
+    if m.rows:
+        m.head = m.embedding if m.flags & 1 else matrix(m.head_dtype, m.rows, m.dim)
+    m.head_bias = vector(m.rows) if m.flags & 2 else 0
+    assert at == len(data), "bytes are left over"
+    return m
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Computing. x is [n, dim], row t is token t.
+
+def sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * x))
+
+
+def silu(x):
+    return x * sigmoid(x)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def normed(x, kind, eps, weight, bias=0):
+    if kind == 1:
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+    if kind == 2:
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps) * weight + bias
+    if kind == 3:
+        length = np.sqrt((x * x).sum(-1, keepdims=True))
+        return x / np.maximum(length, eps) * math.sqrt(x.shape[-1]) * weight
+    return x
+
+
+def apply_norm(x, owner, name):
+    kind = getattr(owner, name)
+    return normed(x, kind, getattr(owner, name + "_eps"), getattr(owner, name + "_weight", 1), getattr(owner, name + "_bias", 0))
+
+
+def previous(x, by):
+    """Row t is row t - by of x, zeros before the beginning."""
+    return np.concatenate([np.zeros((min(by, len(x)),) + x.shape[1:]), x[:max(len(x) - by, 0)]])
+
+
+def turned(x, turns, first):
+    """x [n, heads, width] turned by its positions, from position `first` on. The angle t * frequency is taken modulo a
+    whole turn in integers, so that it is exact however far t is."""
+    half, pairs = x.shape[-1] // 2, len(turns)
+    fraction = np.array([[(first + t) * int(turn) % 2**64 / 2**64 for turn in turns] for t in range(len(x))])
+    cos, sin = np.cos(2 * math.pi * fraction)[:, None], np.sin(2 * math.pi * fraction)[:, None]
+    a, b = x[..., :pairs], x[..., half:half + pairs]
+    y = x.copy()
+    y[..., :pairs], y[..., half:half + pairs] = a * cos - b * sin, b * cos + a * sin
+    return y
+
+
+def conv(l, u, g):
+    c = sum(l.tap[i] * previous(u, l.taps - 1 - i) for i in range(l.taps)) + l.taps_bias
+    return silu(c) * g
+
+
+def divided(l, total, z):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if l.normaliser == 0:
+            return total / (z + l.normaliser_eps)
+        if l.normaliser == 1:
+            return total / np.maximum(z, l.normaliser_eps)
+        if l.normaliser == 2:
+            return np.nan_to_num(total / z, nan=0.0, posinf=FLT_MAX, neginf=-FLT_MAX)
+        return total
+
+
+def attention(l, q, k, v, first):
+    """Taylor or window; q [n, heads*key_width], k, v likewise for the kv heads. Returns [n, heads, value_width]."""
+    n = len(q)
+    q, k, v = q.reshape(n, l.heads, -1), k.reshape(n, l.kv_heads, -1), v.reshape(n, l.kv_heads, -1)
+    if l.rotary:
+        q, k = turned(q, l.turns, first), turned(k, l.turns, first)
+    y = np.zeros((n, l.heads, l.value_width))
+    past = np.tril(np.ones((n, n), bool))
+    for h in range(l.heads):
+        kv = h * l.kv_heads // l.heads
+        qh, kh, vh = q[:, h], k[:, kv], v[:, kv]
+        if l.mixer == 3:
+            score = l.scale * qh @ kh.T
+            seen = past & ~np.tril(np.ones((n, n), bool), -l.window)
+            w = np.where(seen, np.exp(score - np.where(seen, score, -np.inf).max(1, keepdims=True)), 0)
+            y[:, h] = w @ vh / w.sum(1, keepdims=True)
+        else:
+            a = l.coefficients[h]
+            if l.kernel == 0:
+                score = l.scale * qh @ kh.T
+                w = sum(a[p] * score ** p for p in range(l.degree + 1))
+            else:
+                score = l.scale * qh[:, None, :] * kh[None, :, :]
+                w = a[0] + sum(a[p] * (score ** p).sum(-1) for p in range(1, l.degree + 1))
+            w = np.where(past, w, 0)
+            y[:, h] = divided(l, w @ vh, w.sum(1, keepdims=True))
+    return y
+
+
+def mixer(m, l, x, first):
+    """What the mixer adds to x."""
+    if l.mixer == 0:
+        return np.zeros_like(x)
+    if l.flags & 64:
+        keep = m.dim - m.dim // 2
+        x = np.concatenate([x[:, :keep], previous(x, 1)[:, keep:]], 1)
+    parts = apply_norm(x, l, "norm1") @ l.in_weight.T + l.in_bias
+    parts = np.split(parts, np.cumsum(l.parts)[:-1], axis=1)
+    if l.mixer == 1:
+        y = conv(l, *parts)
+    else:
+        y = attention(l, *parts, first)
+        if l.flags & 32:
+            y = y * sigmoid(x @ l.gate.T)[..., None]
+        y = y.reshape(len(x), -1)
+    return y if l.flags & 128 else y @ l.out_weight.T + l.out_bias
+
+
+def mlp(l, x):
+    """What the MLP adds to x."""
+    if l.mlp == 0:
+        return np.zeros_like(x)
+    up = apply_norm(x, l, "norm2") @ l.up_weight.T + l.up_bias
+    if l.mlp == 1:
+        gate, value = np.split(up, 2, axis=1)
+        up = silu(gate) * value
+    else:
+        up = gelu(up)
+    return up @ l.down_weight.T + l.down_bias
+
+
+def run(m, tokens, first=0, trace=None):
+    """The output after every token: [n, vocab], or [n, dim] without a head. tokens: ids, or vectors [n, input].
+    first: the position of the first token. trace: a dict that receives what every sub-layer added."""
+    if m.input == 0:
+        x = m.embedding[np.asarray(tokens)]
+    else:
+        x = np.asarray(tokens, np.float64)
+        if m.flags & 4:
+            x = x @ m.input_weight.T + m.input_bias
+    for i, l in enumerate(m.layer):
+        mixed = mixer(m, l, x, first)
+        x = mixed if l.flags & 256 else x + mixed
+        more = mlp(l, x)
+        x = x + more
+        if trace is not None:
+            trace[f"L{i}.mixer"], trace[f"L{i}.mlp"] = mixed, more
+    x = apply_norm(x, m, "final_norm")
+    return (x @ m.head.T + m.head_bias)[:, :m.vocab] if m.rows else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random models. Written through export.py, read back by read() above and by based.c: three readers of one format.
+
+def random_config(rng, **overrides):
+    """(config, layers) for export.write: every choice the format leaves. overrides fix fields of config, of all layers
+    (layer=dict) or the list of mixers (mixers=[...])."""
+    import export
+
+    def pick(*choices):
+        return choices[rng.integers(len(choices))]
+
+    def chance(p):
+        return rng.random() < p
+
+    per_layer, mixers = overrides.pop("layer", {}), overrides.pop("mixers", None)
+    dim = int(pick(8, 12, 20, 31, 32, 48, 65))
+    vocab = int(rng.integers(3, 90))
+    config = export.CONFIG.new(dim=dim, vocab=vocab, rows=vocab + int(pick(0, 0, 5)), final_norm=int(rng.integers(4)),
+                               final_norm_eps=pick(1e-5, 1e-6), context=int(rng.integers(3000)))
+    kind = pick("tied", "tied", "separate", "separate", "vectors", "projected")
+    if kind == "tied":
+        config.flags |= export.TIED
+    elif kind != "separate":
+        config.input = dim if kind == "vectors" else int(rng.integers(1, 30))
+        config.flags |= export.INPUT_PROJECTION if kind == "projected" else 0
+        if chance(0.5):
+            config.vocab = config.rows = 0
+    if config.rows and chance(0.3):
+        config.flags |= export.HEAD_BIAS
+    for name, value in overrides.items():
+        setattr(config, name, value)
+
+    layers = []
+    mixers = mixers or [int(rng.integers(0, 4)) if chance(0.3) else int(rng.integers(1, 4)) for _ in range(int(rng.integers(1, 5)))]
+    for mixer in mixers:
+        l = export.LAYER.new(mixer=mixer, norm1=int(rng.integers(4)), norm2=int(rng.integers(4)), mlp=int(pick(0, 1, 1, 2)))
+        l.norm1_eps, l.norm2_eps = (pick(1e-5, 1e-6, 1e-3) for _ in range(2))
+        for bit, p in ((export.IN_BIAS, 0.4), (export.OUT_BIAS, 0.4), (export.TAPS_BIAS, 0.4), (export.UP_BIAS, 0.4),
+                       (export.DOWN_BIAS, 0.4), (export.VALUE_GATES, 0.3), (export.SHIFT, 0.3), (export.NO_RESIDUAL, 0.15)):
+            l.flags |= bit if chance(p) else 0
+        if mixer == export.CONV:
+            l.heads, l.value_width, l.taps = 1, int(pick(dim, 2 * dim, 7, 33)), int(rng.integers(1, 6))
+        elif mixer:
+            l.kv_heads = int(pick(1, 2, 3))
+            l.heads = l.kv_heads * int(pick(1, 1, 2, 3))
+            l.value_width = int(pick(1, 4, 5, 12, 16, 112))
+            if mixer == export.WINDOW:
+                l.key_width = int(pick(2, 6, 12, 16, 64, 112))
+                l.window = int(pick(1, 2, 5, 33, 65, 129, 300))
+                l.scale = float(rng.uniform(0.5, 1.5) / math.sqrt(l.key_width))
+                l.rotary = int(pick(0, 1, l.key_width // 2, l.key_width // 2))
+            else:
+                l.kernel, l.normaliser = int(pick(0, 0, 0, 1)), int(pick(0, 0, 1, 2, 3))
+                l.degree = int(pick(1, 2, 3, 4) if l.normaliser == export.ONE else pick(2, 2, 4))
+                l.key_width = int(pick(4, 5, 8, 16, 24) if l.degree < 4 or l.kernel else pick(4, 5, 8))
+                l.chunk = int(pick(1, 2, 3, 7, 16, 32))
+                l.normaliser_eps = {0: pick(1e-12, 1e-6), 1: pick(1e-5, 0.75)}.get(l.normaliser, 0.0)
+                l.scale = 0.2 / l.key_width if l.kernel else float(rng.uniform(0.3, 1) / math.sqrt(l.key_width))
+                l.rotary = int(pick(0, 0, l.key_width // 2, 1))
+            if chance(0.2) and dim % l.heads == 0:
+                l.value_width = dim // l.heads
+        else:
+            l.norm1 = l.norm1_eps = l.heads = 0
+        if mixer != export.CONV:
+            l.flags &= ~export.TAPS_BIAS
+        if mixer not in (export.TAYLOR, export.WINDOW):
+            l.flags &= ~export.VALUE_GATES
+        if not mixer:
+            l.flags &= ~(export.IN_BIAS | export.OUT_BIAS | export.SHIFT | export.NO_RESIDUAL)
+        elif l.heads * l.value_width == dim and chance(0.7):
+            l.flags = (l.flags | export.NO_OUT) & ~export.OUT_BIAS
+        if l.mlp:
+            l.hidden = int(pick(1, 8, 30, 64, 100))
+        else:
+            l.norm2, l.flags = 0, l.flags & ~(export.UP_BIAS | export.DOWN_BIAS)
+        for name, value in per_layer.items():
+            if name not in ("taps", "window", "chunk") or getattr(l, name):       # only where the mixer has such a thing
+                setattr(l, name, value)
+        l.norm1_eps *= l.norm1 != 0
+        l.norm2_eps *= l.norm2 != 0
+        layers.append(l)
+    config.final_norm_eps *= config.final_norm != 0
+    return config, layers
+
+
+def random_tensor(rng, name, shape):
+    """Trained-looking numbers: rows of matrices keep the size of what they multiply."""
+    if name.endswith("turns"):
+        return (rng.random(shape) * 2**63).astype(np.uint64) >> rng.integers(0, 20, shape).astype(np.uint64)
+    if name.endswith("coefficients"):
+        series = np.array([1 / math.factorial(p) for p in range(shape[1])])
+        return (series * rng.uniform(0.95, 1.05, shape)).astype(np.float32)
+    if "norm" in name and name.endswith("weight"):
+        return rng.uniform(0.7, 1.3, shape).astype(np.float32)
+    if len(shape) == 1:
+        return (0.2 * rng.standard_normal(shape)).astype(np.float32)
+    return (rng.standard_normal(shape) * (0.5 if name.endswith("taps") else 1 / math.sqrt(shape[-1]))).astype(np.float32)
+
+
+def random_checkpoint(rng, path, **overrides):
+    """Writes a random small model to path and returns path. See random_config for overrides."""
+    import export
+    config, layers = random_config(rng, **overrides)
+    config.name = b"random"
+    weights = {t.name: random_tensor(rng, t.name, t.shape) for t in export.tensors(config, layers)}
+    export.write(str(path), config, layers, b"", weights.__getitem__)
+    return path
+
+
+def random_input(rng, m, n):
+    """n random tokens for model m, or n random vectors."""
+    return rng.standard_normal((n, m.input)).astype(np.float32) if m.input else rng.integers(0, m.vocab, n)

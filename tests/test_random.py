@@ -1,0 +1,219 @@
+"""based.c against the float64 reference over random configurations, and against itself: every way of feeding the same
+tokens gives the same bits."""
+import pytest
+
+np = pytest.importorskip("numpy")
+hypothesis = pytest.importorskip("hypothesis")
+pytest.importorskip("tqdm")
+from hypothesis import given, settings, strategies as st        # noqa: E402
+
+import based            # noqa: E402
+import export           # noqa: E402
+import reference        # noqa: E402
+from based import Model, Session, same_bits                     # noqa: E402
+
+TOLERANCE = 2e-5                        # of the largest output, or of 1 if that is smaller
+SEEDS = range(64)
+LENGTHS = (40, 150, 330)                # the last is longer than the longest window
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_against_reference(random_model, seed):
+    path = random_model(seed)
+    m, rng = reference.read(path), np.random.default_rng([7, seed])
+    x = reference.random_input(rng, m, LENGTHS[seed % 3])
+    expected, model = reference.run(m, x), Model(path)
+    error = np.abs(Session(model, int(rng.integers(1, 65))).feed(x) - expected).max()
+    assert error <= TOLERANCE * max(1, np.abs(expected).max())
+
+
+def test_sizes(random_model):
+    """The library and export.py --inspect count the same parameters and the same bytes of state."""
+    for seed in SEEDS:
+        path = random_model(seed)
+        saved, model = export.Checkpoint(path), Model(path)
+        assert model.parameters == export.parameters(saved.config, saved.layers), seed
+        assert model.state_bytes == 4 * sum(export.state_floats(saved.config, l) for l in saved.layers), seed
+
+
+MIXERS = {"conv": export.CONV, "taylor": export.TAYLOR, "window": export.WINDOW}
+
+
+@pytest.mark.parametrize("width", [12, 16, 24, 64, 112])
+@pytest.mark.parametrize("mixer", ["taylor", "window"])
+def test_head_widths(random_model, mixer, width):
+    """Value widths as models have them, alone in a layer, with more tokens than the window or the chunk holds."""
+    wide = {"value_width": width, "heads": 2, "kv_heads": 1, "flags": 0, "mlp": 0, "norm2": 0, "hidden": 0}
+    wide.update({"key_width": width, "rotary": width // 2, "window": 17} if mixer == "window" else {"key_width": 16, "degree": 2})
+    path = random_model(width, mixers=[MIXERS[mixer]], layer=wide, dim=32, input=0, rows=40, vocab=40, flags=export.TIED)
+    m = reference.read(path)
+    x = reference.random_input(np.random.default_rng(width), m, 120)
+    expected = reference.run(m, x)
+    assert np.abs(Session(Model(path)).feed(x) - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 16, 64, 65, 129, 300])
+def test_windows(random_model, window):
+    """The ring wraps at least twice; the left edge counts: one key more or less must show."""
+    path = random_model(3, mixers=[export.WINDOW], layer={"window": window}, dim=32, input=0, rows=40, vocab=40, flags=export.TIED)
+    m, n = reference.read(path), 2 * window + 20
+    x = reference.random_input(np.random.default_rng(window), m, n)
+    expected = reference.run(m, x)
+    scale = max(1, np.abs(expected).max())
+    got = Session(Model(path), 16).feed(x)
+    assert np.abs(got - expected).max() <= TOLERANCE * scale
+    m.layer[0].window += 1
+    assert np.abs(got - reference.run(m, x)).max() > 100 * TOLERANCE * scale
+
+
+def test_generator_covers_the_format(tmp_path):
+    """What the random models of this file contain, all in all; so that no choice can get lost unnoticed."""
+    seen = set()
+    for seed in SEEDS:
+        config, layers = reference.random_config(np.random.default_rng(seed))
+        seen |= {("tied", config.flags & 1), ("head bias", config.flags & 2), ("projection", config.flags & 4),
+                 ("final norm", config.final_norm), ("padding", config.rows > config.vocab), ("tokens", config.input == 0),
+                 ("no head", config.rows == 0), ("own head", config.rows > 0 and not config.flags & 1)}
+        for l in layers:
+            mixer = ("none", "conv", "taylor", "window")[l.mixer]
+            seen |= {("mixer", mixer), ("norm1", l.norm1), ("norm2", l.norm2), ("mlp", l.mlp)}
+            seen |= {(mixer, "flag", bit) for bit in range(9) if l.flags >> bit & 1}
+            seen |= {(mixer, "rotary", 0 if not l.rotary else 2 if 2 * l.rotary == l.key_width else 1), ("taps", l.taps),
+                     (mixer, "grouped", l.heads > l.kv_heads), ("normaliser", l.normaliser), ("kernel", l.kernel),
+                     ("degree", l.degree), ("window", l.window), (mixer, "key", l.key_width), (mixer, "value", l.value_width)}
+    wanted = {("tied", 1), ("head bias", 2), ("projection", 4), ("padding", True), ("tokens", True), ("tokens", False),
+              ("no head", True), ("own head", True)}
+    wanted |= {("final norm", i) for i in range(4)} | {("norm1", i) for i in range(4)} | {("norm2", i) for i in range(4)}
+    wanted |= {("mixer", name) for name in ("none", "conv", "taylor", "window")} | {("mlp", i) for i in range(3)}
+    wanted |= {(mixer, "flag", bit) for mixer in ("conv", "taylor", "window") for bit in (0, 1, 3, 4, 6, 7, 8)} | {("conv", "flag", 2)}
+    wanted |= {(mixer, "flag", 5) for mixer in ("taylor", "window")} | {("kernel", 0), ("kernel", 1)}
+    wanted |= {(mixer, "rotary", i) for mixer in ("taylor", "window") for i in range(3)} | {("taps", i) for i in range(1, 6)}
+    wanted |= {(mixer, "grouped", yes) for mixer in ("taylor", "window") for yes in (True, False)}
+    wanted |= {("normaliser", i) for i in range(4)} | {("degree", i) for i in range(1, 5)}
+    wanted |= {("window", n) for n in (1, 2, 5, 33, 65, 129, 300)} | {("window", "key", n) for n in (12, 16, 64, 112)}
+    wanted |= {("taylor", "key", n) for n in (4, 5, 8, 16, 24)} | {("taylor", "value", n) for n in (1, 5, 12, 16, 112)}
+    assert not wanted - seen
+
+
+# ---- The same tokens in any way give the same bits. Four models with all mixers, and room for tricks to go wrong.
+
+ALL = [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR]
+TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
+MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
+          (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "taps": 4}, **TOKENS}), (103, {"mixers": ALL[::-1], **TOKENS})]
+BUDGET = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+MODEL = st.integers(0, len(MODELS) - 1)
+TEXT = st.lists(st.integers(0, 46), min_size=1, max_size=90)
+
+
+def build(random_model, index):
+    seed, overrides = MODELS[index]
+    return Model(random_model(seed, **overrides))
+
+
+def stepped(model, tokens):
+    session = Session(model, 1)
+    return np.stack([session.step(t) for t in tokens])
+
+
+@BUDGET
+@given(index=MODEL, tokens=TEXT, cuts=st.lists(st.integers(0, 90), max_size=6), block=st.integers(1, 64))
+def test_feed_equals_steps(random_model, index, tokens, cuts, block):
+    """However the tokens are cut into feeds, the logits of every token are those of single steps."""
+    model = build(random_model, index)
+    session = Session(model, block)
+    cuts = sorted({min(c, len(tokens)) for c in cuts} | {0, len(tokens)})
+    parts = [session.feed(tokens[a:b]) for a, b in zip(cuts, cuts[1:])]
+    assert same_bits(np.concatenate(parts), stepped(model, tokens))
+    assert same_bits(session.logits(), parts[-1][-1]) and session.count() == len(tokens)
+
+
+@pytest.mark.parametrize("index", range(len(MODELS)))
+def test_every_block_size(random_model, index):
+    model = build(random_model, index)
+    tokens = np.random.default_rng(index).integers(0, 47, 130)
+    expected = stepped(model, tokens)
+    for block in range(1, 65):
+        assert same_bits(Session(model, block).feed(tokens), expected), block
+        assert same_bits(Session(model, block).feed_last(tokens), expected[-1]), block
+
+
+@BUDGET
+@given(index=MODEL, before=TEXT, tokens=TEXT)
+def test_reset_equals_fresh(random_model, index, before, tokens):
+    model = build(random_model, index)
+    session = Session(model, 16)
+    session.feed(before)
+    session.reset()
+    assert session.count() == 0 and session.logits() is None
+    assert same_bits(session.feed(tokens), Session(model, 16).feed(tokens))
+
+
+@BUDGET
+@given(index=MODEL, tokens=TEXT, other=TEXT, turns=st.lists(st.booleans(), max_size=180))
+def test_interleaved_sessions_are_separate(random_model, index, tokens, other, turns):
+    model = build(random_model, index)
+    one, two = Session(model, 3), Session(model, 8)
+    left, right, got = list(tokens), list(other), ([], [])
+    for first in turns + [True] * len(tokens) + [False] * len(other):
+        if first and left:
+            got[0].append(one.step(left.pop(0)))
+        elif not first and right:
+            got[1].append(two.step(right.pop(0)))
+    assert same_bits(got[0], stepped(model, tokens)) and same_bits(got[1], stepped(model, other))
+
+
+@BUDGET
+@given(index=MODEL, past=TEXT, tokens=TEXT, junk=TEXT)
+def test_copy_equals_original(random_model, index, past, tokens, junk):
+    model = build(random_model, index)
+    original, copy = Session(model, 7), Session(model, 32)
+    original.feed(past)
+    copy.feed(junk)
+    copy.copy_from(original)
+    assert copy.count() == len(past) and same_bits(copy.logits(), original.logits())
+    assert same_bits(copy.feed(tokens), original.feed(tokens))
+
+
+@BUDGET
+@given(index=MODEL, pasts=st.lists(TEXT, min_size=1, max_size=6), data=st.data())
+def test_step_many_equals_alone(random_model, index, pasts, data):
+    """Sessions at different places of different texts, stepped together."""
+    model, n = build(random_model, index), len(pasts)
+    together, alone = [Session(model, n) for _ in pasts], [Session(model, 1) for _ in pasts]
+    for a, b, past in zip(together, alone, pasts):
+        a.feed(past)
+        b.feed(past)
+    for _ in range(3):
+        tokens = data.draw(st.lists(st.integers(0, 46), min_size=n, max_size=n))
+        assert same_bits(based.step_many(together, tokens), [s.step(t) for s, t in zip(alone, tokens)])
+
+
+@BUDGET
+@given(index=MODEL, past=TEXT, good=TEXT, bad=st.sampled_from([-1, -2**31, 47, 49, 50, 2**31 - 1]))
+def test_failed_call_changes_nothing(random_model, index, past, good, bad):
+    """A token outside the vocabulary (padding rows are outside too) is refused before anything moves."""
+    model = build(random_model, index)
+    session, expected = Session(model, 4), Session(model, 4)
+    session.feed(past)
+    expected.feed(past)
+    with pytest.raises(based.BasedError, match="vocabulary") as e:
+        session.feed(good + [bad])
+    assert e.value.status == -5 and "\n" not in str(e.value)
+    assert session.count() == len(past) and same_bits(session.logits(), expected.logits())
+    with pytest.raises(based.BasedError):
+        based.step_many([session, Session(model, 4)], [good[0], bad])
+    assert same_bits(session.feed(good), expected.feed(good))
+
+
+@pytest.mark.parametrize("seed", [s for s in SEEDS if reference.random_config(np.random.default_rng(s))[0].input][:8])
+def test_vectors_in_any_pieces(random_model, seed):
+    """Models without an embedding: the same, for vectors."""
+    path, rng = random_model(seed), np.random.default_rng(seed)
+    model, x = Model(path), reference.random_input(rng, reference.read(path), 70)
+    whole = Session(model, 64).feed(x)
+    pieces, ones = Session(model, 5), Session(model, 1)
+    assert same_bits(np.concatenate([pieces.feed(part) for part in np.split(x, [1, 2, 30, 31])]), whole)
+    assert same_bits(np.concatenate([ones.feed(row[None]) for row in x]), whole)
+    with pytest.raises(based.BasedError, match="vectors"):
+        ones.step(0)

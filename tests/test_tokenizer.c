@@ -1,0 +1,596 @@
+/* test_tokenizer.c - the tokenizer alone, on small tokenizers made by hand, and on hostile ones.
+ *
+ * Every section and every result lies in a block of exactly the promised size, so that a build with
+ * -fsanitize=address,undefined sees each byte read or written beyond it. Comparison with the reference library on real
+ * vocabularies is in test_tokenizer.py.
+ */
+#include "../tokenizer.c"
+
+#include "test.h"
+
+#include <stdlib.h>
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Sections made by hand
+ */
+
+typedef struct maker {
+    uint32_t kind, flags, bos, eos, unknown;
+    uint32_t byte_id[256];
+    uint32_t special[8], specials;
+    uint32_t merge[32][4], merges;      /* BASED_BPE                                                             */
+    uint32_t sorted[64];                /* BASED_SCORES; `merges` entries                                        */
+    float    score[512];
+    uint32_t start[512], size;
+    unsigned char bytes[8192];
+} maker;
+
+static uint32_t add_token(maker *m, const char *bytes, size_t n)
+{
+    uint32_t at = m->start[m->size];
+    memcpy(m->bytes + at, bytes, n);
+    m->start[++m->size] = at + (uint32_t)n;
+    return m->size - 1;
+}
+
+static void add_special(maker *m, const char *name)
+{
+    m->special[m->specials++] = add_token(m, name, strlen(name));
+}
+
+static void add_bytes(maker *m)
+{
+    for (int b = 0; b < 256; b++) {
+        char c = (char)b;
+        m->byte_id[b] = add_token(m, &c, 1);
+    }
+}
+
+/* Adds a merge (its rank is its place) and keeps the table in order. */
+static void add_merge(maker *m, uint32_t left, uint32_t right, uint32_t result)
+{
+    uint32_t i = m->merges;
+    while (i > 0 && (m->merge[i - 1][0] > left || (m->merge[i - 1][0] == left && m->merge[i - 1][1] > right))) {
+        memcpy(m->merge[i], m->merge[i - 1], sizeof m->merge[i]);
+        i--;
+    }
+    m->merge[i][0] = left;
+    m->merge[i][1] = right;
+    m->merge[i][2] = m->merges++;
+    m->merge[i][3] = result;
+}
+
+/* Adds a token with a score, and its id to the sorted ones. */
+static uint32_t add_scored(maker *m, const char *text, float score)
+{
+    uint32_t id = add_token(m, text, strlen(text)), i = m->merges++;
+    span new = {m->bytes + m->start[id], strlen(text)};
+    for (; i > 0; i--) {
+        uint32_t other = m->sorted[i - 1];
+        span old = {m->bytes + m->start[other], m->start[other + 1] - m->start[other]};
+        if (compare(old, new) < 0) break;
+        m->sorted[i] = other;
+    }
+    m->sorted[i] = id;
+    m->score[id] = score;
+    return id;
+}
+
+/* The section in a block of its own of exactly *size bytes. */
+static unsigned char *make_section(const maker *m, size_t *size)
+{
+    uint32_t table = m->kind == BASED_BPE ? 4 * m->merges : m->merges + m->size;
+    uint32_t words = 12 + 256 + m->specials + m->size + 1 + table;
+    uint32_t head[12] = {words, m->kind, m->flags, m->size, m->bos, m->eos, m->unknown, m->merges, m->specials};
+    *size = 4 * (size_t)words + m->start[m->size];
+    unsigned char *section = malloc(*size), *p = section;
+#define PUT(what, n) (memcpy(p, (what), 4 * (size_t)(n)), p += 4 * (size_t)(n))
+    PUT(head, 12);
+    PUT(m->byte_id, 256);
+    PUT(m->special, m->specials);
+    PUT(m->start, m->size + 1);
+    if (m->kind == BASED_BPE) PUT(m->merge, 4 * m->merges);
+    if (m->kind == BASED_SCORES) PUT(m->sorted, m->merges);
+    if (m->kind == BASED_SCORES) PUT(m->score, m->size);
+#undef PUT
+    memcpy(p, m->bytes, m->start[m->size]);
+    return section;
+}
+
+enum { AB = 256, BC, ABC, CC, AA, AAAA, HE, END, ENDX, BPE_SIZE };
+
+/* The id of a byte is the byte. "bc" merges before "ab". */
+static void make_bpe(maker *m)
+{
+    memset(m, 0, sizeof *m);
+    m->kind = BASED_BPE;
+    m->bos = m->eos = END;
+    m->unknown = BASED_NONE;
+    add_bytes(m);
+    add_token(m, "ab", 2);
+    add_token(m, "bc", 2);
+    add_token(m, "abc", 3);
+    add_token(m, "cc", 2);
+    add_token(m, "aa", 2);
+    add_token(m, "aaaa", 4);
+    add_token(m, " h", 2);
+    add_token(m, "<end>", 5);
+    add_special(m, "<end>x");
+    m->special[m->specials++] = END;
+    add_merge(m, 'b', 'c', BC);
+    add_merge(m, 'a', 'b', AB);
+    add_merge(m, 'a', BC, ABC);
+    add_merge(m, 'c', 'c', CC);
+    add_merge(m, 'a', 'a', AA);
+    add_merge(m, AA, AA, AAAA);
+    add_merge(m, ' ', 'h', HE);
+}
+
+/* As llama2.c: 0 <unk>, 1 <s>, 2 </s>, 3 to 258 the bytes, then what text becomes. */
+enum { SPACE_TOKEN = 259, A, B, C, X_AB, X_BC, X_HI, JA, X_ZERO, X_MINUS, SPACE_A, SCORES_SIZE };
+
+static void make_scores(maker *m)
+{
+    memset(m, 0, sizeof *m);
+    m->kind = BASED_SCORES;
+    m->flags = BASED_TOK_PREFIX_SPACE | BASED_TOK_ADD_BOS;
+    m->bos = 1;
+    m->eos = 2;
+    add_token(m, "<unk>", 5);
+    add_token(m, "<s>", 3);
+    add_token(m, "</s>", 4);
+    m->special[0] = 0;
+    m->special[1] = 2;
+    m->special[2] = 1;
+    m->specials = 3;
+    add_bytes(m);
+    add_scored(m, " ", -1);
+    add_scored(m, "a", -2);
+    add_scored(m, "b", -3);
+    add_scored(m, "c", -4);
+    add_scored(m, "ab", 2.0f);
+    add_scored(m, "bc", 2.5f);
+    add_scored(m, "abcc", -9);
+    add_scored(m, "\xE6\x97\xA5", -9);
+    add_scored(m, "ca", 0.0f);
+    add_scored(m, "ac", -0.0f);
+    add_scored(m, " a", -20);
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Using a tokenizer with everything in blocks of exactly the right size
+ */
+
+static int64_t encode(const based_tokenizer *t, const char *text, size_t n, int flags, int32_t *out, size_t room)
+{
+    based_error e;
+    int32_t *ids = malloc(4 * based_encode_bound(t, n));
+    void *scratch = malloc(based_encode_scratch(t, n));
+    char *copy = malloc(n + (n == 0));
+    memcpy(copy, text, n);
+    int64_t count = based_encode(t, copy, n, flags, ids, scratch, &e);
+    CHECK_EACH(count >= 0 && (size_t)count <= based_encode_bound(t, n));
+    for (int64_t i = 0; i < count; i++) CHECK_EACH(ids[i] >= 0 && (uint32_t)ids[i] < t->size);
+    memcpy(out, ids, 4 * ((size_t)count < room ? (size_t)count : room));
+    free(copy);
+    free(scratch);
+    free(ids);
+    return count;
+}
+
+/* Decodes ids into out, zero-terminated, each token through a block of exactly based_decode_bound bytes. */
+static size_t decode(const based_tokenizer *t, const int32_t *ids, int64_t count, char *out)
+{
+    based_decoder d;
+    size_t n = 0, bound = based_decode_bound(t);
+    char *block = malloc(bound);
+    memset(&d, 0, sizeof d);
+    for (int64_t i = 0; i < count; i++) {
+        size_t k = based_decode(t, &d, ids[i], block);
+        CHECK_EACH(k <= bound && d.n <= 3);
+        memcpy(out + n, block, k);
+        n += k;
+    }
+    n += based_decode_flush(&d, out + n);
+    CHECK_EACH(based_decode_flush(&d, out + n) == 0);
+    out[n] = '\0';
+    free(block);
+    return n;
+}
+
+static int init(based_tokenizer *t, const unsigned char *section, size_t size, uint32_t vocab)
+{
+    based_error e;
+    memset(&e, 'x', sizeof e);
+    int status = based_tokenizer_init(t, section, size, vocab, &e);
+    CHECK_EACH(based_tokenizer_init(t, section, size, vocab, NULL) == status);
+    if (status != BASED_OK) {
+        CHECK_EACH(e.status == status && memchr(e.text, 0, sizeof e.text) != NULL && strlen(e.text) > 20);
+        CHECK_EACH(strchr(e.text, '\n') == NULL && strchr(e.text, '#') == NULL);
+    }
+    return status;
+}
+
+/* Encodes and checks the ids, given as a list that ends with -1. */
+static void expect(const based_tokenizer *t, const char *text, int flags, const int32_t *ids, int line)
+{
+    int32_t got[64];
+    int64_t n = encode(t, text, strlen(text), flags, got, 64), i = 0;
+    while (i < n && ids[i] == got[i]) i++;
+    test_count(i == n && ids[i] == -1, __FILE__, line, text);
+}
+#define EXPECT(t, text, flags, ...) expect(t, text, flags, (const int32_t[]){__VA_ARGS__, -1}, __LINE__)
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * The tests
+ */
+
+static void test_bpe(void)
+{
+    static maker m;
+    size_t size;
+    based_tokenizer t;
+    make_bpe(&m);
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE), BASED_OK);
+    CHECK_EQUAL(t.size, BPE_SIZE);
+    EXPECT(&t, "", 0, -1);
+    EXPECT(&t, "", BASED_ADD_BOS, END);
+    EXPECT(&t, "a", 0, 'a');
+    EXPECT(&t, "ab", 0, AB);
+    EXPECT(&t, "abc", 0, ABC);                      /* bc first, although ab is further left               */
+    EXPECT(&t, "ccc", 0, CC, 'c');                  /* the leftmost of equals                              */
+    EXPECT(&t, "cccc", 0, CC, CC);
+    EXPECT(&t, "aaaaa", 0, AAAA, 'a');
+    EXPECT(&t, "aaaaaaaa", 0, AAAA, AAAA);
+    EXPECT(&t, "abcabcab", 0, ABC, ABC, AB);
+    EXPECT(&t, "a b", 0, 'a', ' ', 'b');            /* no merge over the border of a piece                 */
+    EXPECT(&t, "h  hh", 0, 'h', ' ', HE, 'h');      /* the last of the spaces belongs to the word          */
+    EXPECT(&t, "\xFF\x80", 0, 0xFF, 0x80);
+    EXPECT(&t, "a<end>b", 0, 'a', '<', 'e', 'n', 'd', '>', 'b');
+    EXPECT(&t, "a<end>b", BASED_PARSE_SPECIALS, 'a', END, 'b');
+    EXPECT(&t, "<end>x<end><end", BASED_PARSE_SPECIALS | BASED_ADD_BOS, END, ENDX, END, '<', 'e', 'n', 'd');
+    CHECK_EQUAL(based_special(&t, "<end>"), END);
+    CHECK_EQUAL(based_special(&t, "<end>x"), ENDX);
+    CHECK_EQUAL(based_special(&t, "<end>xy"), -1);
+    CHECK_EQUAL(based_special(&t, ""), -1);
+    CHECK_EQUAL(based_special(&t, "ab"), -1);
+    free(s);
+}
+
+/* The alternatives of GPT-2's pattern one by one; the text comes with a bar wherever a piece must end. */
+static void test_pieces(void)
+{
+    static const char *const cases[] = {
+        "we|'re| I|'m| you|'ve| he|'ll| it|'s| don|'t| she|'d", "'|S|'s|s|'|R", "'|l|'|ra|'", " '|s", "!'|s",
+        "Hello| world|!!| 123|abc|456", "a|  | b", "a| ", "a|   ", "  |\t|x", "\t|x", "a|\n| b", "a|\n|\n|b",
+        "a|\r\n", "a|\r|\n|b",
+        "\xC3\xA9t\xC3\xA9| \xC3\xBC", "\xE6\x97\xA5\xE6\x9C\xAC|\xE3\x80\x82", "x|\xC2\xB2\xE2\x85\xA8|x", /* 2 IX */
+        "a|\xC2\xA0|b", "a|\xE3\x80\x80|\xE3\x80\x80|b", "a|\xE2\x80\x8B|b", "a|\xC2\x85", "a| \xF0\x9F\xA6\x99|b",
+        "a|\xFF\xC3|b", " \xFF\x80!|b", "a|\xED\xA0\x80|b", "a|\xC0\xA0|b", "a|\xF4\x90\x80\x80| \xE2\x82",
+        "e|\xCC\x81|f",
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        unsigned char text[200];
+        char cut[400];
+        size_t n = 0, out = 0;
+        for (const char *p = cases[i]; *p; p++)
+            if (*p != '|') text[n++] = (unsigned char)*p;
+        for (span s = {text, n}; s.n > 0;) {
+            size_t k = first_piece(s);
+            if (out > 0) cut[out++] = '|';
+            memcpy(cut + out, s.p, k);
+            out += k;
+            s = rest_of(s, k);
+        }
+        cut[out] = '\0';
+        CHECK_TEXT(cut, cases[i]);
+    }
+}
+
+static void test_scores(void)
+{
+    static maker m;
+    size_t size;
+    char out[200];
+    int32_t ids[64];
+    based_tokenizer t;
+    make_scores(&m);
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, SCORES_SIZE), BASED_OK);
+    EXPECT(&t, "", BASED_ADD_BOS, 1);
+    EXPECT(&t, "b", BASED_ADD_BOS, 1, SPACE_TOKEN, B);
+    EXPECT(&t, "a", 0, SPACE_A);
+    EXPECT(&t, "abc", 0, SPACE_A, X_BC);            /* the higher score first, although further right      */
+    EXPECT(&t, "cac", 0, SPACE_TOKEN, X_ZERO, C);   /* 0 and -0 are equal: the leftmost first              */
+    EXPECT(&t, "aca", 0, SPACE_TOKEN, X_MINUS, A);
+    EXPECT(&t, "bac", 0, SPACE_TOKEN, B, X_MINUS);
+    EXPECT(&t, "babcc", 0, SPACE_TOKEN, B, A, X_BC, C);
+    EXPECT(&t, "\xE6\x97\xA5", 0, SPACE_TOKEN, JA);
+    EXPECT(&t, "\xE6\x97", 0, SPACE_TOKEN, 3 + 0xE6, 3 + 0x97);
+    EXPECT(&t, "a\x80", 0, SPACE_TOKEN, 3 + 'a', 3 + 0x80);         /* llama2.c: one character, unknown     */
+    EXPECT(&t, "\x80\x80\x80\x80\x80", 0, SPACE_TOKEN, 131, 131, 131, 131, 131);
+    EXPECT(&t, "<s>", 0, SPACE_TOKEN, 3 + '<', 3 + 's', 3 + '>');
+    EXPECT(&t, "<s>b</s>b", BASED_PARSE_SPECIALS, 1, SPACE_TOKEN, B, 2, B);
+
+    /* Decoding drops the one space that encoding put in front, and only that one. */
+    static const char *const texts[] = {"b", " b", "  b", "", " ", "a", "\xE6\x97\xA5 z\x01", "<s>"};
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
+        decode(&t, ids, encode(&t, texts[i], strlen(texts[i]), BASED_ADD_BOS, ids, 64), out);
+        CHECK_TEXT(out, texts[i]);
+    }
+    size_t n;
+    CHECK(based_token_bytes(&t, A, &n) != NULL && n == 1);
+    CHECK(based_token_bytes(&t, 1, &n) != NULL && n == 0);          /* a special token stands for no text   */
+    CHECK(based_token_bytes(&t, -1, &n) == NULL && n == 0);
+    CHECK(based_token_bytes(&t, SCORES_SIZE, &n) == NULL && n == 0);
+    free(s);
+}
+
+/* A byte without a token becomes the unknown token, or nothing if there is none: then its neighbours may merge. */
+static void test_missing_bytes(void)
+{
+    static maker m;
+    size_t size;
+    based_tokenizer t;
+    make_bpe(&m);
+    m.byte_id['!'] = m.byte_id['?'] = BASED_NONE;
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE), BASED_OK);
+    EXPECT(&t, "a!?b", 0, 'a', 'b');
+    EXPECT(&t, "!", 0, -1);
+    free(s);
+    m.unknown = 'u';
+    s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE), BASED_OK);
+    EXPECT(&t, "a!?b", 0, 'a', 'u', 'u', 'b');
+    free(s);
+}
+
+static void test_arguments(void)
+{
+    static maker m;
+    size_t size;
+    based_tokenizer t, before;
+    based_error e;
+    uint64_t scratch[64];
+    int32_t ids[8];
+    make_bpe(&m);
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE + 5), BASED_OK);         /* a padded vocabulary may be larger    */
+    before = t;
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE - 1), BASED_EFORMAT);
+    CHECK_EQUAL(init(&t, s, size, 0), BASED_EFORMAT);
+    CHECK_EQUAL(init(&t, s + 1, size - 1, BPE_SIZE), BASED_EINVAL);
+    CHECK_EQUAL(init(&t, NULL, size, BPE_SIZE), BASED_EINVAL);
+    CHECK(memcmp(&t, &before, sizeof t) == 0);                      /* a failed call changes nothing        */
+    CHECK_EQUAL(based_encode(&t, "a", 1, 4, ids, scratch, &e), BASED_EINVAL);
+    CHECK_EQUAL(based_encode(&t, "a", 1, -1, ids, scratch, &e), BASED_EINVAL);
+    CHECK_EQUAL(based_encode(&t, "a", (size_t)-1, 0, ids, scratch, &e), BASED_EINVAL);
+    CHECK_EQUAL(based_encode(&t, "a", 0x7FFFFFF1, 0, ids, scratch, &e), BASED_EINVAL);
+    CHECK_TEXT(e.text, "encode: 2147483633 bytes of text are too many at once, 2147483632 at most: cut the text");
+    CHECK_EQUAL(based_encode(&t, NULL, 1, 0, ids, scratch, &e), BASED_EINVAL);
+    CHECK_EQUAL(based_encode(&t, "a", 1, 0, ids, (char *)scratch + 4, &e), BASED_EINVAL);
+    CHECK_EQUAL(based_encode(&t, "a", 1, 0, ids, (char *)scratch + 4, NULL), BASED_EINVAL);
+    CHECK_EQUAL(based_encode(&t, NULL, 0, 0, ids, scratch, &e), 0);
+    CHECK(based_encode_scratch(&t, (size_t)-1) == (size_t)-1);
+    CHECK(based_encode_bound(&t, (size_t)-1) == (size_t)-1);
+    CHECK(based_encode_bound(&t, (size_t)-2) == (size_t)-1);
+    free(s);
+}
+
+/* The decoder fed byte by byte. R is U+FFFD. The first cases are those of the Unicode standard, tables 3-8 to 3-11. */
+#define R "\xEF\xBF\xBD"
+static void test_decoder(void)
+{
+    static const char *const cases[][2] = {
+        {"\xC0\xAF\xE0\x80\xBF\xF0\x81\x82" "A", R R R R R R R R "A"},
+        {"\xED\xA0\x80\xED\xBF\xBF\xED\xAF" "A", R R R R R R R R "A"},
+        {"\xF4\x91\x92\x93\xFF" "A\x80\xBF" "B", R R R R R "A" R R "B"},
+        {"\xE1\x80\xE2\xF0\x91\x92\xF1\xBF" "A", R R R R "A"},
+        {"", ""}, {"abc", "abc"}, {"\x7F", "\x7F"}, {"\x80", R}, {"\xBF", R}, {"\xC1\x80", R R}, {"\xC2", R},
+        {"\xC2\x80", "\xC2\x80"},
+        {"\xDF\xBF", "\xDF\xBF"}, {"\xE0\x9F\xBF", R R R}, {"\xE0\xA0\x80", "\xE0\xA0\x80"}, {"\xE0\xA0", R},
+        {"\xED\x9F\xBF", "\xED\x9F\xBF"}, {"\xEE\x80\x80", "\xEE\x80\x80"}, {"\xF0\x8F\xBF\xBF", R R R R},
+        {"\xF0\x90\x80\x80", "\xF0\x90\x80\x80"}, {"\xF4\x8F\xBF\xBF", "\xF4\x8F\xBF\xBF"}, {"\xF4\x8F\xBF", R},
+        {"\xF4\x90\x80\x80", R R R R}, {"\xF5\x80", R R}, {"\xFF", R}, {"\xE6\xE6\x97\xA5", R "\xE6\x97\xA5"},
+        {"\xF0\x9F\xA6\xF0\x9F\xA6\x99", R "\xF0\x9F\xA6\x99"}, {"\xE6\x97" "a", R "a"},
+        {"\xEF\xBB\xBF" "a", "\xEF\xBB\xBF" "a"},
+    };
+    static maker m;
+    size_t size;
+    based_tokenizer t;
+    make_bpe(&m);
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE), BASED_OK);
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int32_t ids[16];
+        char out[64];
+        int64_t n = (int64_t)strlen(cases[i][0]);
+        for (int64_t k = 0; k < n; k++) ids[k] = (unsigned char)cases[i][0][k];
+        decode(&t, ids, n, out);
+        CHECK_TEXT(out, cases[i][1]);
+    }
+    /* What a special token or a wrong id decodes to is nothing; a character may go on behind it. */
+    int32_t odd[] = {0xE6, END, -1, BPE_SIZE, 0x7FFFFFFF, 0x97, 0xA5};
+    char out[16];
+    decode(&t, odd, 7, out);
+    CHECK_TEXT(out, "\xE6\x97\xA5");
+    free(s);
+}
+
+/* A million bytes of one thing: each shape stresses another part. They come back as they were. */
+static void test_long(const based_tokenizer *t)
+{
+    enum { N = 1000000 };
+    static char text[N], back[N + 4];
+    static int32_t ids[N + 2];
+    static const char *const parts[] = {"a", " ", "ab", "abc", "c", "\xE6\x97\xA5", "\xF0", "'s", "\n", "<end>",
+                                        "a\x80", " h"};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        size_t k = strlen(parts[i]);
+        for (size_t j = 0; j < N; j++) text[j] = parts[i][j % k];
+        int32_t *room = malloc(4 * based_encode_bound(t, N));
+        void *scratch = malloc(based_encode_scratch(t, N));
+        int64_t n = based_encode(t, text, N, 0, room, scratch, NULL);
+        CHECK(n > 0 && n <= N + 1);
+        memcpy(ids, room, 4 * (size_t)n);
+        size_t bytes, at = 0;
+        for (int64_t j = 0; j < n; j++) {
+            const char *p = based_token_bytes(t, ids[j], &bytes);
+            if (at + bytes <= sizeof back) memcpy(back + at, p, bytes);
+            at += bytes;
+        }
+        size_t prefix = (t->flags & BASED_TOK_PREFIX_SPACE) != 0;
+        CHECK(at == N + prefix && memcmp(back + prefix, text, N) == 0);
+        free(room);
+        free(scratch);
+    }
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Hostile sections
+ */
+
+/* A section must either be refused with a reason or be usable whatever it says. Returns its status. */
+static int survive(const unsigned char *section, size_t size, uint32_t vocab)
+{
+    static const char text[] = "abcabc  aaaa hh'll <end>x<s>\xE6\x97\xA5\xF0\x9F\xA6\x99\xFF ca ac 12\n";
+    based_tokenizer t;
+    unsigned char *copy = malloc(size + (size == 0));
+    memcpy(copy, section, size);
+    int status = init(&t, copy, size, vocab);
+    if (status == BASED_OK) {
+        int32_t ids[128];
+        char out[4096 * 3 * 4];
+        int64_t n = encode(&t, text, sizeof text, BASED_ADD_BOS | BASED_PARSE_SPECIALS, ids, 128);
+        decode(&t, ids, n < 100 ? n : 100, out);
+        encode(&t, text, sizeof text, 0, ids, 128);
+        CHECK_EACH(based_special(&t, "<end>") < (int32_t)t.size);
+    }
+    free(copy);
+    return status;
+}
+
+static void test_hostile(const maker *m)
+{
+    size_t size;
+    unsigned char *s = make_section(m, &size);
+    uint32_t words, vocab = m->size, accepted = 0;
+    memcpy(&words, s, 4);
+    CHECK_EQUAL(survive(s, size, vocab), BASED_OK);
+
+    /* Cut at every byte, or with bytes left over: the sizes no longer add up. */
+    for (size_t n = 0; n < size; n++) accepted += survive(s, n, vocab) == BASED_OK;
+    unsigned char *longer = calloc(1, size + 8);
+    memcpy(longer, s, size);
+    for (size_t n = size + 1; n <= size + 8; n++) accepted += survive(longer, n, vocab) == BASED_OK;
+    free(longer);
+    CHECK_EQUAL(accepted, 0);
+
+    /* Every word with every value that is likely to be at the edge of something. */
+    for (uint32_t w = 0; w < words; w++) {
+        uint32_t old;
+        memcpy(&old, s + 4 * w, 4);
+        const uint32_t values[] = {0, 1, 2, 3, old - 1, old + 1, m->size - 1, m->size, m->size + 1, words, 4 * words,
+                                   (uint32_t)size, 0x3FFFFFFF, 0x40000000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE,
+                                   0xFFFFFFFF, 0x7FC00000, 0x7F800000, old ^ 0x80000000};
+        for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
+            memcpy(s + 4 * w, &values[i], 4);
+            accepted += survive(s, size, vocab) == BASED_OK;
+        }
+        memcpy(s + 4 * w, &old, 4);
+    }
+    CHECK(accepted > 0);
+
+    /* Every bit. */
+    for (size_t i = 0; i < size; i++)
+        for (int bit = 0; bit < 8; bit++) {
+            s[i] ^= (unsigned char)(1 << bit);
+            survive(s, size, vocab);
+            s[i] ^= (unsigned char)(1 << bit);
+        }
+    free(s);
+}
+
+/* One change each, and what the message must say: the checks are there, each for its own reason. */
+static void refuse(const maker *m, uint32_t vocab, const char *expected, int line)
+{
+    size_t size;
+    based_error e;
+    based_tokenizer t;
+    unsigned char *s = make_section(m, &size);
+    e.text[0] = '\0';
+    int status = based_tokenizer_init(&t, s, size, vocab, &e);
+    int ok = status == BASED_EFORMAT && strstr(e.text, expected) != NULL;
+    if (!ok) printf("got %d: %s\n", status, e.text);
+    test_count(ok, __FILE__, line, expected);
+    free(s);
+}
+#define REFUSE(make, change, expected)                                                                                 \
+    do {                                                                                                               \
+        make(&m);                                                                                                      \
+        change;                                                                                                        \
+        refuse(&m, m.size, expected, __LINE__);                                                                        \
+    } while (0)
+
+static void test_refusals(void)
+{
+    static maker m;
+    REFUSE(make_bpe, m.kind = 3, "kind 3 is unknown");
+    REFUSE(make_bpe, m.flags = 4, "flags 4 are unknown");
+    REFUSE(make_bpe, m.flags = BASED_TOK_PREFIX_SPACE, "prefix space");
+    REFUSE(make_bpe, m.bos = BPE_SIZE, "bos, eos or unknown");
+    REFUSE(make_bpe, m.eos = BPE_SIZE, "bos, eos or unknown");
+    REFUSE(make_bpe, m.unknown = BPE_SIZE, "bos, eos or unknown");
+    REFUSE(make_bpe, m.start[0] = 1, "token 0 starts at byte 1");
+    REFUSE(make_bpe, m.start[7] = 9, "token 7 ends before it starts");
+    REFUSE(make_bpe, m.byte_id[65] = BPE_SIZE, "byte 65 has token 265, which does not exist");
+    REFUSE(make_bpe, m.byte_id[65] = 66, "byte 65 has token 66, which has other bytes");
+    REFUSE(make_bpe, m.byte_id[65] = AB, "byte 65 has token 256, which has other bytes");
+    REFUSE(make_bpe, m.special[0] = BPE_SIZE, "special 0 is token 265");
+    REFUSE(make_bpe, (m.special[0] = END, m.special[1] = ENDX), "special 1, token 264, is empty or out of order");
+    REFUSE(make_bpe, m.special[1] = add_token(&m, "", 0), "special 1, token 265, is empty");
+    REFUSE(make_bpe, m.merge[3][0] = BPE_SIZE, "merge 3 names a token beyond the last, 264");
+    REFUSE(make_bpe, m.merge[3][1] = BPE_SIZE, "merge 3 names");
+    REFUSE(make_bpe, m.merge[3][3] = BPE_SIZE, "merge 3 names");
+    REFUSE(make_bpe, memcpy(m.merge[3], m.merge[2], sizeof m.merge[2]), "merge 3 is out of order");
+    REFUSE(make_bpe, memcpy(m.merge[3], m.merge[1], sizeof m.merge[1]), "merge 3 is out of order");
+    REFUSE(make_bpe, m.merge[3][3] = 'a', "which has other bytes");
+    REFUSE(make_scores, m.sorted[1] = SCORES_SIZE, "sorted entry 1 is token 270");
+    REFUSE(make_scores, m.sorted[1] = m.sorted[0], "sorted entry 1, token");
+    REFUSE(make_scores, m.score[5] = (float)strtod("nan", NULL), "score of token 5 is not a number");
+
+    REFUSE(make_bpe, (m.start[BPE_SIZE] = m.start[BPE_SIZE - 1] + 4097), "token 264 is longer than 4096 bytes");
+
+    /* The whole line, once: what was found and what was expected. */
+    make_bpe(&m);
+    refuse(&m, 100, "tokenizer: it has 265 tokens, the model knows 100: it belongs to another model", __LINE__);
+}
+
+int main(void)
+{
+    static maker m;
+    size_t size;
+    based_tokenizer t;
+    test_bpe();
+    test_pieces();
+    test_scores();
+    test_missing_bytes();
+    test_arguments();
+    test_decoder();
+    test_refusals();
+    make_bpe(&m);
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, m.size), BASED_OK);
+    test_long(&t);
+    free(s);
+    test_hostile(&m);
+    make_scores(&m);
+    s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, m.size), BASED_OK);
+    test_long(&t);
+    free(s);
+    test_hostile(&m);
+    return test_end();
+}
