@@ -17,12 +17,22 @@
  *
  * Order: errors, format, arithmetic, the two big kernels, mixers, block, feeding, state, sampling, operating system.
  */
+#if !defined(BASED_FREESTANDING) && (defined(__unix__) || defined(__APPLE__))
+#define BASED_POSIX 1
+#define _POSIX_C_SOURCE 200809L         /* sched_yield here, mmap at the end                                     */
+#endif
 #include "based.h"
 
 #include <math.h>                       /* sqrtf: the only one whose result IEEE 754 fixes                       */
 #include <float.h>
 #include <stdarg.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef BASED_POSIX
+#include <sched.h>
+#endif
 
 /* ==== Errors =========================================================================================================
  * One line per failure. A tiny formatter instead of snprintf, so that the core needs no stdio: %s is a string, %u a
@@ -628,7 +638,8 @@ struct kernels {
     void (*silu_times)(float *y, const float *gate, const float *value, size_t n);
     /* x[i] = exp(scale * x[i] - max); returns their sum */
     float (*soften)(float *x, size_t n, float scale);
-    void (*quantise)(const struct activations *a, size_t t);
+    /* groups from .. to - 1 of all vectors: x -> q, scale, offset */
+    void (*quantise)(const struct activations *a, size_t from, size_t to);
 };
 
 /* ---- Float weights ------------------------------------------------------------------------------------------------ */
@@ -715,11 +726,11 @@ BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *
     *offset = -128 * s;
 }
 
-/* Vector t of a, whose last group is filled up with zeros. */
-BODY void quantise_body(const struct activations *a, size_t t) {
-    for (size_t g = 0; g < a->groups; g++) {
+/* Groups `from` to `to` of all vectors, counted through; the last of each vector is filled up with zeros. */
+BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
+    for (size_t at = from; at < to; at++) {
+        size_t t = at / a->groups, g = at % a->groups, n = a->cols - g * 32;
         const float *x = a->x + t * a->cols + g * 32;
-        size_t at = t * a->groups + g, n = a->cols - g * 32;
         float filled[32] = { 0 };
         if (n < 32) x = memcpy(filled, x, n * sizeof *x);
         quantise_group(a->q + at * 32, a->scale + at, a->offset + at, x);
@@ -740,7 +751,7 @@ BODY void quantise_body(const struct activations *a, size_t t) {
         for (size_t i = 0; i < n; i++) y[i] = silu(gate[i]) * value[i];                                                  \
     }                                                                                                                    \
     target static float soften_##set(float *x, size_t n, float scale) { return soften_body(x, n, scale); }               \
-    target static void quantise_##set(const struct activations *a, size_t t) { quantise_body(a, t); }
+    target static void quantise_##set(const struct activations *a, size_t from, size_t to) { quantise_body(a, from, to); }
 
 FLOAT_KERNELS(plain, )
 
@@ -930,6 +941,7 @@ struct based_session {
     uint64_t count;                     /* tokens fed                                                            */
     uint32_t block;                     /* tokens computed together at most                                      */
     int threads;
+    int arrived, round;                 /* where threads meet                                                    */
     void *owned;                        /* what based_session_free gives back                                    */
     struct row *row;                    /* (block)                                                               */
     float *x;                           /* (block, dim) the residual stream                                      */
@@ -939,10 +951,55 @@ struct based_session {
     float *y;                           /* (block, widest_mid) what out/down consume                             */
     float *slot;                        /* (slots, slot) scratch of the heads                                    */
     float *q;                           /* (block, groups, 32 bytes) quantised vectors                           */
-    float *q_scale, *q_sum;             /* (block, groups) their scales, and sums as int32                       */
+    float *q_scale, *q_offset;          /* (block, groups) their scales, and offsets as int32                    */
     float *state;                       /* (state) everything that the past determines                           */
     float *logits;                      /* (width) of the last token                                             */
 };
+
+/* ---- Threads ------------------------------------------------------------------------------------------------------
+ * One parallel region computes a whole block. Every thread walks through the same forward pass, does its share of each
+ * step, and meets the others before the next: the steps are far too short to start threads for. No result depends on the
+ * split, because every number is computed by one thread, in one order.
+ */
+struct worker {
+    based_session *p;                   /* whose scratch memory is used                                          */
+    size_t id, of;                      /* this thread, and how many                                             */
+};
+
+/* A worker's share of n things: from share(n, w, 0) up to share(n, w, 1). */
+static size_t share(size_t n, const struct worker *w, size_t end) {
+    return n / w->of * (w->id + end) + n % w->of * (w->id + end) / w->of;
+}
+
+/* Waits until all workers are here. They usually arrive within a microsecond; if not, another program has the processor, and
+ * spinning would only keep it from finishing, so it is offered the time instead. */
+static void meet(const struct worker *w) {
+#ifdef _OPENMP
+    based_session *p = w->p;
+    int round, now, arrived;
+    if (w->of == 1) return;
+#pragma omp atomic read seq_cst
+    round = p->round;
+#pragma omp atomic capture seq_cst
+    arrived = ++p->arrived;
+    if (arrived == (int)w->of) {
+        p->arrived = 0;
+#pragma omp atomic write seq_cst
+        p->round = round ^ 1;
+        return;
+    }
+    for (int spins = 0;; spins++) {
+#pragma omp atomic read seq_cst
+        now = p->round;
+        if (now != round) return;
+#ifdef BASED_POSIX
+        if (spins > 4000) sched_yield();
+#endif
+    }
+#else
+    (void)w;
+#endif
+}
 
 /* Sixteen rows of a (or the last ones) times all vectors. */
 static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows,
@@ -966,19 +1023,22 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
 }
 
 /* out[t][r] = a.row(first + r) . x[t] + bias, for `rows` rows and n vectors x (n, cols); first is a multiple of 16. Weights
- * are read once for all vectors; each number is the same sum whatever n and however many threads. */
+ * are read once for all vectors; each number is the same sum whatever n and however many threads. x must be complete
+ * before, and out is when this returns. */
 static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows, const float *x,
-                   size_t n, based_session *p) {
-    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_sum, n, a->cols, groups(a->cols) };
-    int64_t count = (int64_t)((rows + 15) / 16);
-    if (a->dtype != BASED_F32) for (size_t t = 0; t < n; t++) p->m->k->quantise(&act, t);
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(p->threads) if (p->threads > 1)
-#endif
-    for (int64_t i = 0; i < count; i++) {
-        size_t r = (size_t)i * 16, many = rows - r < 16 ? rows - r : 16;
+                   size_t n, const struct worker *w) {
+    based_session *p = w->p;
+    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols, groups(a->cols) };
+    size_t count = (rows + 15) / 16;
+    if (a->dtype != BASED_F32) {
+        p->m->k->quantise(&act, share(n * act.groups, w, 0), share(n * act.groups, w, 1));
+        meet(w);
+    }
+    for (size_t i = share(count, w, 0); i < share(count, w, 1); i++) {
+        size_t r = i * 16, many = rows - r < 16 ? rows - r : 16;
         matmul_tile(out + r, out_stride, a, first + r, many, &act, p->m->k);
     }
+    meet(w);
 }
 
 static float *state_of(const struct row *r, const struct layer *l) {
@@ -1007,20 +1067,23 @@ static void rotate(float *heads, size_t count, const struct layer *l, uint64_t t
 
 /* conv. State: the last taps - 1 inputs, (taps - 1, channels), as a ring: position t - k lives in slot (t - k) mod
  * (taps - 1), so the oldest, which tap 0 multiplies, is just where the newest will be written. */
-static void mix_conv(const struct layer *l, based_session *p, size_t n) {
-    size_t channels = l->c->value_width, past = l->c->taps - 1, width = 2 * channels;
+static void mix_conv(const struct layer *l, const struct worker *w, size_t n) {
+    size_t channels = l->c->value_width, past = l->c->taps - 1;
+    size_t from = share(channels, w, 0), many = share(channels, w, 1) - from;
+    const float *taps = l->taps + from;
     for (size_t r = 0; r < n; r++) {
-        float *ring = state_of(&p->row[r], l), *y = p->y + r * channels;
-        const float *u = p->u + r * width, *gate = u + channels;
-        size_t oldest = past ? (size_t)(p->row[r].t % past) : 0;
-        for (size_t e = 0; e < channels; e++) y[e] = l->taps_bias ? l->taps_bias[e] : 0.0f;
+        const struct row *row = &w->p->row[r];
+        float *ring = state_of(row, l) + from, *y = w->p->y + r * channels + from;
+        const float *u = w->p->u + r * 2 * channels + from, *gate = u + channels;
+        size_t oldest = past ? (size_t)(row->t % past) : 0;
+        for (size_t e = 0; e < many; e++) y[e] = l->taps_bias ? l->taps_bias[from + e] : 0.0f;
         for (size_t i = 0; i < past; i++) {
-            const float *tap = l->taps + i * channels, *v = ring + (oldest + i) % past * channels;
-            for (size_t e = 0; e < channels; e++) y[e] += tap[e] * v[e];
+            const float *tap = taps + i * channels, *v = ring + (oldest + i) % past * channels;
+            for (size_t e = 0; e < many; e++) y[e] += tap[e] * v[e];
         }
-        for (size_t e = 0; e < channels; e++) y[e] += l->taps[past * channels + e] * u[e];
-        p->m->k->silu_times(y, y, gate, channels);
-        if (past) memcpy(ring + oldest * channels, u, channels * sizeof *u);
+        for (size_t e = 0; e < many; e++) y[e] += taps[past * channels + e] * u[e];
+        w->p->m->k->silu_times(y, y, gate, many);
+        if (past) memcpy(ring + oldest * channels, u, many * sizeof *u);
     }
 }
 
@@ -1189,19 +1252,17 @@ static void taylor_head(const struct layer *l, based_session *p, size_t n, size_
     }
 }
 
-/* Heads know nothing of each other, so threads may share them out in any way. */
-static void mix_attention(const struct layer *l, based_session *p, size_t n) {
+/* Heads know nothing of each other, so workers may share them out in any way. */
+static void mix_attention(const struct layer *l, const struct worker *w, size_t n) {
     const based_layer *c = l->c;
-    int64_t heads = c->kv_heads;
-    for (size_t r = 0; r < n && c->rotary; r++)         /* the heads of q and of k lie side by side                  */
-        rotate(p->u + r * in_rows(c), c->heads + c->kv_heads, l, p->row[r].t);
-#ifdef _OPENMP
-#pragma omp parallel for schedule(static) num_threads(p->threads) if (p->threads > 1)
-#endif
-    for (int64_t h = 0; h < heads; h++) {
-        float *scratch = p->slot + (p->m->slots > 1 ? (size_t)h * p->m->slot : 0);
-        if (c->mixer == BASED_WINDOW) window_head(l, p, n, (size_t)h, scratch);
-        else taylor_head(l, p, n, (size_t)h, scratch);
+    based_session *p = w->p;
+    for (size_t r = share(n, w, 0); c->rotary && r < share(n, w, 1); r++)
+        rotate(p->u + r * in_rows(c), c->heads + c->kv_heads, l, p->row[r].t);     /* q's and k's lie side by side       */
+    if (c->rotary) meet(w);
+    for (size_t h = share(c->kv_heads, w, 0); h < share(c->kv_heads, w, 1); h++) {
+        float *scratch = p->slot + (p->m->slots > 1 ? h * p->m->slot : 0);
+        if (c->mixer == BASED_WINDOW) window_head(l, p, n, h, scratch);
+        else taylor_head(l, p, n, h, scratch);
     }
 }
 
@@ -1216,64 +1277,74 @@ static void shift_channels(float *xs, const float *x, float *before, size_t dim)
 }
 
 /* VALUE_GATES: each head's result is scaled by one number, so a head can attend to nothing. */
-static void gate_heads(const struct layer *l, based_session *p, size_t n) {
-    size_t dv = l->c->value_width, heads = l->c->heads, dim = p->m->c->dim;
-    for (size_t r = 0; r < n; r++)
+static void gate_heads(const struct layer *l, const struct worker *w, size_t n) {
+    size_t dv = l->c->value_width, heads = l->c->heads, dim = w->p->m->c->dim;
+    for (size_t r = share(n, w, 0); r < share(n, w, 1); r++)
         for (size_t h = 0; h < heads; h++) {
-            float open = sigmoid(dot(l->gate.data + h * dim, p->xs + r * dim, dim));
-            for (size_t e = 0; e < dv; e++) p->y[(r * heads + h) * dv + e] *= open;
+            float open = sigmoid(dot(l->gate.data + h * dim, w->p->xs + r * dim, dim));
+            for (size_t e = 0; e < dv; e++) w->p->y[(r * heads + h) * dv + e] *= open;
         }
+    meet(w);
 }
 
-static void add_or_replace(float *x, const float *change, size_t n, int replace) {
-    for (size_t i = 0; i < n; i++) x[i] = (replace ? 0.0f : x[i]) + change[i];
+/* x += change, or x = change, for this worker's rows. */
+static void add_or_replace(float *x, const float *change, size_t dim, size_t n, int replace, const struct worker *w) {
+    for (size_t i = share(n, w, 0) * dim; i < share(n, w, 1) * dim; i++) x[i] = (replace ? 0.0f : x[i]) + change[i];
 }
 
-static void mixer_half(const struct layer *l, based_session *p, size_t n) {
+static void mixer_half(const struct layer *l, const struct worker *w, size_t n) {
     const based_layer *c = l->c;
+    based_session *p = w->p;
     size_t dim = p->m->c->dim;
-    const float *result = p->y;
-    for (size_t r = 0; r < n; r++) {
-        float *x = p->x + r * dim, *xs = p->xs + r * dim;
-        if (c->flags & BASED_SHIFT) shift_channels(xs, x, p->row[r].s->state + l->shift, dim);
-        else memcpy(xs, x, dim * sizeof *x);
-        normalise(p->xn + r * dim, xs, &l->norm1, dim);
-    }
-    matmul(p->u, l->in.rows, &l->in, 0, l->in.rows, p->xn, n, p);
-    if (c->mixer == BASED_CONV) mix_conv(l, p, n);
-    else mix_attention(l, p, n);
-    if (c->flags & BASED_VALUE_GATES) gate_heads(l, p, n);
-    if (!(c->flags & BASED_NO_OUT)) {
-        matmul(p->xn, dim, &l->out, 0, dim, p->y, n, p);
-        result = p->xn;
-    }
-    add_or_replace(p->x, result, n * dim, c->flags & BASED_NO_RESIDUAL);
+    for (size_t r = share(n, w, 0); !(c->flags & BASED_SHIFT) && r < share(n, w, 1); r++)
+        memcpy(p->xs + r * dim, p->x + r * dim, dim * sizeof *p->x);
+    for (size_t r = 0; (c->flags & BASED_SHIFT) && w->id == 0 && r < n; r++)        /* a row needs the one before it     */
+        shift_channels(p->xs + r * dim, p->x + r * dim, p->row[r].s->state + l->shift, dim);
+    if (c->flags & BASED_SHIFT) meet(w);
+    for (size_t r = share(n, w, 0); r < share(n, w, 1); r++)
+        normalise(p->xn + r * dim, p->xs + r * dim, &l->norm1, dim);
+    meet(w);
+    matmul(p->u, l->in.rows, &l->in, 0, l->in.rows, p->xn, n, w);
+    if (c->mixer == BASED_CONV) mix_conv(l, w, n);
+    else mix_attention(l, w, n);
+    meet(w);
+    if (c->flags & BASED_VALUE_GATES) gate_heads(l, w, n);
+    if (!(c->flags & BASED_NO_OUT)) matmul(p->xn, dim, &l->out, 0, dim, p->y, n, w);
+    add_or_replace(p->x, c->flags & BASED_NO_OUT ? p->y : p->xn, dim, n, c->flags & BASED_NO_RESIDUAL, w);
 }
 
-static void mlp_half(const struct layer *l, based_session *p, size_t n) {
+static void mlp_half(const struct layer *l, const struct worker *w, size_t n) {
+    based_session *p = w->p;
     size_t dim = p->m->c->dim, hidden = l->c->hidden, rows = l->up.rows;
-    for (size_t r = 0; r < n; r++) normalise(p->xn + r * dim, p->x + r * dim, &l->norm2, dim);
-    matmul(p->u, rows, &l->up, 0, rows, p->xn, n, p);
+    size_t from = share(hidden, w, 0), to = share(hidden, w, 1);
+    for (size_t r = share(n, w, 0); r < share(n, w, 1); r++)
+        normalise(p->xn + r * dim, p->x + r * dim, &l->norm2, dim);
+    meet(w);
+    matmul(p->u, rows, &l->up, 0, rows, p->xn, n, w);
     for (size_t r = 0; r < n; r++) {
         const float *gate = p->u + r * rows, *value = gate + hidden;
         float *y = p->y + r * hidden;
-        if (l->c->mlp == BASED_SWIGLU) p->m->k->silu_times(y, gate, value, hidden);
-        else for (size_t i = 0; i < hidden; i++) y[i] = gelu(gate[i]);
+        if (l->c->mlp == BASED_SWIGLU) p->m->k->silu_times(y + from, gate + from, value + from, to - from);
+        else for (size_t i = from; i < to; i++) y[i] = gelu(gate[i]);
     }
-    matmul(p->xn, dim, &l->down, 0, dim, p->y, n, p);
-    add_or_replace(p->x, p->xn, n * dim, 0);
+    meet(w);
+    matmul(p->xn, dim, &l->down, 0, dim, p->y, n, w);
+    add_or_replace(p->x, p->xn, dim, n, 0, w);
 }
 
 /* The whole forward pass of the n rows in p->row, from what enters (in p->x) to the final norm (in p->xn). */
-static void forward(based_session *p, size_t n) {
+static void forward(const struct worker *w, size_t n) {
+    based_session *p = w->p;
     const based_model *m = p->m;
     size_t dim = m->c->dim;
     for (uint32_t i = 0; i < m->c->layers; i++) {
         const struct layer *l = &m->layer[i];
-        if (l->c->mixer != BASED_MIXER_NONE) mixer_half(l, p, n);
-        if (l->c->mlp != BASED_MLP_NONE) mlp_half(l, p, n);
+        if (l->c->mixer != BASED_MIXER_NONE) mixer_half(l, w, n);
+        if (l->c->mlp != BASED_MLP_NONE) mlp_half(l, w, n);
     }
-    for (size_t r = 0; r < n; r++) normalise(p->xn + r * dim, p->x + r * dim, &m->final_norm, dim);
+    for (size_t r = share(n, w, 0); r < share(n, w, 1); r++)
+        normalise(p->xn + r * dim, p->x + r * dim, &m->final_norm, dim);
+    meet(w);
 }
 
 /* ==== Feeding ========================================================================================================
@@ -1300,20 +1371,38 @@ size_t based_width(const based_model *m) {
 
 /* The outputs of rows first .. first + n - 1 go where each wants them. The head is taken in tiles that fit the scratch memory:
  * a whole row of logits for every token of a block would be most of a session. */
-static void head(based_session *p, size_t first, size_t n) {
+static void head(const struct worker *w, size_t first, size_t n) {
+    based_session *p = w->p;
     const based_model *m = p->m;
     const struct row *row = p->row + first;
     size_t dim = m->c->dim, width = based_width(m), tile = align16(m->widest_in);
     const float *x = p->xn + first * dim;
-    if (m->c->rows == 0) {
-        for (size_t r = 0; r < n; r++) memcpy(row[r].out, x + r * dim, dim * sizeof *x);
+    for (size_t r = 0; m->c->rows == 0 && w->id == 0 && r < n; r++) memcpy(row[r].out, x + r * dim, dim * sizeof *x);
+    for (size_t at = 0; m->c->rows && at < width; at += tile) {
+        size_t rows = width - at < tile ? width - at : tile;
+        matmul(p->u, tile, &m->head, at, rows, x, n, w);
+        for (size_t r = share(n, w, 0); r < share(n, w, 1); r++) memcpy(row[r].out + at, p->u + r * tile, rows * sizeof *x);
+        meet(w);
+    }
+}
+
+/* Computes the n rows in p->row, and the outputs of the last `wanted` of them. */
+static void compute(based_session *p, size_t n, size_t wanted) {
+#ifdef _OPENMP
+    if (p->threads > 1) {
+        p->arrived = 0;
+#pragma omp parallel num_threads(p->threads)
+        {
+            struct worker w = { p, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads() };
+            forward(&w, n);
+            if (wanted) head(&w, n - wanted, wanted);
+        }
         return;
     }
-    for (size_t at = 0; at < width; at += tile) {
-        size_t rows = width - at < tile ? width - at : tile;
-        matmul(p->u, tile, &m->head, at, rows, x, n, p);
-        for (size_t r = 0; r < n; r++) memcpy(row[r].out + at, p->u + r * tile, rows * sizeof *x);
-    }
+#endif
+    struct worker alone = { p, 0, 1 };
+    forward(&alone, n);
+    if (wanted) head(&alone, n - wanted, wanted);
 }
 
 static int check_tokens(const based_model *m, const int32_t *tokens, size_t n, based_error *e) {
@@ -1335,9 +1424,7 @@ static void run_block(based_session *s, size_t n, float *out, int last) {
         s->row[r].t = s->count + r;
         s->row[r].out = out ? out + r * width : s->logits;
     }
-    forward(s, n);
-    if (out) head(s, 0, n);
-    else if (last) head(s, n - 1, 1);
+    compute(s, n, out ? n : last ? 1 : 0);
     if (last && out) memcpy(s->logits, out + (n - 1) * width, width * sizeof *out);
     s->count += n;
 }
@@ -1361,10 +1448,11 @@ int based_step(based_session *s, int32_t token, based_error *e) {
 int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, based_error *e) {
     const based_model *m = s->m;
     size_t dim = m->c->dim, input = m->c->input, width = based_width(m);
+    struct worker alone = { s, 0, 1 };
     if (!input) return fail(e, BASED_EINVAL, "this model takes tokens, not vectors");
     for (size_t at = 0, many; at < n; at += many) {
         many = n - at < s->block ? n - at : s->block;
-        if (m->input.data) matmul(s->x, dim, &m->input, 0, dim, x + at * input, many, s);
+        if (m->input.data) matmul(s->x, dim, &m->input, 0, dim, x + at * input, many, &alone);
         else memcpy(s->x, x + at * input, many * dim * sizeof *x);
         run_block(s, many, out ? out + at * width : NULL, at + many == n);
     }
@@ -1389,8 +1477,7 @@ int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, ba
         lead->row[r].out = s[r]->logits;
         embed(lead->x + r * lead->m->c->dim, lead->m, tokens[r]);
     }
-    if (n) forward(lead, n);
-    if (n) head(lead, 0, n);
+    if (n) compute(lead, n, n);
     for (size_t r = 0; r < n; r++) s[r]->count++;
     return BASED_OK;
 }
@@ -1532,7 +1619,7 @@ static uint64_t lay_out(based_session *s, const based_model *m, uint64_t block, 
     struct { float **where; uint64_t n; } part[] = {
         { &s->x, block * m->c->dim }, { &s->xn, block * m->c->dim }, { &s->xs, block * m->c->dim },
         { &s->u, block * align16(m->widest_in) }, { &s->y, block * m->widest_mid },
-        { &s->slot, U64(m->slots) * m->slot }, { &s->q, q_groups * 8 }, { &s->q_scale, q_groups }, { &s->q_sum, q_groups },
+        { &s->slot, U64(m->slots) * m->slot }, { &s->q, q_groups * 8 }, { &s->q_scale, q_groups }, { &s->q_offset, q_groups },
         { &s->state, m->state }, { &s->logits, based_width(m) }
     };
     at += align64(sizeof *s);
@@ -1739,8 +1826,7 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 #ifndef BASED_FREESTANDING
 #include <errno.h>
 #include <stdlib.h>
-#if defined(__unix__) || defined(__APPLE__)
-#define BASED_POSIX 1
+#ifdef BASED_POSIX
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>

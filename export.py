@@ -210,7 +210,7 @@ class Checksum:
 
     def __init__(self):
         self.lanes = np.arange(1, self.LANES + 1, dtype=np.uint32)
-        self.powers = np.array([pow(self.K, self.ROWS - i, 1 << 32) for i in range(self.ROWS + 1)], np.uint32)
+        self.powers = np.cumprod([1] + [self.K] * self.ROWS, dtype=np.uint32)[::-1]
         self.rest, self.n = b"", 0
 
     def update(self, data):
@@ -476,10 +476,16 @@ def based_model(settings, source, window=None, chunk=16, note=lambda text: None)
         if settings.get(name, allowed[0]) not in allowed:
             raise Refused(f"config.json: {name} = {json.dumps(settings[name])} is not supported")
 
-    def setting(name, default=None, kind=int, among=settings):
+    def group(name):
+        value = settings.get(name) or {}
+        if not isinstance(value, dict):
+            raise Refused(f"config.json: {name} = {json.dumps(value)}, expected an object")
+        return value
+
+    def setting(name, default=None, kind=int, among=settings, least=1e-30):
         value = among.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kind(value) or value <= 0:
-            raise Refused(f"config.json: {name} = {json.dumps(value)}, expected a positive number")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e9 or value != kind(value):
+            raise Refused(f"config.json: {name} = {json.dumps(value)}, expected a {'positive ' if least else ''}number")
         return kind(value)
 
     root, head = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
@@ -495,9 +501,9 @@ def based_model(settings, source, window=None, chunk=16, note=lambda text: None)
         raise Refused(f"{source.where} embeds {rows} tokens, config.json says vocab_size = {vocab}")
     heads, eps = setting("n_head"), setting("layer_norm_epsilon", 1e-5, float)
     kind = NORM_RMS if settings.get("rms_norm", True) else NORM_LAYER
-    alt, alt2 = settings.get("alt_mixer") or {}, settings.get("alt_mixer_2") or {}
+    alt, alt2 = group("alt_mixer"), group("alt_mixer_2")
     config = CONFIG.new(dim=dim, vocab=vocab, rows=rows, final_norm=kind, final_norm_eps=eps,
-                        context=int((settings.get("mixer") or {}).get("l_max", 0) or 0))
+                        context=setting("l_max", 0, int, group("mixer"), 0))
     plan, layers = {}, []
 
     def norm(ours, theirs):
@@ -548,8 +554,7 @@ def based_model(settings, source, window=None, chunk=16, note=lambda text: None)
                 note(f"config.json lacks alt_mixer_2.window_size; taking {alt2['window_size']} as in the release of this shape")
             l.window = window or setting("window_size", among=alt2) // 2 + 1
             l.scale = 1 / math.sqrt(width) if settings.get("scale_attn_weights", True) else 1.0
-            fraction = settings.get("rotary_emb_fraction", 0)
-            l.rotary = int(fraction * width) // 2
+            l.rotary = int(setting("rotary_emb_fraction", 0, float, least=0) * width) // 2
             order = half_split(width, l.rotary, bool(settings.get("rotary_emb_interleaved", False)))
 
             def turned(whole, order=order):
@@ -598,9 +603,9 @@ def based_model(settings, source, window=None, chunk=16, note=lambda text: None)
         names = source.leftover()
         raise Refused(f"{source.where} holds {len(names)} tensors that no known layer uses, the first is {names[0]}")
     for name, kind in (("alt_mixer_layers", TAYLOR), ("alt_mixer_2_layers", WINDOW)):
-        there = [i for i, l in enumerate(layers) if l.mixer == kind]
-        if name in settings and there != sorted(settings[name] or []) and name == "alt_mixer_2_layers":
-            note(f"config.json: {name} = {settings[name]}, but the tensors say {there}; going by the tensors")
+        there, said = [i for i, l in enumerate(layers) if l.mixer == kind], settings.get(name)
+        if said is not None and there != said:
+            note(f"config.json: {name} = {json.dumps(said)}, but the tensors say {there}; going by the tensors")
     return config, layers, plan
 
 
@@ -1185,7 +1190,7 @@ def arguments(argv):
     parser.add_argument("--random", metavar="SHAPE", help="write random weights: based-360m, based-1b or a config.json")
     parser.add_argument("--seed", type=int, default=1, help="of --random (1)")
     parser.add_argument("--inspect", metavar="FILE", help="print what a checkpoint contains, check its checksum")
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     expected = 0 if options.inspect else 1 if options.random else 2
     if len(options.files) != expected:
         parser.error(f"expected {('no', 'one', 'two')[expected]} file name{'s' if expected != 1 else ''}"

@@ -50,13 +50,14 @@ PROTOTYPES = {                                            # name: (result, argum
 _library = None
 
 
-def build():
-    """Compiles the library with $CC and $CFLAGS (else cc and FLAGS) into a temporary directory; loads and returns it."""
+def build(*extra):
+    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags into a temporary directory; loads and returns
+    it."""
     with tempfile.TemporaryDirectory(prefix="based-test-") as directory:
         out = os.path.join(directory, "based.so")
         sources = [os.path.join(ROOT, name) for name in ("based.c", "tokenizer.c")]
-        extra = shlex.split(os.environ.get("CFLAGS", ""))
-        subprocess.run([*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(), *extra, "-o", out, *sources, "-lm"], check=True)
+        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(), *shlex.split(os.environ.get("CFLAGS", "")), *extra]
+        subprocess.run([*command, "-o", out, *sources, "-lm"], check=True)
         lib = C.CDLL(out)                                 # stays loaded when the file is gone
     for name, (result, arguments) in PROTOTYPES.items():
         function = getattr(lib, name)
@@ -85,10 +86,11 @@ def ids(array):
 
 
 class Model:
-    """A checkpoint opened for use. Closed when it and its sessions are gone."""
+    """A checkpoint opened for use, by the library of every test or by one of build(). Closed when it and its sessions are
+    gone."""
 
-    def __init__(self, path, flags=0):
-        self.lib, error = library(), Error()
+    def __init__(self, path, flags=0, lib=None):
+        self.lib, error = lib or library(), Error()
         self.handle = self.lib.based_open(os.fspath(path).encode(), flags, C.byref(error))
         if not self.handle:
             raise BasedError(error)

@@ -33,6 +33,23 @@ def fields(data, at, names):
                               for offset, name in names.items()})
 
 
+class Matrix:
+    """Weights [rows, cols]; called with vectors [n, cols] gives products [n, rows]. Quantised weights meet quantised vectors:
+    each group of 32 of them in 255 steps."""
+
+    def __init__(self, values, quantised):
+        self.values, self.quantised = values, quantised
+
+    def __call__(self, x):
+        if self.quantised:
+            groups = np.zeros((len(x), -(-x.shape[1] // 32), 32))
+            groups.reshape(len(x), -1)[:, :x.shape[1]] = x
+            largest = np.abs(groups).max(2, keepdims=True)
+            groups = np.rint(127 * groups / np.where(largest > 0, largest, 1)) * largest / 127
+            x = groups.reshape(len(x), -1)[:, :x.shape[1]]
+        return x @ self.values.T
+
+
 def read(path):
     """A checkpoint as a namespace: config fields, `layer` (a list of namespaces), every tensor an attribute."""
     data = open(path, "rb").read()
@@ -54,8 +71,19 @@ def read(path):
         return np.frombuffer(section(4 * math.prod(shape)), "<f4").reshape(shape).astype(np.float64)
 
     def matrix(dtype, rows, cols):
-        assert dtype == 0, "only float32 so far"
-        return vector(rows, cols)
+        if dtype == 0:
+            return Matrix(vector(rows, cols), False)
+        assert dtype == 1, "unknown dtype"
+        tiles, groups = -(-rows // 16), -(-cols // 32)
+        scale = np.frombuffer(section(32 * tiles * groups), "<u2").astype(np.uint32) << 16
+        scale = scale.view(np.float32).astype(np.float64).reshape(tiles, groups, 16)
+        stored = np.frombuffer(section(512 * tiles * groups), np.uint8).reshape(tiles, groups, 8, 16, 4)
+        whole = np.zeros((16 * tiles, 32 * groups))
+        for r in range(16):
+            for c in range(8):
+                for i in range(4):
+                    whole[r::16, 4 * c + i::32] = (stored[:, :, c, r, i] - 128.0) * scale[:, :, r]
+        return Matrix(whole[:rows, :cols], True)
 
     def norm(into, name, kind):
         if kind:
@@ -67,7 +95,7 @@ def read(path):
     if m.input == 0:
         m.embedding = matrix(m.embedding_dtype, m.rows, m.dim)
     if m.flags & 4:
-        m.input_weight, m.input_bias = matrix(m.embedding_dtype, m.dim, m.input), vector(m.dim)
+        m.input_weight, m.input_bias = matrix(0, m.dim, m.input), vector(m.dim)
     for l in m.layer:
         inner = l.heads * l.value_width
         norm(l, "norm1", l.norm1)
@@ -90,7 +118,7 @@ def read(path):
         norm(l, "norm2", l.norm2)
         if l.mlp:
             l.up_weight = matrix(l.up_dtype, l.hidden * (2 if l.mlp == 1 else 1), m.dim)
-            l.up_bias = vector(len(l.up_weight)) if l.flags & 8 else 0
+            l.up_bias = vector(len(l.up_weight.values)) if l.flags & 8 else 0
             l.down_weight = matrix(l.down_dtype, m.dim, l.hidden)
             l.down_bias = vector(m.dim) if l.flags & 16 else 0
     norm(m, "final_norm", m.final_norm)
@@ -202,7 +230,7 @@ def mixer(m, l, x, first):
     if l.flags & 64:
         keep = m.dim - m.dim // 2
         x = np.concatenate([x[:, :keep], previous(x, 1)[:, keep:]], 1)
-    parts = apply_norm(x, l, "norm1") @ l.in_weight.T + l.in_bias
+    parts = l.in_weight(apply_norm(x, l, "norm1")) + l.in_bias
     parts = np.split(parts, np.cumsum(l.parts)[:-1], axis=1)
     if l.mixer == 1:
         y = conv(l, *parts)
@@ -211,31 +239,31 @@ def mixer(m, l, x, first):
         if l.flags & 32:
             y = y * sigmoid(x @ l.gate.T)[..., None]
         y = y.reshape(len(x), -1)
-    return y if l.flags & 128 else y @ l.out_weight.T + l.out_bias
+    return y if l.flags & 128 else l.out_weight(y) + l.out_bias
 
 
 def mlp(l, x):
     """What the MLP adds to x."""
     if l.mlp == 0:
         return np.zeros_like(x)
-    up = apply_norm(x, l, "norm2") @ l.up_weight.T + l.up_bias
+    up = l.up_weight(apply_norm(x, l, "norm2")) + l.up_bias
     if l.mlp == 1:
         gate, value = np.split(up, 2, axis=1)
         up = silu(gate) * value
     else:
         up = gelu(up)
-    return up @ l.down_weight.T + l.down_bias
+    return l.down_weight(up) + l.down_bias
 
 
 def run(m, tokens, first=0, trace=None):
     """The output after every token: [n, vocab], or [n, dim] without a head. tokens: ids, or vectors [n, input].
     first: the position of the first token. trace: a dict that receives what every sub-layer added."""
     if m.input == 0:
-        x = m.embedding[np.asarray(tokens)]
+        x = m.embedding.values[np.asarray(tokens)]
     else:
         x = np.asarray(tokens, np.float64)
         if m.flags & 4:
-            x = x @ m.input_weight.T + m.input_bias
+            x = m.input_weight(x) + m.input_bias
     for i, l in enumerate(m.layer):
         mixed = mixer(m, l, x, first)
         x = mixed if l.flags & 256 else x + mixed
@@ -244,7 +272,7 @@ def run(m, tokens, first=0, trace=None):
         if trace is not None:
             trace[f"L{i}.mixer"], trace[f"L{i}.mlp"] = mixed, more
     x = apply_norm(x, m, "final_norm")
-    return (x @ m.head.T + m.head_bias)[:, :m.vocab] if m.rows else x
+    return (m.head(x) + m.head_bias)[:, :m.vocab] if m.rows else x
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,7 +280,7 @@ def run(m, tokens, first=0, trace=None):
 
 def random_config(rng, **overrides):
     """(config, layers) for export.write: every choice the format leaves. overrides fix fields of config, of all layers
-    (layer=dict) or the list of mixers (mixers=[...])."""
+    (layer=dict), the list of mixers (mixers=[...]), or how matrices are stored (dtype=0, 1, or "mixed")."""
     import export
 
     def pick(*choices):
@@ -261,7 +289,7 @@ def random_config(rng, **overrides):
     def chance(p):
         return rng.random() < p
 
-    per_layer, mixers = overrides.pop("layer", {}), overrides.pop("mixers", None)
+    per_layer, mixers, dtype = overrides.pop("layer", {}), overrides.pop("mixers", None), overrides.pop("dtype", 0)
     dim = int(pick(8, 12, 20, 31, 32, 48, 65))
     vocab = int(rng.integers(3, 90))
     config = export.CONFIG.new(dim=dim, vocab=vocab, rows=vocab + int(pick(0, 0, 5)), final_norm=int(rng.integers(4)),
@@ -329,6 +357,10 @@ def random_config(rng, **overrides):
         l.norm2_eps *= l.norm2 != 0
         layers.append(l)
     config.final_norm_eps *= config.final_norm != 0
+    if dtype:
+        config.embedding_dtype, config.head_dtype = (0 if config.input else 1), (1 if config.rows else 0)
+        for l in layers:
+            l.in_dtype, l.out_dtype, l.up_dtype, l.down_dtype = (1 if dtype == 1 else int(pick(0, 1)) for _ in range(4))
     return config, layers
 
 

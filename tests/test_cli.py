@@ -31,6 +31,7 @@ GREEDY = (GOLDEN / "stories260K-greedy.txt").read_bytes()       # what llama2.c 
 BIG_DOG = (GOLDEN / "stories260K-big-dog.txt").read_bytes()     # ... with -t 0 -n 300 -i "The big dog"
 VOCAB = 512
 FOREVER = ["-n", "-1", "--ignore-eos"]
+F_SETPIPE_SZ = 1031                                             # of Linux; a name in Python 3.10
 SPEED = rb"achieved tok/s: \d+\.\d{6}\n"
 
 
@@ -810,12 +811,17 @@ def test_a_reader_that_goes_away(tmp_path):
 
 
 def test_text_flows_through_a_pipe():
-    p = start(MODEL, *FOREVER)
-    begun = time.monotonic()
-    assert os.read(p.stdout.fileno(), 1)
-    assert time.monotonic() - begun < 10 and p.poll() is None
-    p.send_signal(signal.SIGINT)
-    p.communicate(timeout=30)
+    """Every token is written when it is there: a pipe that keeps each write apart receives many."""
+    reader, writer = os.pipe2(os.O_DIRECT)
+    p = start(MODEL, "-t", "0", "-n", "100", stdout=writer)
+    os.close(writer)
+    parts = []
+    while part := os.read(reader, 65536):
+        parts.append(part)
+    os.close(reader)
+    assert p.wait(30) == 0 and GREEDY.startswith(b"".join(parts)[:-1])
+    assert len(parts) > 90
+    p.stderr.close()
 
 
 def test_nobody_waits_for_input():
@@ -845,7 +851,7 @@ def test_interrupt_keeps_the_dump(tmp_path):
 def test_second_interrupt_ends_at_once():
     """Nobody reads the text, so the program hangs in a write that the first Ctrl-C cannot end."""
     reader, writer = os.pipe()
-    fcntl.fcntl(writer, 1031, 4096)                             # F_SETPIPE_SZ: one page, full at once
+    fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)                     # one page, full at once
     p = start(MODEL, *FOREVER, stdout=writer)
     waiting = lambda: fcntl.ioctl(reader, termios.FIONREAD, bytes(4))
     before = b""
@@ -863,9 +869,10 @@ def test_second_interrupt_ends_at_once():
 def test_an_ignored_interrupt_stays_ignored():
     """As under nohup, or in the background of a script."""
     p = start(MODEL, *FOREVER, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    fcntl.fcntl(p.stdout, F_SETPIPE_SZ, 4096)                   # so that little can be under way
     assert p.stdout.read(100)
     p.send_signal(signal.SIGINT)
-    assert p.stdout.read(10000)
+    assert len(p.stdout.read(20000)) == 20000 and p.poll() is None
     p.kill()
     p.communicate()
 

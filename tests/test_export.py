@@ -121,7 +121,7 @@ def test_either_of_two_tied_tensors(capsys, tmp_path, keep):
     def one(state):
         state[keep] = state.pop(EMBEDDING)
     m = exported(capsys, twelve(tmp_path, one), tmp_path / "out.bin")
-    assert m.flags == export.TIED and np.array_equal(m.embedding, origins.twelve_state()[EMBEDDING])
+    assert m.flags == export.TIED and np.array_equal(m.embedding.values, origins.twelve_state()[EMBEDDING])
 
 
 def test_untied_head(capsys, tmp_path):
@@ -130,7 +130,7 @@ def test_untied_head(capsys, tmp_path):
     source = twelve(tmp_path, apart)
     fails(capsys, "should be one tensor, but differ", source, tmp_path / "out.bin")
     m = exported(capsys, twelve(tmp_path, apart, {"tie_word_embeddings": False}), tmp_path / "out.bin")
-    assert m.flags == 0 and np.array_equal(m.head, m.embedding[::-1])
+    assert m.flags == 0 and np.array_equal(m.head.values, m.embedding.values[::-1])
 
 
 def test_forms_of_weights_agree(capsys, tmp_path):
@@ -150,7 +150,7 @@ def test_half_precision(capsys, tmp_path):
         state = {name: torch.from_numpy(array).to(dtype) for name, array in origins.twelve_state().items()}
         save_file(state, source / "model.safetensors")
         m = exported(capsys, source, tmp_path / "out.bin")
-        assert np.array_equal(m.embedding, state[EMBEDDING].double().numpy())
+        assert np.array_equal(m.embedding.values, state[EMBEDDING].double().numpy())
 
 
 def test_biases_and_layer_norm(capsys, tmp_path):
@@ -440,7 +440,7 @@ def test_inspect(capsys, tmp_path):
     status, stdout, stderr = run(capsys, "--inspect", tmp_path / "out.bin")
     assert status == 0 and stderr == ""
     for text in ("twelve \u00e9", "width 32, 4 layers, vocabulary 50 in 56 rows, head tied", "parameters 121,568",
-                 "1 taylor      2   2   16    16  degree 2 dot, scale 0.25, divide add 1e-12", "5 keys, rotary 8", "3 taps", " ok\n"):
+                 "1 taylor     2   2   16    16  degree 2 dot, scale 0.25, divide add 1e-12", "5 keys, rotary 8", "3 taps", " ok\n"):
         assert text in stdout
     m = export.Checkpoint(tmp_path / "out.bin")
     for t in m.placed:

@@ -27,6 +27,28 @@ def test_against_reference(random_model, seed):
     assert error <= TOLERANCE * max(1, np.abs(expected).max())
 
 
+def test_quantised_against_reference(random_model):
+    """8-bit matrices. Vectors are rounded to 8 bits too, and a value that lies on an edge may be rounded one way in float32
+    and the other in float64, which is seen from then on: so a bound of a few such steps for every model, and the bound of
+    float32 for most."""
+    errors = []
+    for seed in range(40):
+        path = random_model(seed, dtype="mixed" if seed % 2 else 1)
+        m, rng = reference.read(path), np.random.default_rng([8, seed])
+        x = reference.random_input(rng, m, 80)
+        expected = reference.run(m, x)
+        error = np.abs(Session(Model(path), int(rng.integers(1, 65))).feed(x) - expected).max()
+        errors.append(error / max(1, np.abs(expected).max()))
+    assert max(errors) < 0.03
+    assert np.mean(np.array(errors) <= TOLERANCE) > 0.6
+
+
+def test_nothing_but_an_embedding(random_model):
+    """Layers without mixer and MLP are legal: logits = head * norm(embedding)."""
+    path = random_model(1, mixers=[0], layer={"mlp": 0, "norm2": 0, "hidden": 0, "flags": 0}, input=0, rows=40, vocab=40, flags=1)
+    assert np.abs(Session(Model(path)).feed(np.arange(40)) - reference.run(reference.read(path), range(40))).max() <= TOLERANCE
+
+
 def test_sizes(random_model):
     """The library and export.py --inspect count the same parameters and the same bytes of state."""
     for seed in SEEDS:
@@ -95,12 +117,14 @@ def test_generator_covers_the_format(tmp_path):
     assert not wanted - seen
 
 
-# ---- The same tokens in any way give the same bits. Four models with all mixers, and room for tricks to go wrong.
+# ---- The same tokens in any way give the same bits. Six models with all mixers, two of them
+# quantised.
 
 ALL = [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR]
 TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
-          (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "taps": 4}, **TOKENS}), (103, {"mixers": ALL[::-1], **TOKENS})]
+          (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "taps": 4}, **TOKENS}), (103, {"mixers": ALL[::-1], **TOKENS}),
+          (104, {"mixers": ALL, "dtype": 1, **TOKENS}), (105, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS})]
 BUDGET = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 MODEL = st.integers(0, len(MODELS) - 1)
 TEXT = st.lists(st.integers(0, 46), min_size=1, max_size=90)
@@ -136,6 +160,34 @@ def test_every_block_size(random_model, index):
     for block in range(1, 65):
         assert same_bits(Session(model, block).feed(tokens), expected), block
         assert same_bits(Session(model, block).feed_last(tokens), expected[-1]), block
+
+
+NO_CHECKSUM, PLAIN, AVX2 = 1, 2, 4                        # flags of based_open
+
+
+def test_every_instruction_set(random_model):
+    for seed in range(40):
+        path, rng = random_model(seed, dtype="mixed"), np.random.default_rng(seed)
+        x = reference.random_input(rng, reference.read(path), 60)
+        expected = Session(Model(path), 64).feed(x)
+        for flags in (PLAIN, AVX2, PLAIN | NO_CHECKSUM):
+            assert same_bits(Session(Model(path, flags), 64).feed(x), expected), (seed, flags)
+
+
+@pytest.mark.parametrize("flags, threads", [("-O0", 1), ("-O3", 1), ("-O2 -fopenmp", 1), ("-O2 -fopenmp", 2), ("-O2 -fopenmp", 5)])
+def test_every_build_and_thread_count(random_model, flags, threads):
+    try:
+        lib = based.build(*flags.split())
+    except Exception:
+        if "openmp" in flags:
+            pytest.skip("this compiler has no OpenMP")
+        raise
+    for index in range(len(MODELS)):
+        seed, overrides = MODELS[index]
+        path, tokens = random_model(seed, **overrides), np.random.default_rng(index).integers(0, 47, 70)
+        expected = Session(Model(path), 16).feed(tokens)
+        assert same_bits(Session(Model(path, 0, lib), 16, threads).feed(tokens), expected), index
+        assert same_bits(Session(Model(path, PLAIN, lib), 5, threads).feed(tokens), expected), index
 
 
 @BUDGET

@@ -127,7 +127,7 @@ static void make_bpe(maker *m)
 }
 
 /* As llama2.c: 0 <unk>, 1 <s>, 2 </s>, 3 to 258 the bytes, then what text becomes. */
-enum { SPACE_TOKEN = 259, A, B, C, X_AB, X_BC, X_HI, JA, X_ZERO, X_MINUS, SPACE_A, SCORES_SIZE };
+enum { SPACE_TOKEN = 259, A, B, C, X_AB, X_BC, X_HI, JA, X_ZERO, X_MINUS, SPACE_A, LLAMA, SCORES_SIZE };
 
 static void make_scores(maker *m)
 {
@@ -155,6 +155,7 @@ static void make_scores(maker *m)
     add_scored(m, "ca", 0.0f);
     add_scored(m, "ac", -0.0f);
     add_scored(m, " a", -20);
+    add_scored(m, "\xF0\x9F\xA6\x99", -9);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +250,7 @@ static void test_bpe(void)
     EXPECT(&t, "\xFF\x80", 0, 0xFF, 0x80);
     EXPECT(&t, "a<end>b", 0, 'a', '<', 'e', 'n', 'd', '>', 'b');
     EXPECT(&t, "a<end>b", BASED_PARSE_SPECIALS, 'a', END, 'b');
+    EXPECT(&t, "a<end>", BASED_PARSE_SPECIALS, 'a', END);
     EXPECT(&t, "<end>x<end><end", BASED_PARSE_SPECIALS | BASED_ADD_BOS, END, ENDX, END, '<', 'e', 'n', 'd');
     CHECK_EQUAL(based_special(&t, "<end>"), END);
     CHECK_EQUAL(based_special(&t, "<end>x"), ENDX);
@@ -310,6 +312,7 @@ static void test_scores(void)
     EXPECT(&t, "\xE6\x97", 0, SPACE_TOKEN, 3 + 0xE6, 3 + 0x97);
     EXPECT(&t, "a\x80", 0, SPACE_TOKEN, 3 + 'a', 3 + 0x80);         /* llama2.c: one character, unknown     */
     EXPECT(&t, "\x80\x80\x80\x80\x80", 0, SPACE_TOKEN, 131, 131, 131, 131, 131);
+    EXPECT(&t, "\xF0\x9F\xA6\x99\x80", 0, SPACE_TOKEN, LLAMA, 3 + 0x80);    /* four bytes at most           */
     EXPECT(&t, "<s>", 0, SPACE_TOKEN, 3 + '<', 3 + 's', 3 + '>');
     EXPECT(&t, "<s>b</s>b", BASED_PARSE_SPECIALS, 1, SPACE_TOKEN, B, 2, B);
 
@@ -363,6 +366,10 @@ static void test_arguments(void)
     CHECK_EQUAL(init(&t, s, size, 0), BASED_EFORMAT);
     CHECK_EQUAL(init(&t, s + 1, size - 1, BPE_SIZE), BASED_EINVAL);
     CHECK_EQUAL(init(&t, NULL, size, BPE_SIZE), BASED_EINVAL);
+    s[0]++;
+    CHECK_EQUAL(based_tokenizer_init(&t, s, size, BPE_SIZE, &e), BASED_EFORMAT);
+    CHECK(strstr(e.text, "their counts add up to") != NULL);
+    s[0]--;
     CHECK(memcmp(&t, &before, sizeof t) == 0);                      /* a failed call changes nothing        */
     CHECK_EQUAL(based_encode(&t, "a", 1, 4, ids, scratch, &e), BASED_EINVAL);
     CHECK_EQUAL(based_encode(&t, "a", 1, -1, ids, scratch, &e), BASED_EINVAL);
@@ -434,6 +441,7 @@ static void test_long(const based_tokenizer *t)
         void *scratch = malloc(based_encode_scratch(t, N));
         int64_t n = based_encode(t, text, N, 0, room, scratch, NULL);
         CHECK(n > 0 && n <= N + 1);
+        if (n < 0 || n > N + 1) n = 0;
         memcpy(ids, room, 4 * (size_t)n);
         size_t bytes, at = 0;
         for (int64_t j = 0; j < n; j++) {
@@ -557,7 +565,7 @@ static void test_refusals(void)
     REFUSE(make_bpe, memcpy(m.merge[3], m.merge[2], sizeof m.merge[2]), "merge 3 is out of order");
     REFUSE(make_bpe, memcpy(m.merge[3], m.merge[1], sizeof m.merge[1]), "merge 3 is out of order");
     REFUSE(make_bpe, m.merge[3][3] = 'a', "which has other bytes");
-    REFUSE(make_scores, m.sorted[1] = SCORES_SIZE, "sorted entry 1 is token 270");
+    REFUSE(make_scores, m.sorted[1] = SCORES_SIZE, "sorted entry 1 is token 271");
     REFUSE(make_scores, m.sorted[1] = m.sorted[0], "sorted entry 1, token");
     REFUSE(make_scores, m.score[5] = (float)strtod("nan", NULL), "score of token 5 is not a number");
 
