@@ -424,6 +424,18 @@ static void test_decoder(void)
     decode(&t, odd, 7, out);
     CHECK_TEXT(out, "\xE6\x97\xA5");
     free(s);
+
+    /* The most that one token can give out: what was held, and each of its own bytes, turn into U+FFFD. */
+    static maker bad;
+    bad.kind = BASED_BPE;
+    bad.bos = bad.eos = bad.unknown = BASED_NONE;
+    add_bytes(&bad);
+    int32_t worst[] = {0xE6, 0x97, (int32_t)add_token(&bad, "\xFF\xFF\xFF", 3)};
+    s = make_section(&bad, &size);
+    CHECK_EQUAL(init(&t, s, size, 257), BASED_OK);
+    CHECK_EQUAL(based_decode_bound(&t), 12);
+    CHECK_EQUAL(decode(&t, worst, 3, out), 12);
+    free(s);
 }
 
 /* A million bytes of one thing: each shape stresses another part. They come back as they were. */
