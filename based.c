@@ -241,7 +241,7 @@ static int check_config(const based_config *c, based_error *e) {
         FIELD(c, dim, 1, BASED_MAX_DIM), FIELD(c, layers, 1, BASED_MAX_LAYERS),
         FIELD(c, vocab, 0, BASED_MAX_VOCAB), FIELD(c, rows, c->vocab, c->vocab ? BASED_MAX_VOCAB : 0),
         FIELD(c, input, 0, BASED_MAX_DIM), FIELD(c, final_norm, 0, BASED_NORM_L2),
-        FIELD(c, embedding_dtype, 0, BASED_Q8), FIELD(c, head_dtype, 0, BASED_Q8)
+        FIELD(c, embedding_dtype, 0, BASED_Q4), FIELD(c, head_dtype, 0, BASED_Q4)
     };
     int status = check_fields(fields, COUNT(fields), "header", 0, e);
     if (status) return status;
@@ -298,8 +298,8 @@ static int check_layer(const based_config *c, const based_layer *l, uint64_t i, 
         FIELD(l, mixer, 0, BASED_WINDOW), FIELD(l, flags, 0, 511),
         FIELD(l, norm1, 0, BASED_NORM_L2), FIELD(l, norm2, 0, BASED_NORM_L2), FIELD(l, mlp, 0, BASED_GELU),
         FIELD(l, hidden, l->mlp != 0, l->mlp ? BASED_MAX_HIDDEN : 0),
-        FIELD(l, in_dtype, 0, BASED_Q8), FIELD(l, out_dtype, 0, BASED_Q8), FIELD(l, up_dtype, 0, BASED_Q8),
-        FIELD(l, down_dtype, 0, BASED_Q8)
+        FIELD(l, in_dtype, 0, BASED_Q4), FIELD(l, out_dtype, 0, BASED_Q4), FIELD(l, up_dtype, 0, BASED_Q4),
+        FIELD(l, down_dtype, 0, BASED_Q4)
     };
     int status = check_fields(fields, COUNT(fields), "layer", i, e);
     if (status) return status;
@@ -358,6 +358,9 @@ static size_t align16(size_t n) { return n ? (n + 15) / 16 * 16 : 16; }
 static size_t tiles(uint32_t rows) { return ((size_t)rows + 15) / 16; }
 static size_t groups(uint32_t cols) { return ((size_t)cols + 31) / 32; }
 
+/* Words of one block, 16 rows by 32 columns. */
+static size_t block_words(uint32_t dtype) { return dtype == BASED_Q4 ? 64 : 128; }
+
 static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows, uint32_t cols, uint32_t dtype, int bias) {
     struct matrix a = { NULL, NULL, NULL, NULL, rows, cols, dtype };
     uint64_t blocks = U64(tiles(rows)) * groups(cols), before = c->at;
@@ -365,7 +368,7 @@ static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows
         a.data = take_floats(c, U64(rows) * cols);
     } else {
         a.scales = take(c, blocks * 32);
-        a.words = take(c, blocks * 512);
+        a.words = take(c, blocks * 4 * block_words(dtype));
         m->widest_q = max_u32(m->widest_q, cols);
     }
     m->weight_bytes += c->at - before;
@@ -630,8 +633,9 @@ struct kernels {
     const char *name;
     /* out[t][r] = row r of w . x[t], for a few rows of float weights */
     void (*rows_f32)(float *out, size_t out_stride, const float *w, size_t rows, const struct activations *x);
-    /* the same for one tile of 16 rows of quantised weights */
+    /* the same for one tile of 16 rows of quantised weights, of 8 and of 4 bits */
     void (*tile_q8)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x);
+    void (*tile_q4)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x);
     /* out = sum_i w[i] rows[i], i ascending, for n rows of `width` floats that lie `stride` apart */
     void (*combine)(float *out, const float *w, const float *rows, size_t n, size_t width, size_t stride);
     /* y[i] = silu(gate[i]) * value[i] */
@@ -703,27 +707,28 @@ BODY float soften_body(float *x, size_t n, float scale) {
     return sum(x, n);
 }
 
-/* x -> 8 bits, a group of 32 columns. Halves round to even, by adding and subtracting 1.5 * 2^23. */
+/* x -> 8 bits, a group of 32 columns. The maximum is taken over the bits, which are in the order of the numbers once the
+ * sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all the way, which
+ * compilers vectorise. A NaN or an infinity gives something, the same everywhere. */
 BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x) {
-    float top[16], inverse, high;
-    int32_t s = 0;
-    for (size_t l = 0; l < 16; l++) {
-        float a = fabsf(x[l]), b = fabsf(x[l + 16]);
-        top[l] = a > b ? a : b;
-    }
-    for (size_t half = 8; half; half /= 2)
-        for (size_t l = 0; l < half; l++) top[l] = top[l] > top[l + half] ? top[l] : top[l + half];
-    high = top[0] < 3e38f ? top[0] : 3e38f;             /* an overflow in the model must not become undefined here       */
+    int32_t bits[32], top = 0, total = 0;
+    float high, inverse;
+    memcpy(bits, x, sizeof bits);
+    for (size_t l = 0; l < 32; l++) top = (bits[l] & 0x7fffffff) > top ? bits[l] & 0x7fffffff : top;
+    memcpy(&high, &top, sizeof high);
+    high = high < 3e38f ? high : 3e38f;
     inverse = high > 1e-30f ? 127.0f / high : 0.0f;
     for (size_t l = 0; l < 32; l++) {
-        float v = x[l] * inverse;
-        v = v > -127.0f ? v : -127.0f;
-        v = v < 127.0f ? v : 127.0f;
-        q[l] = (int8_t)(int32_t)(v + 12582912.0f - 12582912.0f);
-        s += q[l];
+        float shifted = x[l] * inverse + 12582912.0f;
+        int32_t n;
+        memcpy(&n, &shifted, sizeof n);
+        n = n - 0x4b400000 > -127 ? n - 0x4b400000 : -127;
+        bits[l] = n < 127 ? n : 127;
     }
+    for (size_t l = 0; l < 32; l++) q[l] = (int8_t)bits[l];
+    for (size_t l = 0; l < 32; l++) total += bits[l];
     *scale = high / 127.0f;
-    *offset = -128 * s;
+    *offset = -128 * total;
 }
 
 /* Groups `from` to `to` of all vectors, counted through; the last of each vector is filled up with zeros. */
@@ -738,11 +743,12 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
 }
 
 /* Every instruction set gets its own copies of the float kernels. */
-#define FLOAT_KERNELS(set, target)                                                                                       \
+#define ROWS_KERNEL(set, target)                                                                                         \
     target static void rows_f32_##set(float *out, size_t out_stride, const float *w, size_t rows,                        \
                                       const struct activations *x) {                                                     \
         rows_f32(out, out_stride, w, rows, x);                                                                           \
-    }                                                                                                                    \
+    }
+#define FLOAT_KERNELS(set, target)                                                                                       \
     target static void combine_##set(float *out, const float *w, const float *rows, size_t n, size_t width,              \
                                      size_t stride) {                                                                    \
         combine_body(out, w, rows, n, width, stride);                                                                    \
@@ -753,6 +759,7 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
     target static float soften_##set(float *x, size_t n, float scale) { return soften_body(x, n, scale); }               \
     target static void quantise_##set(const struct activations *a, size_t from, size_t to) { quantise_body(a, from, to); }
 
+ROWS_KERNEL(plain, )
 FLOAT_KERNELS(plain, )
 
 /* ---- Quantised weights: the plain twin, which is the definition ----------------------------------------------------- */
@@ -764,68 +771,96 @@ static float bf16(uint32_t bits) {
     return x;
 }
 
+/* The instances of a tile kernel for 8 and for 4 bits. */
+#define TILE_KERNELS(set, target)                                                                                        \
+    target static void tile_q8_##set(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,           \
+                                     const struct activations *x) {                                                      \
+        tile_##set(out, out_stride, scales, w, x, 8);                                                                    \
+    }                                                                                                                    \
+    target static void tile_q4_##set(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,           \
+                                     const struct activations *x) {                                                      \
+        tile_##set(out, out_stride, scales, w, x, 4);                                                                    \
+    }
+
 /* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
- * bytes w + 128, so 128 times the sum of x is taken off again. Word 16 c + r of a group holds columns 4c .. 4c+3 of row r. */
-static void tile_q8_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                          const struct activations *x) {
+ * kept as w + 128 or w + 8; `offset` takes that times the sum of x off again. 8 bits: word 16 c + r of a group holds columns
+ * 4c .. 4c+3 of row r; 4 bits: columns 8c .. 8c+3 in the low halves of its bytes, 8c+4 .. 8c+7 in the high ones. */
+BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
+                     const int bits) {
     for (size_t t = 0; t < x->n; t++) {
         float y[16] = { 0 };
         for (size_t g = 0; g < x->groups; g++) {
-            const int8_t *q = x->q + (t * x->groups + g) * 32;
-            const uint32_t *word = w + g * 128;
-            int32_t s[16];
-            for (size_t r = 0; r < 16; r++) s[r] = x->offset[t * x->groups + g];
-            for (size_t c = 0; c < 8; c++, q += 4, word += 16)
-                for (size_t r = 0; r < 16; r++)
-                    s[r] += (int32_t)(word[r] & 255) * q[0] + (int32_t)(word[r] >> 8 & 255) * q[1]
-                          + (int32_t)(word[r] >> 16 & 255) * q[2] + (int32_t)(word[r] >> 24) * q[3];
+            size_t at = t * x->groups + g;
+            int32_t s[16], offset = bits == 8 ? x->offset[at] : x->offset[at] / 16;
+            for (size_t r = 0; r < 16; r++) s[r] = offset;
+            for (size_t c = 0; c < 8; c++) {
+                const int8_t *q = x->q + at * 32 + 4 * c;
+                const uint32_t *word = bits == 8 ? w + g * 128 + 16 * c : w + g * 64 + 16 * (c / 2);
+                for (size_t r = 0; r < 16; r++) {
+                    uint32_t v = bits == 8 ? word[r] : (c % 2 ? word[r] >> 4 : word[r]) & 0x0f0f0f0f;
+                    s[r] += (int32_t)(v & 255) * q[0] + (int32_t)(v >> 8 & 255) * q[1] + (int32_t)(v >> 16 & 255) * q[2]
+                          + (int32_t)(v >> 24) * q[3];
+                }
+            }
             for (size_t r = 0; r < 16; r++) {
                 float scale = bf16(scales[g * 8 + r / 2] >> (r % 2 * 16) & 0xffff);
-                y[r] += (float)s[r] * (scale * x->scale[t * x->groups + g]);
+                y[r] += (float)s[r] * (scale * x->scale[at]);
             }
         }
         memcpy(out + t * out_stride, y, sizeof y);
     }
 }
 
+TILE_KERNELS(plain, )
+
 static const struct kernels plain_kernels = {
-    "plain", rows_f32_plain, tile_q8_plain, combine_plain, silu_times_plain, soften_plain, quantise_plain
+    "plain", rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, silu_times_plain, soften_plain, quantise_plain
 };
 
 /* ---- Quantised weights: vector units -------------------------------------------------------------------------------- */
 #ifdef BASED_X86
 #define AVX2 __attribute__((target("avx2")))
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+ROWS_KERNEL(avx2, AVX2)        /* AVX-512 gains nothing here: float rows wait for memory anyway                   */
 FLOAT_KERNELS(avx2, AVX2)
 FLOAT_KERNELS(avx512, AVX512)
 
 typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector, to meet a word of each row         */
 
-/* Eight rows in a register. The byte products need one factor without sign: |w| and x with the sign of w; both are at most
- * 128 and 127, so that no sum of two products leaves 16 bits. */
-AVX2 static void tile_q8_avx2(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                              const struct activations *x) {
-    const __m256i bias = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1);
+#define UNROLL8 _Pragma("GCC unroll 8")
+
+/* Eight rows in a register. The byte products want one factor without sign, and no sum of two products may leave 16 bits.
+ * 4-bit weights fit as they are; of 8-bit ones take |w| <= 128, and x with the sign of w. */
+AVX2 BODY void tile_avx2(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                         const struct activations *x, const int bits) {
+    const __m256i bias = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
     for (size_t t = 0; t < x->n; t++) {
         __m256 y[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
         for (size_t g = 0; g < x->groups; g++) {
-            const int8_t *q = x->q + (t * x->groups + g) * 32;
-            const __m256i *word = (const __m256i *)(const void *)(w + g * 128);
-            __m256i s[2] = { _mm256_setzero_si256(), _mm256_setzero_si256() };
-            __m256 scale = _mm256_set1_ps(x->scale[t * x->groups + g]);
+            size_t at = t * x->groups + g;
+            const four_bytes *q = (const four_bytes *)(x->q + at * 32);
+            const __m256i *word = (const __m256i *)(const void *)(w + g * (bits == 8 ? 128 : 64));
+            __m256i s[2];
+            s[0] = s[1] = _mm256_set1_epi32(bits == 8 ? 0 : x->offset[at] / 16);
             for (int c = 0; c < 8; c++) {
-                __m256i four = _mm256_set1_epi32(((const four_bytes *)q)[c]);
+                __m256i four = _mm256_set1_epi32(q[c]), v, pairs;
                 for (int h = 0; h < 2; h++) {
-                    __m256i v = _mm256_xor_si256(_mm256_loadu_si256(word + 2 * c + h), bias);
-                    __m256i signs = _mm256_sign_epi8(four, v);
-                    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), signs);
+                    if (bits == 8) {
+                        v = _mm256_xor_si256(_mm256_loadu_si256(word + 2 * c + h), bias);
+                        pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(v), _mm256_sign_epi8(four, v));
+                    } else {
+                        v = _mm256_loadu_si256(word + c / 2 * 2 + h);
+                        v = _mm256_and_si256(c % 2 ? _mm256_srli_epi16(v, 4) : v, low);
+                        pairs = _mm256_maddubs_epi16(v, four);
+                    }
                     s[h] = _mm256_add_epi32(s[h], _mm256_madd_epi16(pairs, one));
                 }
             }
+            __m256 xs = _mm256_set1_ps(x->scale[at]);
             for (int h = 0; h < 2; h++) {
                 __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(scales + g * 8 + 4 * h));
                 __m256 ws = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
-                y[h] = _mm256_add_ps(y[h], _mm256_mul_ps(_mm256_cvtepi32_ps(s[h]), _mm256_mul_ps(ws, scale)));
+                y[h] = _mm256_add_ps(y[h], _mm256_mul_ps(_mm256_cvtepi32_ps(s[h]), _mm256_mul_ps(ws, xs)));
             }
         }
         _mm256_storeu_ps(out + t * out_stride, y[0]);
@@ -834,9 +869,9 @@ AVX2 static void tile_q8_avx2(float *out, size_t out_stride, const uint32_t *sca
 }
 
 /* Sixteen rows in a register, `many` (a constant to the compiler) vectors against the same weights. */
-AVX512 static inline __attribute__((always_inline)) void q8_vnni(float *out, size_t out_stride, const uint32_t *scales,
-                                                                const uint32_t *w, const struct activations *x,
-                                                                size_t t, const size_t many) {
+AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                           const struct activations *x, size_t t, const size_t many, const int bits) {
+    const __m512i low = _mm512_set1_epi8(15);
     size_t groups = x->groups;
     const four_bytes *q = (const four_bytes *)(x->q + t * groups * 32);
     const int32_t *offset = x->offset + t * groups;
@@ -847,10 +882,15 @@ AVX512 static inline __attribute__((always_inline)) void q8_vnni(float *out, siz
         __m512i v[8];
         __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(scales + g * 8));
         __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        for (int c = 0; c < 8; c++) v[c] = _mm512_loadu_si512(w + g * 128 + 16 * c);
-        for (size_t i = 0; i < many; i++) {
+        for (int c = 0; c < 8 && bits == 8; c++) v[c] = _mm512_loadu_si512(w + g * 128 + 16 * c);
+        for (int c = 0; c < 8 && bits == 4; c += 2) {
+            __m512i two = _mm512_loadu_si512(w + g * 64 + 8 * c);
+            v[c] = _mm512_and_si512(two, low);
+            v[c + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), low);
+        }
+        UNROLL8 for (size_t i = 0; i < many; i++) {
             size_t at = i * groups + g;
-            __m512i s = _mm512_set1_epi32(offset[at]);
+            __m512i s = _mm512_set1_epi32(bits == 8 ? offset[at] : offset[at] / 16);
             for (size_t c = 0; c < 8; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[at * 8 + c]));
             y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(ws, _mm512_set1_ps(xs[at]))));
         }
@@ -858,18 +898,21 @@ AVX512 static inline __attribute__((always_inline)) void q8_vnni(float *out, siz
     for (size_t i = 0; i < many; i++) _mm512_storeu_ps(out + (t + i) * out_stride, y[i]);
 }
 
-AVX512 static void tile_q8_avx512(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                                  const struct activations *x) {
+AVX512 BODY void tile_avx512(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                             const struct activations *x, const int bits) {
     size_t t = 0;
-    for (; t + 8 <= x->n; t += 8) q8_vnni(out, out_stride, scales, w, x, t, 8);
-    for (; t < x->n; t++) q8_vnni(out, out_stride, scales, w, x, t, 1);
+    for (; t + 8 <= x->n; t += 8) tile_vnni(out, out_stride, scales, w, x, t, 8, bits);
+    for (; t < x->n; t++) tile_vnni(out, out_stride, scales, w, x, t, 1, bits);
 }
 
+TILE_KERNELS(avx2, AVX2)
+TILE_KERNELS(avx512, AVX512)
+
 static const struct kernels avx2_kernels = {
-    "avx2", rows_f32_avx2, tile_q8_avx2, combine_avx2, silu_times_avx2, soften_avx2, quantise_avx2
+    "avx2", rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, silu_times_avx2, soften_avx2, quantise_avx2
 };
 static const struct kernels avx512_kernels = {
-    "avx512vnni", rows_f32_avx512, tile_q8_avx512, combine_avx512, silu_times_avx512, soften_avx512, quantise_avx512
+    "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, silu_times_avx512, soften_avx512, quantise_avx512
 };
 
 static const struct kernels *choose_kernels(int flags) {
@@ -883,27 +926,31 @@ static const struct kernels *choose_kernels(int flags) {
 #elif defined(BASED_DOTPROD)
 
 /* Four rows in a register; both factors signed. */
-static void tile_q8_dotprod(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                            const struct activations *x) {
-    const uint8x16_t bias = vdupq_n_u8(128);
+BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
+                       const struct activations *x, const int bits) {
+    const uint8x16_t bias = vdupq_n_u8(128), low = vdupq_n_u8(15);
     for (size_t t = 0; t < x->n; t++) {
         float32x4_t y[4] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) };
         for (size_t g = 0; g < x->groups; g++) {
-            const int8_t *q = x->q + (t * x->groups + g) * 32;
-            int32x4_t s[4] = { vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0) };
+            size_t at = t * x->groups + g;
+            int32x4_t s[4];
+            s[0] = s[1] = s[2] = s[3] = vdupq_n_s32(bits == 8 ? 0 : x->offset[at] / 16);
             for (size_t c = 0; c < 8; c++) {
                 int32_t four;
-                memcpy(&four, q + 4 * c, 4);
+                memcpy(&four, x->q + at * 32 + 4 * c, 4);
                 int8x16_t xv = vreinterpretq_s8_s32(vdupq_n_s32(four));
                 for (size_t h = 0; h < 4; h++) {
-                    uint8x16_t v = vreinterpretq_u8_u32(vld1q_u32(w + g * 128 + 16 * c + 4 * h));
-                    s[h] = vdotq_s32(s[h], vreinterpretq_s8_u8(veorq_u8(v, bias)), xv);
+                    const uint32_t *word = bits == 8 ? w + g * 128 + 16 * c : w + g * 64 + 16 * (c / 2);
+                    uint8x16_t v = vreinterpretq_u8_u32(vld1q_u32(word + 4 * h));
+                    if (bits == 8) v = veorq_u8(v, bias);
+                    else v = c % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, low);
+                    s[h] = vdotq_s32(s[h], vreinterpretq_s8_u8(v), xv);
                 }
             }
             for (size_t h = 0; h < 4; h++) {
                 uint16x4_t half = vreinterpret_u16_u32(vld1_u32(scales + g * 8 + 2 * h));
                 float32x4_t ws = vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(half), 16));
-                ws = vmulq_n_f32(ws, x->scale[t * x->groups + g]);
+                ws = vmulq_n_f32(ws, x->scale[at]);
                 y[h] = vaddq_f32(y[h], vmulq_f32(vcvtq_f32_s32(s[h]), ws));
             }
         }
@@ -911,8 +958,10 @@ static void tile_q8_dotprod(float *out, size_t out_stride, const uint32_t *scale
     }
 }
 
+TILE_KERNELS(dotprod, )
+
 static const struct kernels dotprod_kernels = {
-    "dotprod", rows_f32_plain, tile_q8_dotprod, combine_plain, silu_times_plain, soften_plain, quantise_plain
+    "dotprod", rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, silu_times_plain, soften_plain, quantise_plain
 };
 
 static const struct kernels *choose_kernels(int flags) {
@@ -939,6 +988,7 @@ struct row {                            /* one token of the block being computed
 struct based_session {
     const based_model *m;
     uint64_t count;                     /* tokens fed                                                            */
+    uint64_t history;                   /* a hash of all of them                                                 */
     uint32_t block;                     /* tokens computed together at most                                      */
     int threads;
     int arrived, round;                 /* where threads meet                                                    */
@@ -1008,13 +1058,15 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
         k->rows_f32(out, out_stride, a->data + first * a->cols, rows, x);
     } else {
         size_t block = first / 16 * x->groups;
-        const uint32_t *scales = a->scales + block * 8, *words = a->words + block * 128;
-        if (rows == 16) k->tile_q8(out, out_stride, scales, words, x);
+        const uint32_t *scales = a->scales + block * 8, *words = a->words + block * block_words(a->dtype);
+        void (*tile)(float *, size_t, const uint32_t *, const uint32_t *, const struct activations *) =
+            a->dtype == BASED_Q4 ? k->tile_q4 : k->tile_q8;
+        if (rows == 16) tile(out, out_stride, scales, words, x);
         for (size_t t = 0; rows < 16 && t < x->n; t++) {        /* a tile that sticks out must not write there            */
             struct activations one = { x->x, x->q + t * x->groups * 32, x->scale + t * x->groups,
                                        x->offset + t * x->groups, 1, x->cols, x->groups };
             float y[16];
-            k->tile_q8(y, 16, scales, words, &one);
+            tile(y, 16, scales, words, &one);
             memcpy(out + t * out_stride, y, rows * sizeof *y);
         }
     }
@@ -1268,12 +1320,17 @@ static void mix_attention(const struct layer *l, const struct worker *w, size_t 
 
 /* ==== The block: one layer, for n rows ============================================================================== */
 
-/* SHIFT: half of the channels come from the token before. */
-static void shift_channels(float *xs, const float *x, float *before, size_t dim) {
-    size_t kept = (dim + 1) / 2;
-    memcpy(xs, x, kept * sizeof *x);
-    memcpy(xs + kept, before + kept, (dim - kept) * sizeof *x);
-    memcpy(before, x, dim * sizeof *x);
+/* SHIFT: half of the channels of xs come from the token before, whose row another worker may have made. */
+static void shift_rows(const struct layer *l, const struct worker *w, size_t n) {
+    based_session *p = w->p;
+    size_t dim = p->m->c->dim, kept = (dim + 1) / 2, moved = (dim - kept) * sizeof(float);
+    meet(w);
+    for (size_t r = 0; w->id == 0 && r < n; r++) {
+        float *before = p->row[r].s->state + l->shift;
+        memcpy(p->xs + r * dim + kept, before + kept, moved);
+        memcpy(before + kept, p->x + r * dim + kept, moved);
+    }
+    meet(w);
 }
 
 /* VALUE_GATES: each head's result is scaled by one number, so a head can attend to nothing. */
@@ -1296,11 +1353,9 @@ static void mixer_half(const struct layer *l, const struct worker *w, size_t n) 
     const based_layer *c = l->c;
     based_session *p = w->p;
     size_t dim = p->m->c->dim;
-    for (size_t r = share(n, w, 0); !(c->flags & BASED_SHIFT) && r < share(n, w, 1); r++)
+    for (size_t r = share(n, w, 0); r < share(n, w, 1); r++)
         memcpy(p->xs + r * dim, p->x + r * dim, dim * sizeof *p->x);
-    for (size_t r = 0; (c->flags & BASED_SHIFT) && w->id == 0 && r < n; r++)        /* a row needs the one before it     */
-        shift_channels(p->xs + r * dim, p->x + r * dim, p->row[r].s->state + l->shift, dim);
-    if (c->flags & BASED_SHIFT) meet(w);
+    if (c->flags & BASED_SHIFT) shift_rows(l, w, n);
     for (size_t r = share(n, w, 0); r < share(n, w, 1); r++)
         normalise(p->xn + r * dim, p->xs + r * dim, &l->norm1, dim);
     meet(w);
@@ -1359,9 +1414,12 @@ static void embed(float *x, const based_model *m, int32_t token) {
         return;
     }
     for (size_t e = 0; e < a->cols; e++) {
-        size_t g = block + e / 32;
-        uint32_t word = a->words[g * 128 + e % 32 / 4 * 16 + row % 16], two = a->scales[g * 8 + row % 16 / 2];
-        x[e] = (float)((int32_t)(word >> (e % 4 * 8) & 255) - 128) * bf16(two >> (row % 2 * 16) & 0xffff);
+        size_t g = block + e / 32, c = e % 32 / 4;
+        const uint32_t *word = a->words + g * block_words(a->dtype) + row % 16;
+        uint32_t two = a->scales[g * 8 + row % 16 / 2], v;
+        if (a->dtype == BASED_Q8) v = word[16 * c] >> (e % 4 * 8) & 255;
+        else v = word[16 * (c / 2)] >> (e % 4 * 8 + c % 2 * 4) & 15;
+        x[e] = (float)((int32_t)v - (a->dtype == BASED_Q8 ? 128 : 8)) * bf16(two >> (row % 2 * 16) & 0xffff);
     }
 }
 
@@ -1405,6 +1463,18 @@ static void compute(based_session *p, size_t n, size_t wanted) {
     if (wanted) head(&alone, n - wanted, wanted);
 }
 
+/* One 32-bit word more. Each step is one-to-one in h, so two texts of equal hash that go on alike stay equal, and no word is
+ * ever forgotten. */
+static uint64_t history_word(uint64_t h, uint32_t word) {
+    h = (h + word + 1) * 0x9e3779b97f4a7c15u;
+    return h ^ h >> 32;
+}
+
+uint64_t based_history_of(uint64_t h, const int32_t *tokens, size_t n) {
+    for (size_t i = 0; i < n; i++) h = history_word(h, (uint32_t)tokens[i]);
+    return h;
+}
+
 static int check_tokens(const based_model *m, const int32_t *tokens, size_t n, based_error *e) {
     if (m->c->input) return fail(e, BASED_EINVAL, "this model takes vectors of %u floats, not tokens", U64(m->c->input));
     for (size_t i = 0; i < n; i++)
@@ -1438,6 +1508,7 @@ int based_feed(based_session *s, const int32_t *tokens, size_t n, float *logits,
         for (size_t r = 0; r < many; r++) embed(s->x + r * dim, s->m, tokens[at + r]);
         run_block(s, many, logits ? logits + at * width : NULL, at + many == n);
     }
+    s->history = based_history_of(s->history, tokens, n);
     return BASED_OK;
 }
 
@@ -1455,6 +1526,11 @@ int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, b
         if (m->input.data) matmul(s->x, dim, &m->input, 0, dim, x + at * input, many, &alone);
         else memcpy(s->x, x + at * input, many * dim * sizeof *x);
         run_block(s, many, out ? out + at * width : NULL, at + many == n);
+    }
+    for (size_t i = 0; i < n * input; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        s->history = history_word(s->history, bits);
     }
     return BASED_OK;
 }
@@ -1478,7 +1554,10 @@ int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, ba
         embed(lead->x + r * lead->m->c->dim, lead->m, tokens[r]);
     }
     if (n) compute(lead, n, n);
-    for (size_t r = 0; r < n; r++) s[r]->count++;
+    for (size_t r = 0; r < n; r++) {
+        s[r]->count++;
+        s[r]->history = based_history_of(s[r]->history, tokens + r, 1);
+    }
     return BASED_OK;
 }
 
@@ -1656,10 +1735,14 @@ int based_session_init(based_session **out, const based_model *m, void *memory, 
     return BASED_OK;
 }
 
+/* ==== State in and out ===============================================================================================
+ * All that the past determines: how many tokens there were, a hash of them, the state, and the last logits, so that the
+ * first token after a load needs nothing computed. Byte by byte, so that any machine reads what any machine wrote.
+ */
 void based_reset(based_session *s) {
     memset(s->state, 0, s->m->state * sizeof *s->state);
     memset(s->logits, 0, based_width(s->m) * sizeof *s->logits);
-    s->count = 0;
+    s->count = s->history = 0;
 }
 
 int based_copy(based_session *dst, const based_session *src, based_error *e) {
@@ -1668,11 +1751,109 @@ int based_copy(based_session *dst, const based_session *src, based_error *e) {
     memcpy(dst->state, src->state, src->m->state * sizeof *src->state);
     memcpy(dst->logits, src->logits, based_width(src->m) * sizeof *src->logits);
     dst->count = src->count;
+    dst->history = src->history;
+    return BASED_OK;
+}
+
+enum { SAVED_HEADER = 80 };
+
+static void put_bytes(unsigned char *to, uint64_t value, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = (unsigned char)(value >> (8 * i) & 255);
+}
+
+static uint64_t get_bytes(const unsigned char *from, size_t n) {
+    uint64_t value = 0;
+    for (size_t i = 0; i < n; i++) value |= U64(from[i]) << (8 * i);
+    return value;
+}
+
+static void put_floats(unsigned char *to, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        put_bytes(to + 4 * i, bits, 4);
+    }
+}
+
+static void get_floats(float *x, const unsigned char *from, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = (uint32_t)get_bytes(from + 4 * i, 4);
+        memcpy(x + i, &bits, sizeof bits);
+    }
+}
+
+size_t based_saved_bytes(const based_model *m, size_t note_bytes) {
+    size_t n = SAVED_HEADER + (based_width(m) + m->state) * sizeof(float);      /* less than a session has           */
+    return note_bytes <= SIZE_MAX - n ? n + note_bytes : 0;
+}
+
+int based_save(const based_session *s, const void *note, size_t note_bytes, void *out, size_t room, based_error *e) {
+    const based_model *m = s->m;
+    size_t width = based_width(m), need = based_saved_bytes(m, note_bytes);
+    unsigned char *p = out, *floats = p + SAVED_HEADER;
+    if (!need || room < need)
+        return fail(e, BASED_ENOMEM, "a saved state of this model needs %u bytes, there are %u", U64(need), U64(room));
+    memcpy(p, BASED_STATE_MAGIC, 8);
+    put_bytes(p + 8, BASED_STATE_FORMAT, 4);
+    put_bytes(p + 12, BASED_BYTE_ORDER, 4);
+    put_bytes(p + 16, need, 8);
+    put_bytes(p + 32, two_words(m->c->checksum), 8);
+    put_bytes(p + 40, s->count, 8);
+    put_bytes(p + 48, s->history, 8);
+    put_bytes(p + 56, width, 8);
+    put_bytes(p + 64, m->state, 8);
+    put_bytes(p + 72, note_bytes, 8);
+    put_floats(floats, s->logits, width);
+    put_floats(floats + 4 * width, s->state, m->state);
+    if (note_bytes) memcpy(floats + 4 * (width + m->state), note, note_bytes);
+    put_bytes(p + 24, based_checksum(p + 32, need - 32), 8);
+    return BASED_OK;
+}
+
+/* Is it a saved state, whole and undamaged? Nothing but its own bytes is asked. */
+static int check_saved(const unsigned char *p, size_t size, based_error *e) {
+    if (size < 8 || memcmp(p, BASED_STATE_MAGIC, 8))
+        return fail(e, BASED_EFORMAT, "not a saved state (it does not begin with the bytes BSTATE); save one with --save");
+    if (size < SAVED_HEADER)
+        return fail(e, BASED_EFORMAT, "%u bytes are too few for a saved state, whose header has %u; was the file cut off?",
+                    U64(size), U64(SAVED_HEADER));
+    if (get_bytes(p + 8, 4) != BASED_STATE_FORMAT)
+        return fail(e, BASED_EFORMAT, "saved state of version %u; this program reads version %u", get_bytes(p + 8, 4),
+                    U64(BASED_STATE_FORMAT));
+    if (get_bytes(p + 12, 4) != BASED_BYTE_ORDER)
+        return fail(e, BASED_EFORMAT, "the byte-order mark of the saved state is damaged");
+    if (get_bytes(p + 16, 8) != size)
+        return fail(e, BASED_EFORMAT, "the saved state says %u bytes, but there are %u; was the file cut off?",
+                    get_bytes(p + 16, 8), U64(size));
+    if (get_bytes(p + 24, 8) != based_checksum(p + 32, size - 32))
+        return fail(e, BASED_ECHECKSUM, "the checksum does not match: the saved state was damaged after it was written");
+    return BASED_OK;
+}
+
+int based_load(based_session *s, const void *saved, size_t size, const void **note, size_t *note_bytes, based_error *e) {
+    const based_model *m = s->m;
+    const unsigned char *p = saved, *floats = p + SAVED_HEADER;
+    size_t width = based_width(m), fixed = based_saved_bytes(m, 0);
+    int status = check_saved(p, size, e);
+    if (status) return status;
+    if (get_bytes(p + 32, 8) != two_words(m->c->checksum))
+        return fail(e, BASED_EINVAL, "the state was saved with another checkpoint; load it with the one it belongs to");
+    if (get_bytes(p + 56, 8) != width || get_bytes(p + 64, 8) != m->state || size < fixed
+        || get_bytes(p + 72, 8) != size - fixed)
+        return fail(e, BASED_EFORMAT, "the configuration does not match: %u logits and %u numbers of state were saved, this "
+                    "model has %u and %u", get_bytes(p + 56, 8), get_bytes(p + 64, 8), U64(width), U64(m->state));
+    s->count = get_bytes(p + 40, 8);
+    s->history = get_bytes(p + 48, 8);
+    get_floats(s->logits, floats, width);
+    get_floats(s->state, floats + 4 * width, m->state);
+    if (note) *note = p + fixed;
+    if (note_bytes) *note_bytes = size - fixed;
     return BASED_OK;
 }
 
 const float *based_logits(const based_session *s) { return s->count ? s->logits : NULL; }
 uint64_t based_count(const based_session *s) { return s->count; }
+uint64_t based_history(const based_session *s) { return s->history; }
 void based_set_threads(based_session *s, int threads) { s->threads = threads > 1 ? threads : 1; }
 
 uint32_t based_hash(uint32_t h, const float *x, size_t n) {
@@ -1718,6 +1899,12 @@ static int32_t *recent_tokens(const based_sampler *s) {
 void based_sampler_accept(based_sampler *s, int32_t token) {
     if (s->repeat_last_n) recent_tokens(s)[s->seen % s->repeat_last_n] = token;
     s->seen++;
+}
+
+size_t based_sampler_recent(const based_sampler *s, int32_t *tokens) {
+    size_t n = s->seen < s->repeat_last_n ? (size_t)s->seen : s->repeat_last_n;
+    for (size_t i = 0; i < n; i++) tokens[i] = recent_tokens(s)[(s->seen - n + i) % s->repeat_last_n];
+    return n;
 }
 
 /* A uniform number in [0, 1): splitmix64 (Steele, Lea, Flood 2014), the top 53 bits. */

@@ -11,6 +11,7 @@
  *     5. sampling           logits -> the next token
  *     6. caller-owned memory, for machines without a heap
  *     7. the checkpoint format, the only place where it is written down
+ *     8. the format of a saved session, likewise
  *
  * In twenty lines (see README.md for the same program with its error checks explained):
  *
@@ -119,6 +120,25 @@ size_t   based_state_bytes(const based_model *m);   /* bytes of one session that
 /* Makes dst continue where src is; both must belong to one model. Logits are copied too. */
 int based_copy(based_session *dst, const based_session *src, based_error *e);
 
+/* What was fed, in 64 bits: sessions that were fed the same tokens have the same history. So a saved past can be told
+ * from another one, and a longer text that begins with it can be recognised: that of a session fed n tokens is
+ * based_history_of(0, tokens, n). It may be continued: based_history_of(h, more, n). Vectors count by their bits. */
+uint64_t based_history(const based_session *s);
+uint64_t based_history_of(uint64_t h, const int32_t *tokens, size_t n);
+
+/* The past as bytes, whose number depends on the model alone: part 8 says what they are. The same past gives the same
+ * bytes, and any machine can load them, whatever its byte order and word size. `note` travels along: note_bytes bytes
+ * of the caller's own that the session does not know of, such as what sampling needs (based_sampler_recent and the state
+ * of the generator). based_saved_bytes says how much room is needed (0: more than this machine can address). */
+size_t based_saved_bytes(const based_model *m, size_t note_bytes);
+int    based_save(const based_session *s, const void *note, size_t note_bytes, void *out, size_t room, based_error *e);
+
+/* Makes s continue where the saved session was, logits included. The bytes may come from anywhere: all is checked before s
+ * changes, and what is refused leaves it as it was: other bytes, another version, cut off (BASED_EFORMAT), damaged
+ * (BASED_ECHECKSUM), saved with another checkpoint (BASED_EINVAL). *note and *note_bytes (each may be NULL) receive where
+ * in `saved` the note lies; whose content nobody has checked but by the checksum. */
+int based_load(based_session *s, const void *saved, size_t size, const void **note, size_t *note_bytes, based_error *e);
+
 /* Threads to use for one call from now on (1 when built without OpenMP). Any number gives the same bits. */
 void based_set_threads(based_session *s, int threads);
 
@@ -212,6 +232,9 @@ int    based_sampler_init(based_sampler *s, void *memory, size_t bytes, based_er
 int32_t based_sample(based_sampler *s, const float *logits);
 /* Tells the sampler of a token that is now part of the text (prompt or generated), for the repetition penalty. */
 void   based_sampler_accept(based_sampler *s, int32_t token);
+/* Writes the recent tokens, oldest first (room for repeat_last_n), and returns how many there are: what another sampler has
+ * to be told to continue like this one. Its generator continues if `state` is copied. */
+size_t based_sampler_recent(const based_sampler *s, int32_t *tokens);
 
 /* log softmax(logits)[token], in nats: what perplexity sums up. */
 double based_log_probability(const float *logits, size_t n, int32_t token);
@@ -271,10 +294,12 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *
  * Vectors and tables are float32 (turns: two uint32, low first). A matrix has the dtype its header field names.
  *
- * Q8: rows are padded with zeros to a multiple of 16 and columns to a multiple of 32. Two sections take the matrix's place,
- * for tiles of 16 rows, from top to bottom, and in each for groups of 32 columns, from left to right:
+ * Q8, Q4: rows are padded with zeros to a multiple of 16 and columns to a multiple of 32. Two sections take the matrix's
+ * place, for tiles of 16 rows, from top to bottom, and in each for groups of 32 columns, from left to right:
  *     scales  8 words: word i holds the bfloat16 scales of rows 2i (low half) and 2i + 1 of the tile
- *     bytes   128 words: word 16 c + r holds columns 4c .. 4c+3 of row r, low byte first, each as weight / scale + 128
+ *     values  Q8, 128 words: word 16 c + r holds columns 4c .. 4c+3 of row r, low byte first, each as weight / scale + 128
+ *             Q4, 64 words: word 16 c + r holds columns 8c .. 8c+3 of row r in the low halves of its bytes, low byte first,
+ *             and columns 8c+4 .. 8c+7 in the high halves, each as weight / scale + 8
  * Vectors that meet such a matrix are quantised too, each group of 32 to round(127 x / max|x|), halves to even.
  *
  * What is computed, for each token (sum = running sum over the past, the present included):
@@ -321,7 +346,8 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
 
 enum based_dtype {
     BASED_F32 = 0,                      /* float32, row-major                                                    */
-    BASED_Q8 = 1                        /* 8 bits in groups of 32 columns that share a scale, see below          */
+    BASED_Q8 = 1,                       /* 8 bits in groups of 32 columns that share a scale, see above          */
+    BASED_Q4 = 2                        /* 4 bits, likewise                                                      */
 };
 
 enum based_config_flags { BASED_TIED = 1, BASED_HEAD_BIAS = 2, BASED_INPUT_PROJECTION = 4 };
@@ -416,6 +442,23 @@ enum based_tokenizer_flags {
                                            again in decoding                                                     */
     BASED_TOK_ADD_BOS      = 2          /* the model expects bos before every text                                */
 };
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * 8. The format of a saved session, version 1. Little-endian on every machine.
+ *
+ *     0     BASED_STATE_MAGIC
+ *     8     uint32 version, uint32 BASED_BYTE_ORDER
+ *     16    uint64 bytes in all
+ *     24    uint64 based_checksum over all bytes from 32 to the end
+ *     32    uint64 the checksum of the checkpoint, which tells models apart
+ *     40    uint64 tokens fed
+ *     48    uint64 history (see based_history_of): h = (h + word + 1) * 0x9e3779b97f4a7c15, h ^= h >> 32, from h = 0,
+ *           for each token, or for the 32 bits of each number of a vector
+ *     56    uint64 width of the logits; uint64 numbers of state; uint64 bytes of the note
+ *     80    float32 logits, float32 state as it lies in memory (based.c says what it is, mixer by mixer), the note
+ */
+#define BASED_STATE_MAGIC  "BSTATE\r\n"
+#define BASED_STATE_FORMAT 1u
 
 /* The checksum: sixteen 32-bit lanes, lane l takes words l, l + 16, ... (little-endian; a last partial word is padded
  * with zeros): h = h * 0x9e3779b1 + word, from h = l + 1; then the lanes are folded in order into 64 bits,

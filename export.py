@@ -91,6 +91,12 @@ def bfloat16_up(x):
     return ((x.astype(np.float32).view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16).astype(np.uint16)
 
 
+def bfloat16(x):
+    """The nearest bfloat16, as uint16 bits."""
+    bits = x.astype(np.float32).view(np.uint32).astype(np.uint64)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
 def as_float(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
@@ -103,33 +109,64 @@ def tiled(array, rows=16, cols=32):
     return padded.reshape(padded.shape[0] // rows, rows, -1, cols).swapaxes(1, 2)
 
 
-def q8_nbytes(shape):
-    blocks = -(-shape[0] // 16) * -(-shape[1] // 32)
-    return align(blocks * 32) + blocks * 512
+def quantised(name, bits, choose):
+    """A dtype of based.h part 7 with `bits` per weight. choose(blocks) -> scales: one per row and group, as bfloat16."""
+    middle, words = 1 << (bits - 1), 32 * bits // 32      # what is added to a weight; words per row and group
+
+    def blocks(shape):
+        return -(-shape[0] // 16), -(-shape[1] // 32)
+
+    def nbytes(shape):
+        tiles, groups = blocks(shape)
+        return align(tiles * groups * 32) + tiles * groups * 64 * words
+
+    def pack(array):
+        t = tiled(array)
+        scales = choose(t)
+        values = rounded(t, as_float(scales)[..., None], 1 - middle if bits == 8 else -middle, middle - 1) + middle
+        values = values.astype(np.uint8).reshape(*t.shape[:3], words, -1)                 # the columns of each word
+        if bits == 4:
+            values = values[..., :4] | values[..., 4:] << 4
+        scales = scales.astype("<u2").tobytes()
+        return np.frombuffer(scales + bytes(align(len(scales)) - len(scales)) + values.swapaxes(2, 3).tobytes(), np.uint8)
+
+    def unpack(data, shape):
+        tiles, groups = blocks(shape)
+        scales = np.frombuffer(data[:tiles * groups * 32], "<u2").reshape(tiles, groups, 16, 1)
+        values = np.frombuffer(data[align(tiles * groups * 32):], np.uint8).reshape(tiles, groups, words, 16, 4).swapaxes(2, 3)
+        if bits == 4:
+            values = np.concatenate([values & 15, values >> 4], axis=-1)
+        weights = (values.reshape(tiles, groups, 16, 32).astype(np.float32) - middle) * as_float(scales)
+        return weights.swapaxes(1, 2).reshape(tiles * 16, groups * 32)[:shape[0], :shape[1]]
+
+    return Dtype(name, nbytes, pack, unpack)
 
 
-def q8_pack(array):
-    """Scales, then bytes, as part 7 of based.h lays them out."""
-    t = tiled(array)
-    scales = bfloat16_up(np.abs(t).max(3) / np.float32(127))                              # (tiles, groups, 16)
-    step = as_float(scales)[..., None]
-    q = np.rint(np.divide(t, step, out=np.zeros_like(t), where=step > 0)).astype(np.int16) + 128
-    words = q.astype(np.uint8).reshape(*t.shape[:3], 8, 4).swapaxes(2, 3)                # (tiles, groups, 8, 16, 4)
-    scales = scales.astype("<u2").tobytes()
-    return np.frombuffer(scales + bytes(align(len(scales)) - len(scales)) + words.tobytes(), np.uint8)
+def rounded(t, step, low, high):
+    """t in whole steps, halves to even, within low .. high; 0 where the step is 0."""
+    return np.clip(np.rint(np.divide(t, step, out=np.zeros_like(t), where=step != 0)), low, high).astype(np.int16)
 
 
-def q8_unpack(data, shape):
-    tiles, groups = -(-shape[0] // 16), -(-shape[1] // 32)
-    scales = np.frombuffer(data[:tiles * groups * 32], "<u2").reshape(tiles, groups, 16, 1)
-    words = np.frombuffer(data[align(tiles * groups * 32):], np.uint8).reshape(tiles, groups, 8, 16, 4)
-    values = (words.swapaxes(2, 3).reshape(tiles, groups, 16, 32).astype(np.float32) - 128) * as_float(scales)
-    return values.swapaxes(1, 2).reshape(tiles * 16, groups * 32)[:shape[0], :shape[1]]
+def largest(t):
+    """8 bits: the scale with which the largest weight of the group becomes 127."""
+    return bfloat16_up(np.abs(t).max(-1) / np.float32(127))
+
+
+def least_error(t):
+    """4 bits: of many scales, the one with the smallest squared error. The range is -8 .. 7, so that the sign of the scale
+    matters too: the largest weight may take the longer side."""
+    extreme = np.take_along_axis(t, np.abs(t).argmax(-1)[..., None], -1)[..., 0]
+    best, least = np.zeros(extreme.shape, np.uint16), np.full(extreme.shape, np.inf, np.float32)
+    for levels in (-8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.8, -6.5, -6.2, -5.9, 5.6, 6.2, 6.5, 6.8, 7, 7.3, 7.6):
+        bits = bfloat16(extreme / np.float32(levels))
+        error = np.square(rounded(t, as_float(bits)[..., None], -8, 7) * as_float(bits)[..., None] - t).sum(-1)
+        best, least = np.where(error < least, bits, best), np.minimum(error, least)
+    return best
 
 
 F32, U64 = plain("f32", "<f4"), plain("u64", "<u8")
-Q8 = Dtype("q8", q8_nbytes, q8_pack, q8_unpack)
-DTYPES = {0: F32, 1: Q8}                                  # the number in the header -> how a matrix is stored
+# The number in the header -> how a matrix is stored.
+DTYPES = {0: F32, 1: quantised("q8", 8, largest), 2: quantised("q4", 4, least_error)}
 DTYPE_CODES = {dtype.name: code for code, dtype in DTYPES.items()}
 
 Tensor = namedtuple("Tensor", "name shape dtype")
@@ -239,10 +276,10 @@ class Checksum:
 # ----------------------------------------------------------------------------------------------------------------------
 # 2. Writing and reading.
 
-def progress(items, what, total=None):
+def progress(items, what, unit="tensor"):
     """A bar on stderr over items, when a person is watching."""
     from tqdm import tqdm
-    return tqdm(items, desc=what, total=total, unit="tensor", leave=False, disable=not sys.stderr.isatty())
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty())
 
 
 def write(path, config, layers, tokenizer, fetch):
@@ -303,7 +340,8 @@ def checked(t, array):
 
 
 class Checkpoint:
-    """A checkpoint read back: config, layers, tokenizer (bytes), placed, data; checks header and size, not the checksum."""
+    """A checkpoint read back: config, layers, tokenizer (bytes), placed, and tensors by name, one at a time from the file.
+    Opening it checks header and size; the checksum only when asked for."""
 
     def __init__(self, path):
         size = os.path.getsize(path)
@@ -328,18 +366,20 @@ class Checkpoint:
             raise Refused(f"{path} stores a matrix in dtype {e}, this program knows {sorted(DTYPES)}") from None
         if expected != size:
             raise Refused(f"{path} has {size:,} bytes, its header describes {expected:,}")
-        self.data = np.memmap(path, np.uint8, "r")
-        start = align(CONFIG_BYTES + len(table))
-        self.tokenizer = self.data[start:start + self.config.tokenizer_bytes].tobytes()
+        self.path = path
+        self.tokenizer = self.read(align(CONFIG_BYTES + len(table)), self.config.tokenizer_bytes).tobytes()
+
+    def read(self, offset, nbytes):
+        return np.fromfile(self.path, np.uint8, nbytes, offset=offset)
 
     def __getitem__(self, name):
         t = next(t for t in self.placed if t.name == name)
-        return t.dtype.unpack(self.data[t.offset:t.offset + t.nbytes], t.shape)
+        return t.dtype.unpack(self.read(t.offset, t.nbytes), t.shape)
 
     def checksum(self):
-        total = Checksum()
-        for at in progress(range(32, len(self.data), 1 << 26), "checksum"):
-            total.update(self.data[at:at + (1 << 26)])
+        total, piece = Checksum(), 1 << 26
+        for at in progress(range(32, self.config.file_size, piece), "checksum", "piece"):
+            total.update(self.read(at, min(piece, self.config.file_size - at)))
         return total.value()
 
 
@@ -1132,7 +1172,7 @@ def inspect(path):
 
 
 def convert(options, note):
-    """Exports options.source, or random weights, to options.out; returns the line that says so."""
+    """Exports options.source, or random weights, to options.out, and says so; returns the exit status."""
     beside = None
     if options.random:
         origin = options.random
@@ -1161,8 +1201,9 @@ def convert(options, note):
     if os.path.isdir(options.out):
         raise Refused(f"{options.out} is a directory; expected the name of the file to write")
     write(options.out, config, layers, tokenizer, lambda name: plan[name]())
-    return (f"{options.out}: {human(config.file_size)}, {parameters(config, layers):,} parameters, {len(layers)} layers, "
-            f"{'tokenizer' if tokenizer else 'no tokenizer'}, {options.dtype}; read back and verified")
+    print(f"{options.out}: {human(config.file_size)}, {parameters(config, layers):,} parameters, {len(layers)} layers, "
+          f"{'tokenizer' if tokenizer else 'no tokenizer'}, {options.dtype}; read back and verified")
+    return 0
 
 
 def arguments(argv):
@@ -1214,14 +1255,15 @@ def main(argv=None):
         raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
     try:
-        if options.inspect:
-            return inspect(options.inspect)
-        print(convert(options, note))
-        return 0
+        status = inspect(options.inspect) if options.inspect else convert(options, note)
+        sys.stdout.flush()
+        return status
     except Refused as e:
         print(f"export.py: {e}", file=sys.stderr)
+    except BrokenPipeError:                               # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
-        print(f"export.py: {e.filename or options.out}: {e.strerror or e}", file=sys.stderr)
+        print(f"export.py: {e.filename or options.out or options.inspect}: {e.strerror or e}", file=sys.stderr)
     except ImportError as e:
         print(f"export.py: {e}; pip install -r tests/requirements.txt", file=sys.stderr)
     except MemoryError:

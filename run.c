@@ -1121,13 +1121,13 @@ static int measure(run *r) {
  * Job 3: say what a checkpoint is.
  */
 
-/* Names for the numbers of a header; a number that this version has no name for is shown as it is. */
+/* Names for the numbers of a header. */
 #define NAME_OF(names, value) ((value) < sizeof(names) / sizeof(names)[0] ? (names)[value] : "unknown")
 
 static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
 static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
 static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU"};
-static const char *const dtype_names[] = {"f32"};
+static const char *const dtype_names[] = {"f32", "q8", "q4"};
 static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
 
 static void inform_size(const char *label, uint64_t bytes, const char *note) {
@@ -1205,6 +1205,18 @@ static void inform_sizes(const run *r, const based_config *c) {
     inform_size("session", based_session_bytes(r->model, 1), " with scratch memory");
 }
 
+/* How the matrices are stored: the name of one dtype, if all have the same. */
+static const char *matrix_dtype(const run *r) {
+    const based_config *c = based_model_config(r->model);
+    int same = c->rows == 0 || c->head_dtype == c->embedding_dtype;
+    for (uint32_t i = 0; i < c->layers; i++) {
+        const based_layer *l = based_model_layer(r->model, i);
+        same = same && (l->mixer == BASED_MIXER_NONE || l->in_dtype == c->embedding_dtype) &&
+               (l->mlp == BASED_MLP_NONE || l->up_dtype == c->embedding_dtype);
+    }
+    return same ? NAME_OF(dtype_names, c->embedding_dtype) : "mixed";
+}
+
 static int inform(run *r) {
     const based_config *c = based_model_config(r->model);
     char name[65], number[GROUPED_BYTES];
@@ -1212,7 +1224,7 @@ static int inform(run *r) {
     printf("%-12s %u, checksum %08x%08x is right\n", "format", (unsigned)c->format,
            (unsigned)c->checksum[1], (unsigned)c->checksum[0]);
     printf("%-12s %s (%s)\n", "parameters", grouped(number, based_model_parameters(r->model)),
-           NAME_OF(dtype_names, c->embedding_dtype));
+           matrix_dtype(r));
     printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim, (unsigned)c->layers,
            NAME_OF(norm_names, c->final_norm));
     printf("%-12s %s tokens, %u rows, head %s\n", "vocabulary", grouped(number, c->vocab), (unsigned)c->rows,

@@ -113,6 +113,8 @@ static void test_kernels_agree(const struct kernels *k) {
     CHECK(memcmp(offset[0], offset[1], sizeof offset[0]) == 0);
     plain->tile_q8(a, ROWS, scales, words, &one), k->tile_q8(b, ROWS, scales, words, &one);
     CHECK(memcmp(a, b, sizeof a) == 0);
+    plain->tile_q4(a, ROWS, scales, words, &one), k->tile_q4(b, ROWS, scales, words, &one);
+    CHECK(memcmp(a, b, sizeof a) == 0);
     for (size_t rows = 1; rows <= ROWS; rows++) {
         plain->rows_f32(a, ROWS, w, rows, &one), k->rows_f32(b, ROWS, w, rows, &one);
         CHECK(memcmp(a, b, sizeof a) == 0);
@@ -128,8 +130,16 @@ static void test_kernels_agree(const struct kernels *k) {
     CHECK(memcmp(a, b, 101 * sizeof *a) == 0);
 }
 
-/* The quantised product against the definition in doubles. */
-static void test_q8_definition(void) {
+/* The weight in row r and column i of a block of `bits`, as part 7 of based.h says. */
+static double weight_of(const uint32_t *words, size_t r, size_t i, int bits) {
+    const uint32_t *word = words + i / 32 * (bits == 8 ? 128 : 64) + r;
+    size_t c = i % 32 / 4;
+    if (bits == 8) return (double)(word[16 * c] >> (i % 4 * 8) & 255) - 128;
+    return (double)(word[16 * (c / 2)] >> (i % 4 * 8 + c % 2 * 4) & 15) - 8;
+}
+
+/* The quantised products against the definition in doubles. */
+static void test_quantised_definition(int bits) {
     static float x[64], y[16];
     static int8_t q[64];
     static uint32_t words[256], scales[16];
@@ -142,13 +152,11 @@ static void test_q8_definition(void) {
     plain_kernels.quantise(&a, 0, 2);
     CHECK(q[50] == 0 && q[63] == 0);
     for (size_t i = 0; i < 50; i++) CHECK_EACH(fabs(q[i] * (double)scale[i / 32] - x[i]) <= scale[i / 32] * 0.5000001);
-    plain_kernels.tile_q8(y, 16, scales, words, &a);
+    (bits == 8 ? plain_kernels.tile_q8 : plain_kernels.tile_q4)(y, 16, scales, words, &a);
     for (size_t r = 0; r < 16; r++) {
         double expected = 0;
-        for (size_t i = 0; i < 64; i++) {
-            double w = (double)(words[i / 32 * 128 + i % 32 / 4 * 16 + r] >> (i % 4 * 8) & 255) - 128;
-            expected += w * (r % 2 ? 1.0 : 0.5) * q[i] * (double)scale[i / 32];
-        }
+        for (size_t i = 0; i < 64; i++)
+            expected += weight_of(words, r, i, bits) * (r % 2 ? 1.0 : 0.5) * q[i] * (double)scale[i / 32];
         CHECK(fabs(y[r] - expected) < 1e-3);
     }
 }
@@ -449,7 +457,8 @@ int main(void) {
     test_functions();
     test_sums();
     test_norms();
-    test_q8_definition();
+    test_quantised_definition(8);
+    test_quantised_definition(4);
     test_kernels_agree(&plain_kernels);
     test_kernels_agree(choose_kernels(BASED_AVX2));
     test_kernels_agree(choose_kernels(0));

@@ -746,8 +746,15 @@ def test_info():
 
 def test_info_of_three_mixers(gpt2_model):
     text = run(gpt2_model, "--info").text().decode()
-    for needle in ["ctwc", "50,257 tokens, 50264 rows", "byte-level BPE", "degree 2", "3 taps", "end 50256"]:
+    for needle in ["ctwc", "(f32)", "50,257 tokens, 50264 rows", "byte-level BPE", "degree 2", "3 taps", "end 50256"]:
         assert needle in text, needle
+
+
+def test_info_of_8_bit_weights(tmp_path):
+    path, config = tmp_path / "q8.bin", ROOT / "tests" / "data" / "hazyresearch-tiny" / "config.json"
+    subprocess.run([sys.executable, ROOT / "export.py", "--random", config, path, "--dtype", "q8"], check=True,
+                   capture_output=True)
+    assert re.search(rb"^parameters +121,568 \(q8\)$", run(path, "--info").text(), re.M)
 
 
 def test_info_of_a_hostile_name(shipped, tmp_path):

@@ -417,6 +417,23 @@ def test_verification_sees_one_wrong_bit(capsys, monkeypatch, shape, old, offset
     assert status == 1 and stdout == "" and unharmed(old), stderr
 
 
+def test_verify_compares_everything(capsys, tmp_path, shape):
+    """A file that is sound but not what should have been written: one number or one byte of the tokenizer is enough."""
+    out = str(tmp_path / "out.bin")
+    assert run(capsys, "--random", shape, out)[0] == 0
+    saved = export.Checkpoint(out)
+    export.verify(out, b"", saved.__getitem__)
+    with pytest.raises(export.Refused, match="tokenizer"):
+        export.verify(out, b"x", saved.__getitem__)
+    for wrong in saved.placed:
+        def fetch(name):
+            array = saved[name].copy()
+            array.reshape(-1)[-1] += array.dtype.type(1) if name == wrong.name else array.dtype.type(0)
+            return array
+        with pytest.raises(export.Refused, match=wrong.name):
+            export.verify(out, b"", fetch)
+
+
 def test_ctrl_c_while_writing(tmp_path, shape, old):
     """The whole program, stopped in the middle by a signal."""
     shape.write_text(json.dumps(dict(SMALL, n_embd=1024, n_head=16, n_layer=8, vocab_size=30000, n_inner=4096)))

@@ -125,8 +125,8 @@ TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
           (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "taps": 4}, **TOKENS}), (103, {"mixers": ALL[::-1], **TOKENS}),
           (104, {"mixers": ALL, "dtype": 1, **TOKENS}), (105, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS})]
-BUDGET = settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
-MODEL = st.integers(0, len(MODELS) - 1)
+BUDGET = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+EVERY_MODEL = pytest.mark.parametrize("index", range(len(MODELS)))
 TEXT = st.lists(st.integers(0, 46), min_size=1, max_size=90)
 
 
@@ -140,8 +140,9 @@ def stepped(model, tokens):
     return np.stack([session.step(t) for t in tokens])
 
 
+@EVERY_MODEL
 @BUDGET
-@given(index=MODEL, tokens=TEXT, cuts=st.lists(st.integers(0, 90), max_size=6), block=st.integers(1, 64))
+@given(tokens=TEXT, cuts=st.lists(st.integers(0, 90), max_size=6), block=st.integers(1, 64))
 def test_feed_equals_steps(random_model, index, tokens, cuts, block):
     """However the tokens are cut into feeds, the logits of every token are those of single steps."""
     model = build(random_model, index)
@@ -152,7 +153,7 @@ def test_feed_equals_steps(random_model, index, tokens, cuts, block):
     assert same_bits(session.logits(), parts[-1][-1]) and session.count() == len(tokens)
 
 
-@pytest.mark.parametrize("index", range(len(MODELS)))
+@EVERY_MODEL
 def test_every_block_size(random_model, index):
     model = build(random_model, index)
     tokens = np.random.default_rng(index).integers(0, 47, 130)
@@ -190,8 +191,9 @@ def test_every_build_and_thread_count(random_model, flags, threads):
         assert same_bits(Session(Model(path, PLAIN, lib), 5, threads).feed(tokens), expected), index
 
 
+@EVERY_MODEL
 @BUDGET
-@given(index=MODEL, before=TEXT, tokens=TEXT)
+@given(before=TEXT, tokens=TEXT)
 def test_reset_equals_fresh(random_model, index, before, tokens):
     model = build(random_model, index)
     session = Session(model, 16)
@@ -201,8 +203,9 @@ def test_reset_equals_fresh(random_model, index, before, tokens):
     assert same_bits(session.feed(tokens), Session(model, 16).feed(tokens))
 
 
+@EVERY_MODEL
 @BUDGET
-@given(index=MODEL, tokens=TEXT, other=TEXT, turns=st.lists(st.booleans(), max_size=180))
+@given(tokens=TEXT, other=TEXT, turns=st.lists(st.booleans(), max_size=180))
 def test_interleaved_sessions_are_separate(random_model, index, tokens, other, turns):
     model = build(random_model, index)
     one, two = Session(model, 3), Session(model, 8)
@@ -215,8 +218,9 @@ def test_interleaved_sessions_are_separate(random_model, index, tokens, other, t
     assert same_bits(got[0], stepped(model, tokens)) and same_bits(got[1], stepped(model, other))
 
 
+@EVERY_MODEL
 @BUDGET
-@given(index=MODEL, past=TEXT, tokens=TEXT, junk=TEXT)
+@given(past=TEXT, tokens=TEXT, junk=TEXT)
 def test_copy_equals_original(random_model, index, past, tokens, junk):
     model = build(random_model, index)
     original, copy = Session(model, 7), Session(model, 32)
@@ -227,8 +231,9 @@ def test_copy_equals_original(random_model, index, past, tokens, junk):
     assert same_bits(copy.feed(tokens), original.feed(tokens))
 
 
+@EVERY_MODEL
 @BUDGET
-@given(index=MODEL, pasts=st.lists(TEXT, min_size=1, max_size=6), data=st.data())
+@given(pasts=st.lists(TEXT, min_size=1, max_size=6), data=st.data())
 def test_step_many_equals_alone(random_model, index, pasts, data):
     """Sessions at different places of different texts, stepped together."""
     model, n = build(random_model, index), len(pasts)
@@ -241,16 +246,17 @@ def test_step_many_equals_alone(random_model, index, pasts, data):
         assert same_bits(based.step_many(together, tokens), [s.step(t) for s, t in zip(alone, tokens)])
 
 
-@BUDGET
-@given(index=MODEL, past=TEXT, good=TEXT, bad=st.sampled_from([-1, -2**31, 47, 49, 50, 2**31 - 1]))
-def test_failed_call_changes_nothing(random_model, index, past, good, bad):
+@pytest.mark.parametrize("bad", [-1, -2**31, 47, 49, 50, 2**31 - 1])
+@EVERY_MODEL
+def test_failed_call_changes_nothing(random_model, index, bad):
     """A token outside the vocabulary (padding rows are outside too) is refused before anything moves."""
-    model = build(random_model, index)
+    model, rng = build(random_model, index), np.random.default_rng(index)
+    past, good = rng.integers(0, 47, 20), rng.integers(0, 47, 30)
     session, expected = Session(model, 4), Session(model, 4)
     session.feed(past)
     expected.feed(past)
     with pytest.raises(based.BasedError, match="vocabulary") as e:
-        session.feed(good + [bad])
+        session.feed([*good, bad])
     assert e.value.status == -5 and "\n" not in str(e.value)
     assert session.count() == len(past) and same_bits(session.logits(), expected.logits())
     with pytest.raises(based.BasedError):
