@@ -209,7 +209,7 @@ static uint64_t state_floats(const based_config *c, const based_layer *l) {
     if (l->mixer == BASED_CONV) n += U64(l->taps - 1) * l->value_width;
     if (l->mixer == BASED_WINDOW) n += l->window * width;
     if (l->mixer == BASED_TAYLOR) {
-        n += count_features(l) * l->kv_heads * (U64(l->value_width) + 1);
+        n += count_features(l) * l->kv_heads * (U64(l->value_width) + 2 + (l->value_width + 1) / 2);
         n += l->chunk * width;
     }
     return n;
@@ -620,22 +620,30 @@ static void normalise(float *out, const float *x, const struct norm *n, size_t d
 #define BASED_DOTPROD 1
 #include <arm_neon.h>
 #endif
-/* n vectors as quantised products want them: groups of 32 columns share a scale; the last group is filled up with zeros. */
+/* n vectors as quantised products want them: groups of 32 columns share a scale; the last group is filled up with zeros.
+ * Vectors are packed in eights (fours, ones, if there are fewer), so that the same group of eight lies side by side. */
 struct activations {
     const float *x;                     /* (n, cols) as they are                                                 */
-    int8_t *q;                          /* (n, groups, 32) round(x / scale)                                      */
-    float *scale;                       /* (n, groups)                                                           */
-    int32_t *offset;                    /* (n, groups) -128 times the sum of q                                   */
-    size_t n, cols, groups;
+    int8_t *q;                          /* (n/pack, groups, pack, 32) round(x / scale)                           */
+    float *scale;                       /* (n/pack, groups, pack)                                                */
+    int32_t *offset;                    /* (n/pack, groups, pack) -128 times the sum of q                        */
+    size_t n, cols, groups, pack;
 };
+
+/* Where group g of vector t is. */
+BODY size_t group_at(const struct activations *a, size_t t, size_t g) {
+    return (t / a->pack * a->groups + g) * a->pack + t % a->pack;
+}
 
 struct kernels {
     const char *name;
     /* out[t][r] = row r of w . x[t], for a few rows of float weights */
     void (*rows_f32)(float *out, size_t out_stride, const float *w, size_t rows, const struct activations *x);
-    /* the same for one tile of 16 rows of quantised weights, of 8 and of 4 bits */
-    void (*tile_q8)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x);
-    void (*tile_q4)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x);
+    /* the same for one tile of 16 rows of quantised weights, of 8 and of 4 bits, and vectors from .. to - 1 */
+    void (*tile_q8)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
+                    size_t from, size_t to);
+    void (*tile_q4)(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
+                    size_t from, size_t to);
     /* out = sum_i w[i] rows[i], i ascending, for n rows of `width` floats that lie `stride` apart */
     void (*combine)(float *out, const float *w, const float *rows, size_t n, size_t width, size_t stride);
     /* y[i] = silu(gate[i]) * value[i] */
@@ -733,8 +741,8 @@ BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *
 
 /* Groups `from` to `to` of all vectors, counted through; the last of each vector is filled up with zeros. */
 BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
-    for (size_t at = from; at < to; at++) {
-        size_t t = at / a->groups, g = at % a->groups, n = a->cols - g * 32;
+    for (size_t i = from; i < to; i++) {
+        size_t t = i / a->groups, g = i % a->groups, n = a->cols - g * 32, at = group_at(a, t, g);
         const float *x = a->x + t * a->cols + g * 32;
         float filled[32] = { 0 };
         if (n < 32) x = memcpy(filled, x, n * sizeof *x);
@@ -772,25 +780,22 @@ static float bf16(uint32_t bits) {
 }
 
 /* The instances of a tile kernel for 8 and for 4 bits. */
-#define TILE_KERNELS(set, target)                                                                                        \
-    target static void tile_q8_##set(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,           \
-                                     const struct activations *x) {                                                      \
-        tile_##set(out, out_stride, scales, w, x, 8);                                                                    \
-    }                                                                                                                    \
-    target static void tile_q4_##set(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,           \
-                                     const struct activations *x) {                                                      \
-        tile_##set(out, out_stride, scales, w, x, 4);                                                                    \
+#define TILE_KERNEL(name, set, target, bits)                                                                             \
+    target static void name##_##set(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,            \
+                                    const struct activations *x, size_t from, size_t to) {                               \
+        tile_##set(out, out_stride, scales, w, x, from, to, bits);                                                       \
     }
+#define TILE_KERNELS(set, target) TILE_KERNEL(tile_q8, set, target, 8) TILE_KERNEL(tile_q4, set, target, 4)
 
 /* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
  * kept as w + 128 or w + 8; `offset` takes that times the sum of x off again. 8 bits: word 16 c + r of a group holds columns
  * 4c .. 4c+3 of row r; 4 bits: columns 8c .. 8c+3 in the low halves of its bytes, 8c+4 .. 8c+7 in the high ones. */
 BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
-                     const int bits) {
-    for (size_t t = 0; t < x->n; t++) {
+                     size_t from, size_t to, const int bits) {
+    for (size_t t = from; t < to; t++, out += out_stride) {
         float y[16] = { 0 };
         for (size_t g = 0; g < x->groups; g++) {
-            size_t at = t * x->groups + g;
+            size_t at = group_at(x, t, g);
             int32_t s[16], offset = bits == 8 ? x->offset[at] : x->offset[at] / 16;
             for (size_t r = 0; r < 16; r++) s[r] = offset;
             for (size_t c = 0; c < 8; c++) {
@@ -807,7 +812,7 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
                 y[r] += (float)s[r] * (scale * x->scale[at]);
             }
         }
-        memcpy(out + t * out_stride, y, sizeof y);
+        memcpy(out, y, sizeof y);
     }
 }
 
@@ -832,12 +837,12 @@ typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector
 /* Eight rows in a register. The byte products want one factor without sign, and no sum of two products may leave 16 bits.
  * 4-bit weights fit as they are; of 8-bit ones take |w| <= 128, and x with the sign of w. */
 AVX2 BODY void tile_avx2(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                         const struct activations *x, const int bits) {
+                         const struct activations *x, size_t from, size_t to, const int bits) {
     const __m256i bias = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
-    for (size_t t = 0; t < x->n; t++) {
+    for (size_t t = from; t < to; t++, out += out_stride) {
         __m256 y[2] = { _mm256_setzero_ps(), _mm256_setzero_ps() };
         for (size_t g = 0; g < x->groups; g++) {
-            size_t at = t * x->groups + g;
+            size_t at = group_at(x, t, g);
             const four_bytes *q = (const four_bytes *)(x->q + at * 32);
             const __m256i *word = (const __m256i *)(const void *)(w + g * (bits == 8 ? 128 : 64));
             __m256i s[2];
@@ -863,22 +868,21 @@ AVX2 BODY void tile_avx2(float *out, size_t out_stride, const uint32_t *scales, 
                 y[h] = _mm256_add_ps(y[h], _mm256_mul_ps(_mm256_cvtepi32_ps(s[h]), _mm256_mul_ps(ws, xs)));
             }
         }
-        _mm256_storeu_ps(out + t * out_stride, y[0]);
-        _mm256_storeu_ps(out + t * out_stride + 8, y[1]);
+        _mm256_storeu_ps(out, y[0]);
+        _mm256_storeu_ps(out + 8, y[1]);
     }
 }
 
-/* Sixteen rows in a register, `many` (a constant to the compiler) vectors against the same weights. */
+/* Sixteen rows in a register; `many` (a constant to the compiler) vectors from t on, all of one pack, against the same
+ * weights. */
 AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
                            const struct activations *x, size_t t, const size_t many, const int bits) {
     const __m512i low = _mm512_set1_epi8(15);
-    size_t groups = x->groups;
-    const four_bytes *q = (const four_bytes *)(x->q + t * groups * 32);
-    const int32_t *offset = x->offset + t * groups;
-    const float *xs = x->scale + t * groups;
+    size_t groups = x->groups, at = group_at(x, t, 0);
     __m512 y[8];
     for (size_t i = 0; i < many; i++) y[i] = _mm512_setzero_ps();
-    for (size_t g = 0; g < groups; g++) {
+    for (size_t g = 0; g < groups; g++, at += x->pack) {
+        const four_bytes *q = (const four_bytes *)(x->q + at * 32);
         __m512i v[8];
         __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(scales + g * 8));
         __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
@@ -889,20 +893,21 @@ AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales
             v[c + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), low);
         }
         UNROLL8 for (size_t i = 0; i < many; i++) {
-            size_t at = i * groups + g;
-            __m512i s = _mm512_set1_epi32(bits == 8 ? offset[at] : offset[at] / 16);
-            for (size_t c = 0; c < 8; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[at * 8 + c]));
-            y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s), _mm512_mul_ps(ws, _mm512_set1_ps(xs[at]))));
+            __m512i s = _mm512_set1_epi32(bits == 8 ? x->offset[at + i] : x->offset[at + i] / 16);
+            __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(x->scale[at + i]));
+            for (size_t c = 0; c < 8; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[i * 8 + c]));
+            y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s), scale));
         }
     }
-    for (size_t i = 0; i < many; i++) _mm512_storeu_ps(out + (t + i) * out_stride, y[i]);
+    for (size_t i = 0; i < many; i++) _mm512_storeu_ps(out + i * out_stride, y[i]);
 }
 
 AVX512 BODY void tile_avx512(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                             const struct activations *x, const int bits) {
-    size_t t = 0;
-    for (; t + 8 <= x->n; t += 8) tile_vnni(out, out_stride, scales, w, x, t, 8, bits);
-    for (; t < x->n; t++) tile_vnni(out, out_stride, scales, w, x, t, 1, bits);
+                             const struct activations *x, size_t from, size_t to, const int bits) {
+    size_t t = from;
+    for (; t % 8 == 0 && t + 8 <= to; t += 8, out += 8 * out_stride) tile_vnni(out, out_stride, scales, w, x, t, 8, bits);
+    for (; t % 4 == 0 && t + 4 <= to; t += 4, out += 4 * out_stride) tile_vnni(out, out_stride, scales, w, x, t, 4, bits);
+    for (; t < to; t++, out += out_stride) tile_vnni(out, out_stride, scales, w, x, t, 1, bits);
 }
 
 TILE_KERNELS(avx2, AVX2)
@@ -927,12 +932,12 @@ static const struct kernels *choose_kernels(int flags) {
 
 /* Four rows in a register; both factors signed. */
 BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
-                       const struct activations *x, const int bits) {
+                       const struct activations *x, size_t from, size_t to, const int bits) {
     const uint8x16_t bias = vdupq_n_u8(128), low = vdupq_n_u8(15);
-    for (size_t t = 0; t < x->n; t++) {
+    for (size_t t = from; t < to; t++, out += out_stride) {
         float32x4_t y[4] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) };
         for (size_t g = 0; g < x->groups; g++) {
-            size_t at = t * x->groups + g;
+            size_t at = group_at(x, t, g);
             int32x4_t s[4];
             s[0] = s[1] = s[2] = s[3] = vdupq_n_s32(bits == 8 ? 0 : x->offset[at] / 16);
             for (size_t c = 0; c < 8; c++) {
@@ -954,7 +959,7 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
                 y[h] = vaddq_f32(y[h], vmulq_f32(vcvtq_f32_s32(s[h]), ws));
             }
         }
-        for (size_t h = 0; h < 4; h++) vst1q_f32(out + t * out_stride + 4 * h, y[h]);
+        for (size_t h = 0; h < 4; h++) vst1q_f32(out + 4 * h, y[h]);
     }
 }
 
@@ -1059,14 +1064,12 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
     } else {
         size_t block = first / 16 * x->groups;
         const uint32_t *scales = a->scales + block * 8, *words = a->words + block * block_words(a->dtype);
-        void (*tile)(float *, size_t, const uint32_t *, const uint32_t *, const struct activations *) =
+        void (*tile)(float *, size_t, const uint32_t *, const uint32_t *, const struct activations *, size_t, size_t) =
             a->dtype == BASED_Q4 ? k->tile_q4 : k->tile_q8;
-        if (rows == 16) tile(out, out_stride, scales, words, x);
+        if (rows == 16) tile(out, out_stride, scales, words, x, 0, x->n);
         for (size_t t = 0; rows < 16 && t < x->n; t++) {        /* a tile that sticks out must not write there            */
-            struct activations one = { x->x, x->q + t * x->groups * 32, x->scale + t * x->groups,
-                                       x->offset + t * x->groups, 1, x->cols, x->groups };
             float y[16];
-            tile(y, 16, scales, words, &one);
+            tile(y, 16, scales, words, x, t, t + 1);
             memcpy(out + t * out_stride, y, rows * sizeof *y);
         }
     }
@@ -1080,7 +1083,8 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
 static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows, const float *x,
                    size_t n, const struct worker *w) {
     based_session *p = w->p;
-    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols, groups(a->cols) };
+    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols, groups(a->cols),
+                               n < 4 ? 1 : n < 8 ? 4 : 8 };
     size_t count = (rows + 15) / 16;
     if (a->dtype != BASED_F32) {
         p->m->k->quantise(&act, share(n * act.groups, w, 0), share(n * act.groups, w, 1));
@@ -1228,21 +1232,60 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
  *     z (D)                sum of phi(k) over them; z[0], the number of tokens, is filled in from the count when read
  *     K (key_width, C)     keys of the chunk under way, one column per token
  *     V (C, value_width)   its values
+ *     L (D, value_width/2) what S has lost to rounding, two bfloat16 to a word
+ *     l (D)                what z has lost
  * Adding token by token to S would lose low bits once S is large. So the last few tokens are kept as they are, their
- * weights w(q, k) evaluated directly (the same polynomial), and join S together: the error grows 100 times slower, and
- * S is only written once per chunk.
+ * weights w(q, k) evaluated directly (the same polynomial), and join S together, so that S is only written once per chunk.
+ * What the rounding of that sum cuts off is kept and comes along the next time. With both, the error does not grow with
+ * the text (tests/endless.py measures it); without L it does, and is seen after some hundred thousand tokens.
  */
-struct taylor_state { float *s, *z, *k, *v; };
+struct taylor_state { float *s, *z, *k, *v, *lost, *lost_z; };
 
 static struct taylor_state taylor_state(float *base, const struct layer *l, size_t head) {
     const based_layer *c = l->c;
     size_t d = l->features, dk = c->key_width, dv = c->value_width;
     struct taylor_state t;
-    t.s = base + head * (d * (dv + 1) + c->chunk * (dk + dv));
+    t.s = base + head * (d * (dv + 2 + (dv + 1) / 2) + c->chunk * (dk + dv));
     t.z = t.s + d * dv;
     t.k = t.z + d;
     t.v = t.k + c->chunk * dk;
+    t.lost = t.v + c->chunk * dv;
+    t.lost_z = t.lost + d * ((dv + 1) / 2);
     return t;
+}
+
+/* *total += x, and returns what it lost: the exact difference (Knuth 1969). Numbers too small to matter become zero before
+ * they are subnormal, which would make every later token some hundred times slower. */
+BODY float add_and_keep(float *total, float x) {
+    float old = *total, now = old + x, back = now - old, lost = (old - (now - back)) + (x - back);
+    *total = fabsf(now) < 1e-30f ? 0.0f : now;
+    return fabsf(lost) > 1e-36f && fabsf(lost) <= FLT_MAX ? lost : 0.0f;
+}
+
+BODY float upper_half(uint32_t bits) {
+    float x;
+    bits &= 0xffff0000u;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+BODY uint32_t rounded_to_half(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x8000u) & 0xffff0000u;
+}
+
+/* total[i] += x[i] for n <= 32 numbers, with their share of L: word i holds what total[i] has lost in its upper half, and what
+ * total[half + i] has in its lower. */
+BODY void absorb_row(float *total, float *lost, const float *x, const size_t n) {
+    size_t half = (n + 1) / 2;
+    for (size_t i = 0; i < half; i++) {
+        uint32_t word, low = 0;
+        memcpy(&word, lost + i, sizeof word);
+        if (half + i < n) low = rounded_to_half(add_and_keep(total + half + i, x[half + i] + upper_half(word << 16)));
+        word = rounded_to_half(add_and_keep(total + i, x[i] + upper_half(word))) | low >> 16;
+        memcpy(lost + i, &word, sizeof word);
+    }
 }
 
 /* S += sum of phi(k_j) v_j^T over the chunk, z likewise; phi is scratch (D, C). */
@@ -1251,11 +1294,13 @@ static void absorb_chunk(struct taylor_state t, const struct layer *l, float *ph
     features(phi, t.k, chunk, l->c);
     for (size_t f = 0; f < l->features; f++) {
         float part[32];
-        t.z[f] += sum(phi + f * chunk, chunk);
+        t.lost_z[f] = add_and_keep(t.z + f, sum(phi + f * chunk, chunk) + t.lost_z[f]);
         for (size_t e = 0; e < dv; e += 32) {
             size_t width = dv - e < 32 ? dv - e : 32;
             k->combine(part, phi + f * chunk, t.v + e, chunk, width, dv);
-            for (size_t i = 0; i < width; i++) t.s[f * dv + e + i] += part[i];
+            float *total = t.s + f * dv + e, *lost = t.lost + f * ((dv + 1) / 2) + e / 2;
+            if (width == 32) absorb_row(total, lost, part, 32);         /* a constant becomes vector code                    */
+            else absorb_row(total, lost, part, width);
         }
     }
 }
@@ -1694,7 +1739,7 @@ int based_tokenizer_open(based_tokenizer *t, const based_model *m, based_error *
 
 /* Lays out a session: with memory NULL it only counts. */
 static uint64_t lay_out(based_session *s, const based_model *m, uint64_t block, unsigned char *memory) {
-    uint64_t at = 0, q_groups = block * groups(m->widest_q);
+    uint64_t at = 0, q_groups = (block < 4 ? block : (block + 7) / 8 * 8) * groups(m->widest_q);
     struct { float **where; uint64_t n; } part[] = {
         { &s->x, block * m->c->dim }, { &s->xn, block * m->c->dim }, { &s->xs, block * m->c->dim },
         { &s->u, block * align16(m->widest_in) }, { &s->y, block * m->widest_mid },

@@ -505,148 +505,191 @@ def clean_names(names):
     return clean
 
 
-def based_model(settings, source, window=None, chunk=16, note=lambda text: None):
-    """A HazyResearch/based model: layer kinds from the names of its tensors, sizes from their shapes, the rest from
-    config.json (settings). window: visible keys in place of the setting's."""
-    for pattern, reason in REFUSED_NAMES:
-        found = next((name for name in source.shapes if re.search(pattern, name)), None)
-        if found:
-            raise Refused(f"{source.where} is not supported: {reason} (found {found})")
-    for name, allowed in REFUSED_VALUES:
-        if settings.get(name, allowed[0]) not in allowed:
-            raise Refused(f"config.json: {name} = {json.dumps(settings[name])} is not supported")
+class Settings:
+    """config.json, or one group inside it."""
 
-    def group(name):
-        value = settings.get(name) or {}
+    def __init__(self, values):
+        self.values = values
+
+    def get(self, name, default=None):
+        return self.values.get(name, default)
+
+    def group(self, name):
+        value = self.get(name) or {}
         if not isinstance(value, dict):
             raise Refused(f"config.json: {name} = {json.dumps(value)}, expected an object")
-        return value
+        return Settings(value)
 
-    def setting(name, default=None, kind=int, among=settings, least=1e-30):
-        value = among.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value < 1e9 or value != kind(value):
+    def number(self, name, default=None, kind=int, least=1e-30):
+        value = self.get(name, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not least <= value < 1e9 or value != kind(value):
             raise Refused(f"config.json: {name} = {json.dumps(value)}, expected a {'positive ' if least else ''}number")
         return kind(value)
 
-    root, head = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
-    rows, dim = source.shape(root if root in source else head, 2)
-    found = re.compile(r"transformer\.layers\.(\d+)\.")
-    count = 1 + max((int(m[1]) for m in map(found.match, source.shapes) if m), default=-1)
-    if setting("n_layer", count) != count:
-        raise Refused(f"{source.where} holds {count} layers, config.json says n_layer = {settings['n_layer']}")
-    if setting("n_embd", dim) != dim:
-        raise Refused(f"{source.where} is {dim} wide, config.json says n_embd = {settings['n_embd']}")
-    vocab = setting("vocab_size", rows)
-    if vocab > rows:
-        raise Refused(f"{source.where} embeds {rows} tokens, config.json says vocab_size = {vocab}")
-    heads, eps = setting("n_head"), setting("layer_norm_epsilon", 1e-5, float)
-    kind = NORM_RMS if settings.get("rms_norm", True) else NORM_LAYER
-    alt, alt2 = group("alt_mixer"), group("alt_mixer_2")
-    config = CONFIG.new(dim=dim, vocab=vocab, rows=rows, final_norm=kind, final_norm_eps=eps,
-                        context=setting("l_max", 0, int, group("mixer"), 0))
-    plan, layers = {}, []
 
-    def norm(ours, theirs):
-        plan[ours + ".weight"] = source.take(theirs + ".weight", dim)
-        if kind == NORM_LAYER:
-            plan[ours + ".bias"] = source.take(theirs + ".bias", dim)
+class BasedModel:
+    """A HazyResearch/based model: layer kinds from the names of its tensors, sizes from their shapes, the rest from
+    config.json. After read(): config, layers, plan. window: visible keys in place of the setting's."""
+    EMBEDDING, HEAD = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
 
-    def linear(ours, parts, cols, flag, order=lambda whole: whole):
-        """Stacks the rows of (name, rows) parts into one matrix, and their biases if they have any; then orders them."""
-        name = ours.replace(".weight", "")
-        matrix = [source.take(part + ".weight", n, cols) for part, n in parts]
-        plan[name + ".weight"] = lambda: order(np.concatenate([load() for load in matrix]))
-        if parts[0][0] + ".bias" not in source:
+    def __init__(self, settings, source, window, chunk, note):
+        self.settings, self.source, self.keys, self.chunk, self.note = Settings(settings), source, window, chunk, note
+        self.plan, self.layers = {}, []
+
+    def read(self):
+        self.refuse_other_models()
+        self.read_sizes()
+        self.read_embedding()
+        for i in range(self.count):
+            self.read_layer(i)
+        self.norm("final_norm", "transformer.ln_f")
+        names = self.source.leftover()
+        if names:
+            raise Refused(f"{self.source.where} holds {len(names)} tensors that no known layer uses, "
+                          f"the first is {names[0]}")
+        for name, mixer in (("alt_mixer_layers", TAYLOR), ("alt_mixer_2_layers", WINDOW)):
+            there, said = [i for i, l in enumerate(self.layers) if l.mixer == mixer], self.settings.get(name)
+            if said is not None and there != said:
+                self.note(f"config.json: {name} = {json.dumps(said)}, but the tensors say {there}; going by the tensors")
+        return self.config, self.layers, self.plan
+
+    def refuse_other_models(self):
+        for pattern, reason in REFUSED_NAMES:
+            found = next((name for name in self.source.shapes if re.search(pattern, name)), None)
+            if found:
+                raise Refused(f"{self.source.where} is not supported: {reason} (found {found})")
+        for name, allowed in REFUSED_VALUES:
+            if self.settings.get(name, allowed[0]) not in allowed:
+                raise Refused(f"config.json: {name} = {json.dumps(self.settings.get(name))} is not supported")
+
+    def read_sizes(self):
+        settings, where = self.settings, self.source.where
+        rows, self.dim = self.source.shape(self.EMBEDDING if self.EMBEDDING in self.source else self.HEAD, 2)
+        numbers = map(re.compile(r"transformer\.layers\.(\d+)\.").match, self.source.shapes)
+        self.count = 1 + max((int(m[1]) for m in numbers if m), default=-1)
+        vocab = settings.number("vocab_size", rows)
+        if settings.number("n_layer", self.count) != self.count:
+            raise Refused(f"{where} holds {self.count} layers, config.json says n_layer = {settings.get('n_layer')}")
+        if settings.number("n_embd", self.dim) != self.dim:
+            raise Refused(f"{where} is {self.dim} wide, config.json says n_embd = {settings.get('n_embd')}")
+        if vocab > rows:
+            raise Refused(f"{where} embeds {rows} tokens, config.json says vocab_size = {vocab}")
+        self.heads, self.eps = settings.number("n_head"), settings.number("layer_norm_epsilon", 1e-5, float)
+        self.norm_kind = NORM_RMS if settings.get("rms_norm", True) else NORM_LAYER
+        self.config = CONFIG.new(dim=self.dim, vocab=vocab, rows=rows, final_norm=self.norm_kind,
+                                 final_norm_eps=self.eps, context=settings.group("mixer").number("l_max", 0, least=0))
+
+    def read_embedding(self):
+        """Embedding and head are one tensor under two names: either may be missing, two must agree."""
+        embedding, head = (self.source.take(name, self.config.rows, self.dim) if name in self.source else None
+                           for name in (self.EMBEDDING, self.HEAD))
+        self.plan["embedding"] = embedding or head
+        if not embedding or not head or np.array_equal(embedding(), head()):
+            self.config.flags |= TIED
+        elif self.settings.get("tie_word_embeddings", True):
+            raise Refused(f"{self.source.where}: {self.EMBEDDING} and {self.HEAD} should be one tensor, but differ")
+        else:
+            self.plan["head.weight"] = head
+
+    def norm(self, ours, theirs):
+        self.plan[ours + ".weight"] = self.source.take(theirs + ".weight", self.dim)
+        if self.norm_kind == NORM_LAYER:
+            self.plan[ours + ".bias"] = self.source.take(theirs + ".bias", self.dim)
+
+    def linear(self, ours, parts, cols, flag, order=lambda whole: whole):
+        """Stacks the rows of (name, rows) parts into one matrix in `order`, and their biases; returns flag if they have
+        any."""
+        def stacked(loads):
+            return lambda: order(np.concatenate([load() for load in loads]))
+        self.plan[ours + ".weight"] = stacked([self.source.take(part + ".weight", n, cols) for part, n in parts])
+        if parts[0][0] + ".bias" not in self.source:
             return 0
-        bias = [source.take(part + ".bias", n) for part, n in parts]
-        plan[name + ".bias"] = lambda: order(np.concatenate([load() for load in bias]))
+        self.plan[ours + ".bias"] = stacked([self.source.take(part + ".bias", n) for part, n in parts])
         return flag
 
-    # Tied embedding and head: either may be missing; two of them must agree.
-    embedding, separate = (source.take(name, rows, dim) if name in source else None for name in (root, head))
-    plan["embedding"] = embedding or separate
-    if embedding and separate and not np.array_equal(embedding(), separate()):
-        if settings.get("tie_word_embeddings", True):
-            raise Refused(f"{source.where}: {root} and {head} should be one tensor, but differ")
-        plan["head.weight"] = separate
-    else:
-        config.flags |= TIED
-
-    for i in range(count):
+    def read_layer(self, i):
         theirs, ours = f"transformer.layers.{i}.", f"layers.{i}."
-        l = LAYER.new(norm1=kind, norm2=kind, norm1_eps=eps, norm2_eps=eps, mlp=SWIGLU, heads=1)
-        layers.append(l)
-        norm(ours + "norm1", theirs + "norm1")
-        mixer = theirs + "mixer."
-        if mixer + "Wqkv.weight" in source:
-            l.mixer, l.heads, l.kv_heads = WINDOW, heads, heads
-            if dim % heads:
-                raise Refused(f"config.json: n_head = {heads} does not divide the width {dim}")
-            if not alt2:
-                raise Refused(f"{source.where} is not supported: layer {i} is attention, yet config.json describes no sliding window")
-            if alt2.get("causal") is False:
-                raise Refused("config.json: alt_mixer_2.causal = false is not supported: a stream has no future")
-            l.key_width = l.value_width = width = dim // heads
-            if "window_size" not in alt2:
-                if (count, dim) not in KNOWN_WINDOWS and not window:
-                    raise Refused("config.json lacks alt_mixer_2.window_size: give the number of visible keys by --window")
-                alt2 = dict(alt2, window_size=KNOWN_WINDOWS.get((count, dim)))
-                note(f"config.json lacks alt_mixer_2.window_size; taking {alt2['window_size']} as in the release of this shape")
-            l.window = window or setting("window_size", among=alt2) // 2 + 1
-            l.scale = 1 / math.sqrt(width) if settings.get("scale_attn_weights", True) else 1.0
-            l.rotary = int(setting("rotary_emb_fraction", 0, float, least=0) * width) // 2
-            order = half_split(width, l.rotary, bool(settings.get("rotary_emb_interleaved", False)))
-
-            def turned(whole, order=order):
-                q, k, v = np.split(whole, 3)
-                return np.concatenate([by_head(q, heads, order), by_head(k, heads, order), v])
-
-            l.flags |= linear(ours + "in", [(mixer + "Wqkv", 3 * dim)], dim, IN_BIAS, turned)
-            if l.rotary:
-                turns = rotary_turns(l.rotary, 2 * l.rotary, setting("rotary_emb_base", 10000.0, float))
-                plan[ours + "turns"] = lambda turns=turns: turns
-        elif mixer + "proj_q.weight" in source:
-            l.mixer = TAYLOR
-            l.heads = l.kv_heads = setting("num_heads", heads, among=alt)
-            wide = source.shape(mixer + "proj_q.weight", 2)[0]
-            if wide % l.heads or dim % l.heads:
-                raise Refused(f"{source.where}: {mixer}proj_q.weight has {wide} rows for {l.heads} heads of width {dim}")
-            l.key_width, l.value_width = wide // l.heads, dim // l.heads
-            feature_map = alt.get("feature_map") or {}
-            if "Taylor" not in feature_map.get("_target_", "Taylor"):
-                raise Refused(f"config.json: feature map {feature_map['_target_']} is not supported, only TaylorExp")
-            l.degree, l.chunk, l.kernel, l.normaliser, l.normaliser_eps = 2, chunk, DOT, ADD, 1e-12
-            l.scale = 1 / math.sqrt(setting("input_dim", l.key_width, among=feature_map))
-            l.flags |= linear(ours + "in", [(mixer + "proj_q", wide), (mixer + "proj_k", wide), (mixer + "proj_v", dim)],
-                              dim, IN_BIAS)
-            plan[ours + "coefficients"] = lambda l=l: taylor_coefficients(l.heads, 2)
-        elif mixer + "in_proj.weight" in source:
-            l.mixer = CONV
-            l.value_width, _, l.taps = source.shape(mixer + "conv.conv.weight", 3)
-            l.flags |= linear(ours + "in", [(mixer + "in_proj", 2 * l.value_width)], dim, IN_BIAS)
-            taps = source.take(mixer + "conv.conv.weight", l.value_width, 1, l.taps)
-            plan[ours + "taps"] = lambda taps=taps: taps()[:, 0].T
-            if mixer + "conv.conv.bias" in source:
-                plan[ours + "taps.bias"] = source.take(mixer + "conv.conv.bias", l.value_width)
-                l.flags |= TAPS_BIAS
+        l = LAYER.new(norm1=self.norm_kind, norm2=self.norm_kind, norm1_eps=self.eps, norm2_eps=self.eps, mlp=SWIGLU)
+        self.layers.append(l)
+        self.norm(ours + "norm1", theirs + "norm1")
+        for mark, read in (("Wqkv", self.read_window), ("proj_q", self.read_taylor), ("in_proj", self.read_conv)):
+            if f"{theirs}mixer.{mark}.weight" in self.source:
+                read(l, theirs + "mixer.", ours)
+                break
         else:
-            raise Refused(f"{source.where}: layer {i} has none of mixer.Wqkv, mixer.proj_q, mixer.in_proj: unknown mixer")
-        l.flags |= linear(ours + "out", [(mixer + "out_proj", dim)], l.heads * l.value_width, OUT_BIAS)
-        norm(ours + "norm2", theirs + "norm2")
-        fc1 = theirs + "mlp.fc1"
-        l.hidden = source.shape(fc1 + ".weight", 2)[0] // 2
-        gate_first = lambda whole: np.roll(whole, len(whole) // 2, axis=0)          # theirs: value, gate
-        l.flags |= linear(ours + "up", [(fc1, 2 * l.hidden)], dim, UP_BIAS, gate_first)
-        l.flags |= linear(ours + "down", [(theirs + "mlp.fc2", dim)], l.hidden, DOWN_BIAS)
-    norm("final_norm", "transformer.ln_f")
-    if source.leftover():
-        names = source.leftover()
-        raise Refused(f"{source.where} holds {len(names)} tensors that no known layer uses, the first is {names[0]}")
-    for name, kind in (("alt_mixer_layers", TAYLOR), ("alt_mixer_2_layers", WINDOW)):
-        there, said = [i for i, l in enumerate(layers) if l.mixer == kind], settings.get(name)
-        if said is not None and there != said:
-            note(f"config.json: {name} = {json.dumps(said)}, but the tensors say {there}; going by the tensors")
-    return config, layers, plan
+            raise Refused(f"{self.source.where}: layer {i} has none of mixer.Wqkv, mixer.proj_q, mixer.in_proj: "
+                          "unknown mixer")
+        l.flags |= self.linear(ours + "out", [(theirs + "mixer.out_proj", self.dim)], l.heads * l.value_width, OUT_BIAS)
+        self.norm(ours + "norm2", theirs + "norm2")
+        l.hidden = self.source.shape(theirs + "mlp.fc1.weight", 2)[0] // 2
+        gate_first = lambda whole: np.roll(whole, len(whole) // 2, axis=0)              # theirs: value, gate
+        l.flags |= self.linear(ours + "up", [(theirs + "mlp.fc1", 2 * l.hidden)], self.dim, UP_BIAS, gate_first)
+        l.flags |= self.linear(ours + "down", [(theirs + "mlp.fc2", self.dim)], l.hidden, DOWN_BIAS)
+
+    def read_conv(self, l, theirs, ours):
+        l.mixer, l.heads = CONV, 1
+        l.value_width, _, l.taps = self.source.shape(theirs + "conv.conv.weight", 3)
+        l.flags |= self.linear(ours + "in", [(theirs + "in_proj", 2 * l.value_width)], self.dim, IN_BIAS)
+        taps = self.source.take(theirs + "conv.conv.weight", l.value_width, 1, l.taps)
+        self.plan[ours + "taps"] = lambda: taps()[:, 0].T
+        if theirs + "conv.conv.bias" in self.source:
+            self.plan[ours + "taps.bias"] = self.source.take(theirs + "conv.conv.bias", l.value_width)
+            l.flags |= TAPS_BIAS
+
+    def read_taylor(self, l, theirs, ours):
+        alt = self.settings.group("alt_mixer")
+        feature_map = alt.group("feature_map")
+        target = feature_map.get("_target_", "TaylorExp")
+        if "Taylor" not in str(target):
+            raise Refused(f"config.json: feature map {target} is not supported, only TaylorExp")
+        l.mixer, l.heads = TAYLOR, alt.number("num_heads", self.heads)
+        wide = self.source.shape(theirs + "proj_q.weight", 2)[0]
+        if wide % l.heads or self.dim % l.heads:
+            raise Refused(f"{self.source.where}: {theirs}proj_q.weight has {wide} rows for {l.heads} heads in a width "
+                          f"of {self.dim}")
+        l.kv_heads, l.key_width, l.value_width = l.heads, wide // l.heads, self.dim // l.heads
+        l.degree, l.chunk, l.kernel, l.normaliser, l.normaliser_eps = 2, self.chunk, DOT, ADD, 1e-12
+        l.scale = 1 / math.sqrt(feature_map.number("input_dim", l.key_width))
+        parts = [(theirs + "proj_q", wide), (theirs + "proj_k", wide), (theirs + "proj_v", self.dim)]
+        l.flags |= self.linear(ours + "in", parts, self.dim, IN_BIAS)
+        self.plan[ours + "coefficients"] = lambda: taylor_coefficients(l.heads, l.degree)
+
+    def read_window(self, l, theirs, ours):
+        heads, settings = self.heads, self.settings
+        if self.dim % heads:
+            raise Refused(f"config.json: n_head = {heads} does not divide the width {self.dim}")
+        l.mixer, l.heads, l.kv_heads = WINDOW, heads, heads
+        l.key_width = l.value_width = self.dim // heads
+        l.window = self.keys = self.keys or self.visible_keys(settings.group("alt_mixer_2"))
+        l.scale = 1 / math.sqrt(l.key_width) if settings.get("scale_attn_weights", True) else 1.0
+        l.rotary = int(settings.number("rotary_emb_fraction", 0, float, least=0) * l.key_width) // 2
+        if l.rotary > l.key_width // 2:
+            raise Refused(f"config.json: rotary_emb_fraction = {settings.get('rotary_emb_fraction')} is above 1")
+        order = half_split(l.key_width, l.rotary, bool(settings.get("rotary_emb_interleaved", False)))
+
+        def paired(whole):
+            q, k, v = np.split(whole, 3)
+            return np.concatenate([by_head(q, heads, order), by_head(k, heads, order), v])
+
+        l.flags |= self.linear(ours + "in", [(theirs + "Wqkv", 3 * self.dim)], self.dim, IN_BIAS, paired)
+        if l.rotary:
+            turns = rotary_turns(l.rotary, 2 * l.rotary, settings.number("rotary_emb_base", 10000.0, float))
+            self.plan[ours + "turns"] = lambda: turns
+
+    def visible_keys(self, alt):
+        """The original lets a token see window_size // 2 others and itself."""
+        if not alt.values:
+            raise Refused(f"{self.source.where} is not supported: it has attention layers, yet config.json describes no "
+                          "sliding window")
+        if alt.get("causal") is False:
+            raise Refused("config.json: alt_mixer_2.causal = false is not supported: a stream has no future")
+        known = KNOWN_WINDOWS.get((self.count, self.dim))
+        if "window_size" not in alt.values and not known:
+            raise Refused("config.json lacks alt_mixer_2.window_size: give the number of visible keys by --window")
+        if "window_size" not in alt.values:
+            self.note(f"config.json lacks alt_mixer_2.window_size; taking {known}, that of the release of this shape")
+        return alt.number("window_size", known) // 2 + 1
 
 
 def read_json(path):
@@ -690,7 +733,8 @@ def open_torch(path):
         except RuntimeError:
             state = torch.load(path, map_location="cpu", weights_only=True)          # the format before zip
     except Exception as e:                                # torch raises what it likes on a file it cannot read
-        raise Refused(f"{path} cannot be read as a PyTorch file of tensors: {(str(e) or repr(e)).splitlines()[0]}") from None
+        reason = (str(e) or repr(e)).splitlines()[0]
+        raise Refused(f"{path} cannot be read as a PyTorch file of tensors: {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise Refused(f"{path} is no state dict: expected a dictionary of tensors")
     return {name: tuple(t.shape) for name, t in state.items()}, lambda name: state[name].float().numpy()
@@ -708,7 +752,7 @@ def open_based(path, options, note):
     shapes, load = reader(weights)
     names = clean_names(shapes)
     source = Source({key: shapes[name] for key, name in names.items()}, lambda key: load(names[key]), weights)
-    return based_model(settings, source, options.window, options.chunk, note)
+    return BasedModel(settings, source, options.window, options.chunk, note).read()
 
 
 def llama_shapes(header):
@@ -734,11 +778,10 @@ def open_llama(path, options, note):
                       "export it with --version 0, the float32 form that run.c reads")
     header = struct.unpack("<7i", start) if len(start) == 28 else (0,) * 7
     dim, hidden, n, heads, kv, vocab, seq = header
-    unknown = Refused(f"{path} is nothing this program can read: expected a HazyResearch/based directory (config.json and "
-                      "weights) or a llama2.c checkpoint")
-    if not (0 < dim <= 65536 and 0 < hidden <= 1 << 20 and 0 < n <= 1024 and 0 < kv <= heads <= 4096 and dim % heads == 0
-            and heads % kv == 0 and 0 < abs(vocab) <= 1 << 22 and 0 < seq <= 1 << 20):
-        raise unknown
+    if not (0 < dim <= 65536 and 0 < hidden <= 1 << 20 and 0 < n <= 1024 and 0 < kv <= heads <= 4096
+            and dim % heads == 0 and heads % kv == 0 and 0 < abs(vocab) <= 1 << 22 and 0 < seq <= 1 << 20):
+        raise Refused(f"{path} is nothing this program can read: expected a HazyResearch/based directory (config.json "
+                      "and weights) or a llama2.c checkpoint")
     shapes = llama_shapes(header)
     expected = 28 + 4 * sum(map(math.prod, shapes.values()))
     if size != expected:
@@ -774,7 +817,8 @@ def open_llama(path, options, note):
     return config, layers, plan
 
 
-RELEASED = {"n_head": 16, "vocab_size": 50257, "layer_norm_epsilon": 1e-5, "rotary_emb_fraction": 1, "mixer": {"l_max": 2048},
+RELEASED = {"n_head": 16, "vocab_size": 50257, "layer_norm_epsilon": 1e-5, "rotary_emb_fraction": 1,
+            "mixer": {"l_max": 2048},
             "alt_mixer": {"feature_dim": 16, "num_heads": 16, "feature_map": {"input_dim": 16}}}
 SHAPES = {
     "based-360m": dict(RELEASED, n_layer=27, n_embd=1024, n_inner=2048, alt_mixer_layers=[1, 6, 11, 16, 21],
@@ -797,18 +841,21 @@ def open_random(name, options, note):
         features = int(alt.get("feature_dim", 16)) * int(alt.get("num_heads", heads))
         channels = d * int((settings.get("mixer") or {}).get("expand_proj", 4)) // 2
         linear, window = settings.get("alt_mixer_layers") or [], settings.get("alt_mixer_2_layers") or []
-    except (KeyError, TypeError, ValueError) as e:
-        raise Refused(f"{name}: {'lacks ' if isinstance(e, KeyError) else ''}{e}; expected the config.json of a Based model") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        lacks = "lacks " if isinstance(e, KeyError) else ""
+        raise Refused(f"{name}: {lacks}{e}; expected the config.json of a Based model") from None
     shapes = {"transformer.embeddings.word_embeddings.weight": (rows, d), "transformer.ln_f.weight": (d,)}
     for i in range(count):
         if i in window:
             mixer = {"Wqkv.weight": (3 * d, d), "out_proj.weight": (d, d)}
         elif i in linear:
-            mixer = {"proj_q.weight": (features, d), "proj_k.weight": (features, d), "proj_v.weight": (d, d), "out_proj.weight": (d, d)}
+            mixer = {"proj_q.weight": (features, d), "proj_k.weight": (features, d), "proj_v.weight": (d, d),
+                     "out_proj.weight": (d, d)}
         else:
-            mixer = {"in_proj.weight": (2 * channels, d), "in_proj.bias": (2 * channels,), "conv.conv.weight": (channels, 1, 3),
-                     "out_proj.weight": (d, channels), "out_proj.bias": (d,)}
-        other = {"norm1.weight": (d,), "norm2.weight": (d,), "mlp.fc1.weight": (2 * inner, d), "mlp.fc2.weight": (d, inner)}
+            mixer = {"in_proj.weight": (2 * channels, d), "in_proj.bias": (2 * channels,),
+                     "conv.conv.weight": (channels, 1, 3), "out_proj.weight": (d, channels), "out_proj.bias": (d,)}
+        other = {"norm1.weight": (d,), "norm2.weight": (d,), "mlp.fc1.weight": (2 * inner, d),
+                 "mlp.fc2.weight": (d, inner)}
         shapes.update({f"transformer.layers.{i}.{key}": shape for key, shape in other.items()})
         shapes.update({f"transformer.layers.{i}.mixer.{key}": shape for key, shape in mixer.items()})
     number = {key: i for i, key in enumerate(shapes)}
@@ -824,7 +871,7 @@ def open_random(name, options, note):
         weight = random.standard_normal(shape, np.float32)
         weight *= np.float32(scale)
         return weight
-    return based_model(settings, Source(shapes, load, name), options.window, options.chunk, note)
+    return BasedModel(settings, Source(shapes, load, name), options.window, options.chunk, note).read()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1095,7 +1142,8 @@ def choose_tokenizer(options, beside, vocab, note):
     if not options.tokenizer and not os.path.exists(path):
         path = os.path.join(os.path.dirname(os.path.abspath(__file__)), GPT2_MERGES)
         if vocab != GPT2_VOCAB:
-            note(f"exporting without a tokenizer: none given (--tokenizer FILE) and a vocabulary of {vocab} is not GPT-2's")
+            note("exporting without a tokenizer: none given (--tokenizer FILE), and a vocabulary of "
+                 f"{vocab} is not GPT-2's")
             return b""
         if not os.path.exists(path):
             note(f"exporting without a tokenizer: {path} is missing")
@@ -1145,8 +1193,8 @@ def inspect(path):
     name = c.name.split(b"\0")[0].decode("utf-8", "replace")
     print(f"{path}: {''.join(ch if ch.isprintable() else '?' for ch in name) or 'unnamed'}")
     head = "none" if not c.rows else "tied" if c.flags & TIED else "separate"
-    print(f"  format {c.format}, {c.file_size:,} bytes; width {c.dim}, {len(layers)} layers, vocabulary {c.vocab} in {c.rows} rows, "
-          f"head {head}{' with bias' if c.flags & HEAD_BIAS else ''}, final norm {name_of(c.final_norm, norms)} "
+    print(f"  format {c.format}, {c.file_size:,} bytes; width {c.dim}, {len(layers)} layers, "
+          f"vocabulary {c.vocab} in {c.rows} rows, head {head}{' with bias' if c.flags & HEAD_BIAS else ''}, final norm {name_of(c.final_norm, norms)} "
           f"{c.final_norm_eps:g}, trained on {c.context or '?'} tokens at once")
     if c.input:
         print(f"  input: vectors of {c.input}{', projected' if c.flags & INPUT_PROJECTION else ''}")
@@ -1155,12 +1203,13 @@ def inspect(path):
     print("\nlayer mixer  heads  kv  key value  mixer's own                                   norms        mlp")
     flags = "in.bias out.bias taps.bias up.bias down.bias value-gates shift no-out no-residual".split()
     for i, l in enumerate(layers):
-        own = {CONV: f"{l.taps} taps", WINDOW: f"{l.window} keys, rotary {l.rotary}, scale {l.scale:.6g}", MIXER_NONE: "",
+        own = {MIXER_NONE: "", CONV: f"{l.taps} taps",
+               WINDOW: f"{l.window} keys, rotary {l.rotary}, scale {l.scale:.6g}",
                TAYLOR: f"degree {l.degree} {name_of(l.kernel, ('dot', 'diagonal'))}, scale {l.scale:.6g}, divide "
                        f"{name_of(l.normaliser, ('add', 'clamp', 'raw', 'one'))} {l.normaliser_eps:g}"
                        f"{f', rotary {l.rotary}' if l.rotary else ''}"}.get(l.mixer, "?")
-        print(f"{i:5} {name_of(l.mixer, ('none', 'conv', 'taylor', 'window')):6}{l.heads:6}{l.kv_heads:4}{l.key_width:5}{l.value_width:6}"
-              f"  {own:44}  {name_of(l.norm1, norms) + '/' + name_of(l.norm2, norms):11}  "
+        print(f"{i:5} {name_of(l.mixer, ('none', 'conv', 'taylor', 'window')):6}"
+              f"{l.heads:6}{l.kv_heads:4}{l.key_width:5}{l.value_width:6}  {own:44}  {name_of(l.norm1, norms) + '/' + name_of(l.norm2, norms):11}  "
               f"{name_of(l.mlp, ('none', 'swiglu', 'gelu'))} {l.hidden or ''}"
               f"  {' '.join(flag for bit, flag in enumerate(flags) if l.flags >> bit & 1)}")
     print(f"\n{'tensor':28} {'shape':>16} dtype {'bytes':>14} {'offset':>14}")
@@ -1195,7 +1244,8 @@ def convert(options, note):
     config.embedding_dtype = config.head_dtype = code
     for l in layers:
         l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
-    title = options.name or os.path.splitext(os.path.basename(os.path.abspath(origin)))[0] + (" (random)" if options.random else "")
+    stem = os.path.splitext(os.path.basename(os.path.abspath(origin)))[0]
+    title = options.name or stem + (" (random)" if options.random else "")
     config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
     tokenizer = choose_tokenizer(options, beside, config.vocab, note)
     if os.path.isdir(options.out):

@@ -73,16 +73,20 @@ def read(path):
     def matrix(dtype, rows, cols):
         if dtype == 0:
             return Matrix(vector(rows, cols), False)
-        assert dtype == 1, "unknown dtype"
+        assert dtype in (1, 2), "unknown dtype"
         tiles, groups = -(-rows // 16), -(-cols // 32)
         scale = np.frombuffer(section(32 * tiles * groups), "<u2").astype(np.uint32) << 16
         scale = scale.view(np.float32).astype(np.float64).reshape(tiles, groups, 16)
-        stored = np.frombuffer(section(512 * tiles * groups), np.uint8).reshape(tiles, groups, 8, 16, 4)
+        words = 8 if dtype == 1 else 4                      # of one row in one group
+        word = np.frombuffer(section(64 * tiles * groups * words), "<u4").reshape(tiles, groups, words, 16).astype(np.int64)
         whole = np.zeros((16 * tiles, 32 * groups))
         for r in range(16):
-            for c in range(8):
-                for i in range(4):
-                    whole[r::16, 4 * c + i::32] = (stored[:, :, c, r, i] - 128.0) * scale[:, :, r]
+            for column in range(32):
+                if dtype == 1:
+                    stored = (word[:, :, column // 4, r] >> 8 * (column % 4) & 255) - 128
+                else:
+                    stored = (word[:, :, column // 8, r] >> 8 * (column % 4) + 4 * (column % 8 // 4) & 15) - 8
+                whole[r::16, column::32] = stored * scale[:, :, r]
         return Matrix(whole[:rows, :cols], True)
 
     def norm(into, name, kind):
@@ -280,7 +284,7 @@ def run(m, tokens, first=0, trace=None):
 
 def random_config(rng, **overrides):
     """(config, layers) for export.write: every choice the format leaves. overrides fix fields of config, of all layers
-    (layer=dict), the list of mixers (mixers=[...]), or how matrices are stored (dtype=0, 1, or "mixed")."""
+    (layer=dict), the list of mixers (mixers=[...]), or how matrices are stored (dtype=0, 1, 2 or "mixed")."""
     import export
 
     def pick(*choices):
@@ -358,9 +362,11 @@ def random_config(rng, **overrides):
         layers.append(l)
     config.final_norm_eps *= config.final_norm != 0
     if dtype:
-        config.embedding_dtype, config.head_dtype = (0 if config.input else 1), (1 if config.rows else 0)
+        rows_dtype = int(pick(1, 2)) if dtype == "mixed" else dtype
+        config.embedding_dtype, config.head_dtype = (0 if config.input else rows_dtype), (rows_dtype if config.rows else 0)
         for l in layers:
-            l.in_dtype, l.out_dtype, l.up_dtype, l.down_dtype = (1 if dtype == 1 else int(pick(0, 1)) for _ in range(4))
+            l.in_dtype, l.out_dtype, l.up_dtype, l.down_dtype = (
+                int(pick(0, 1, 2)) if dtype == "mixed" else dtype for _ in range(4))
     return config, layers
 
 

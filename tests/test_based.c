@@ -96,31 +96,31 @@ static void test_norms(void) {
 /* ---- kernels: every instruction set gives the bits of the plain one ---- */
 
 static void test_kernels_agree(const struct kernels *k) {
-    enum { COLS = 77, GROUPS = 3, N = 11, ROWS = 16 };
-    static float x[N * COLS], w[ROWS * COLS], a[N * ROWS], b[N * ROWS], scale[2][N * GROUPS];
-    static int8_t q[2][N * GROUPS * 32];
-    static int32_t offset[2][N * GROUPS];
+    enum { COLS = 77, GROUPS = 3, N = 19, ROWS = 16, PACKED = 24 };
+    static float x[N * COLS], w[ROWS * COLS], a[N * ROWS], b[N * ROWS], scale[2][PACKED * GROUPS];
+    static int8_t q[2][PACKED * GROUPS * 32];
+    static int32_t offset[2][PACKED * GROUPS];
     static uint32_t words[GROUPS * 128], scales[GROUPS * 8];
     const struct kernels *plain = &plain_kernels;
     fill(x, COUNT(x)), fill(w, COUNT(w));
     for (size_t i = 0; i < COUNT(words); i++) words[i] = random_u32() ^ random_u32() << 7;
     words[3] = 0x0101ff01u;
     for (size_t i = 0; i < COUNT(scales); i++) scales[i] = 0x3c003c10u + (random_u32() & 0x00ff00ffu);
-    struct activations one = { x, q[0], scale[0], offset[0], N, COLS, GROUPS };
-    struct activations two = { x, q[1], scale[1], offset[1], N, COLS, GROUPS };
+    struct activations one = { x, q[0], scale[0], offset[0], N, COLS, GROUPS, 8 };
+    struct activations two = { x, q[1], scale[1], offset[1], N, COLS, GROUPS, 8 };
     plain->quantise(&one, 0, N * GROUPS), k->quantise(&two, 0, 5), k->quantise(&two, 5, N * GROUPS);
     CHECK(memcmp(q[0], q[1], sizeof q[0]) == 0 && memcmp(scale[0], scale[1], sizeof scale[0]) == 0);
     CHECK(memcmp(offset[0], offset[1], sizeof offset[0]) == 0);
-    plain->tile_q8(a, ROWS, scales, words, &one), k->tile_q8(b, ROWS, scales, words, &one);
+    plain->tile_q8(a, ROWS, scales, words, &one, 0, N), k->tile_q8(b, ROWS, scales, words, &one, 0, N);
     CHECK(memcmp(a, b, sizeof a) == 0);
-    plain->tile_q4(a, ROWS, scales, words, &one), k->tile_q4(b, ROWS, scales, words, &one);
+    plain->tile_q4(a, ROWS, scales, words, &one, 3, N), k->tile_q4(b, ROWS, scales, words, &one, 3, N);
     CHECK(memcmp(a, b, sizeof a) == 0);
     for (size_t rows = 1; rows <= ROWS; rows++) {
         plain->rows_f32(a, ROWS, w, rows, &one), k->rows_f32(b, ROWS, w, rows, &one);
         CHECK(memcmp(a, b, sizeof a) == 0);
     }
     for (size_t width = 1; width <= COLS; width++) {
-        plain->combine(a, x, w, N, width, COLS), k->combine(b, x, w, N, width, COLS);
+        plain->combine(a, x, w, ROWS, width, COLS), k->combine(b, x, w, ROWS, width, COLS);
         CHECK(memcmp(a, b, width * sizeof *a) == 0);
     }
     memcpy(a, x, sizeof a), memcpy(b, x, sizeof b);
@@ -145,14 +145,14 @@ static void test_quantised_definition(int bits) {
     static uint32_t words[256], scales[16];
     float scale[2];
     int32_t offset[2];
-    struct activations a = { x, q, scale, offset, 1, 50, 2 };
+    struct activations a = { x, q, scale, offset, 1, 50, 2, 1 };
     fill(x, 64);
     for (size_t i = 0; i < 256; i++) words[i] = random_u32() ^ random_u32() << 9;
     for (size_t i = 0; i < 16; i++) scales[i] = 0x3f803f00u;           /* rows 2i: 0.5, rows 2i + 1: 1                   */
     plain_kernels.quantise(&a, 0, 2);
     CHECK(q[50] == 0 && q[63] == 0);
     for (size_t i = 0; i < 50; i++) CHECK_EACH(fabs(q[i] * (double)scale[i / 32] - x[i]) <= scale[i / 32] * 0.5000001);
-    (bits == 8 ? plain_kernels.tile_q8 : plain_kernels.tile_q4)(y, 16, scales, words, &a);
+    (bits == 8 ? plain_kernels.tile_q8 : plain_kernels.tile_q4)(y, 16, scales, words, &a, 0, 1);
     for (size_t r = 0; r < 16; r++) {
         double expected = 0;
         for (size_t i = 0; i < 64; i++)

@@ -28,12 +28,12 @@ def test_against_reference(random_model, seed):
 
 
 def test_quantised_against_reference(random_model):
-    """8-bit matrices. Vectors are rounded to 8 bits too, and a value that lies on an edge may be rounded one way in float32
+    """8-bit and 4-bit matrices. Vectors are rounded to 8 bits too, and a value that lies on an edge may be rounded one way in float32
     and the other in float64, which is seen from then on: so a bound of a few such steps for every model, and the bound of
     float32 for most."""
     errors = []
     for seed in range(40):
-        path = random_model(seed, dtype="mixed" if seed % 2 else 1)
+        path = random_model(seed, dtype=(1, 2, "mixed")[seed % 3])
         m, rng = reference.read(path), np.random.default_rng([8, seed])
         x = reference.random_input(rng, m, 80)
         expected = reference.run(m, x)
@@ -117,14 +117,15 @@ def test_generator_covers_the_format(tmp_path):
     assert not wanted - seen
 
 
-# ---- The same tokens in any way give the same bits. Six models with all mixers, two of them
-# quantised.
+# ---- The same tokens in any way give the same bits. Seven models with all mixers, three of
+# them quantised.
 
 ALL = [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR]
 TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
           (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "taps": 4}, **TOKENS}), (103, {"mixers": ALL[::-1], **TOKENS}),
-          (104, {"mixers": ALL, "dtype": 1, **TOKENS}), (105, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS})]
+          (104, {"mixers": ALL, "dtype": 1, **TOKENS}), (105, {"mixers": ALL, "dtype": 2, **TOKENS}),
+          (106, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS})]
 BUDGET = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
 EVERY_MODEL = pytest.mark.parametrize("index", range(len(MODELS)))
 TEXT = st.lists(st.integers(0, 46), min_size=1, max_size=90)
