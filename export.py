@@ -410,7 +410,7 @@ def state_floats(config, l):
     else:
         features = math.comb(l.degree + l.key_width, l.degree)
     floats = {CONV: (l.taps - 1) * l.value_width, WINDOW: l.window * ring,
-              TAYLOR: l.kv_heads * features * (l.value_width + 1) + l.chunk * ring}.get(l.mixer, 0)
+              TAYLOR: l.kv_heads * features * (l.value_width + 2 + (l.value_width + 1) // 2) + l.chunk * ring}.get(l.mixer, 0)
     return floats + (config.dim if l.flags & SHIFT else 0)
 
 

@@ -46,6 +46,11 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_set_threads": (None, [C.c_void_p, C.c_int]),
     "based_hash": (C.c_uint32, [C.c_uint32, FLOATS, C.c_size_t]),
     "based_checksum": (C.c_uint64, [C.c_char_p, C.c_size_t]),
+    "based_tokenizer_open": (C.c_int, [C.c_void_p, C.c_void_p, C.POINTER(Error)]),
+    "based_encode_bound": (C.c_size_t, [C.c_void_p, C.c_size_t]),
+    "based_encode_scratch": (C.c_size_t, [C.c_void_p, C.c_size_t]),
+    "based_encode": (C.c_int64, [C.c_void_p, C.c_char_p, C.c_size_t, C.c_int, IDS, C.c_char_p, C.POINTER(Error)]),
+    "based_token_bytes": (C.c_void_p, [C.c_void_p, C.c_int32, C.POINTER(C.c_size_t)]),
 }
 _library = None
 
@@ -101,6 +106,29 @@ class Model:
     def __del__(self):
         if getattr(self, "handle", None):
             self.lib.based_close(self.handle)
+
+
+    def tokenizer(self):
+        """A struct based_tokenizer over this model, as an opaque block that is large enough."""
+        tok, error = C.create_string_buffer(512), Error()
+        check(self.lib.based_tokenizer_open(tok, self.handle, C.byref(error)), error)
+        return tok
+
+    def encode(self, text, flags=1):
+        """The ids of text (bytes), with bos first if there is one."""
+        tok, error = self.tokenizer(), Error()
+        out = np.zeros(self.lib.based_encode_bound(tok, len(text)), np.int32)
+        scratch = C.create_string_buffer(self.lib.based_encode_scratch(tok, len(text)))
+        n = self.lib.based_encode(tok, text, len(text), flags, ids(out), scratch, C.byref(error))
+        check(min(n, 0), error)
+        return out[:n]
+
+    def text_bytes(self, tokens):
+        """How many bytes of text these ids stand for."""
+        tok, n, total = self.tokenizer(), C.c_size_t(), 0
+        for token in tokens:
+            total += n.value if self.lib.based_token_bytes(tok, int(token), C.byref(n)) else 0
+        return total
 
 
 class Session:

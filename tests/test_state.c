@@ -49,7 +49,7 @@ static based_model *make_model(uint64_t seed, float constant, uint32_t input) {
     *c = small;
     memcpy(c->magic, BASED_MAGIC, 8);
     memcpy(c + 1, layers, sizeof layers);
-    if (input) c->input = input, c->flags = 0;
+    if (input) c->input = input, c->flags = BASED_INPUT_PROJECTION;
     m->c = c;
     m->k = choose_kernels(0);
     bind(&cursor, m);
@@ -68,7 +68,10 @@ static based_model *make_model(uint64_t seed, float constant, uint32_t input) {
     c->file_size[0] = (uint32_t)cursor.at;
     sum = based_checksum(bytes + 32, (size_t)cursor.at - 32);
     c->checksum[0] = (uint32_t)sum, c->checksum[1] = (uint32_t)(sum >> 32);
-    CHECK(based_model_init(&m, memory, MODEL_ROOM, bytes, (size_t)cursor.at, 0, &e) == BASED_OK);
+    if (based_model_init(&m, memory, MODEL_ROOM, bytes, (size_t)cursor.at, 0, &e)) {
+        printf("%s\n", e.text);
+        exit(1);
+    }
     return m;
 }
 
@@ -308,6 +311,51 @@ static void test_far_positions(void) {
     based_session_free(near), based_session_free(far), based_session_free(loaded);
 }
 
+/* ---- sums that grow for ever ---- */
+
+/* A million additions, as the sums of a taylor layer see them: numbers around a mean, and the same ones taken off again. */
+static void test_sums_stay_exact(void) {
+    enum { N = 32, ADDITIONS = 1000000 };
+    for (size_t n = 1; n <= N; n += n == 1 ? 4 : 27) {
+        float total[N] = { 0 }, lost[N / 2] = { 0 }, x[N], naive = 0;
+        double exact[N] = { 0 }, worst = 0;
+        random_state = n;
+        for (size_t t = 0; t < ADDITIONS; t++) {
+            for (size_t i = 0; i < n; i++) exact[i] += (double)(x[i] = 3.0f + (float)random_u32() / 2147483648.0f);
+            absorb_row(total, lost, x, n);
+            naive += x[0];
+        }
+        for (size_t i = 0; i < n; i++) worst = fmax(worst, fabs(total[i] - exact[i]) / exact[i]);
+        CHECK(worst < 1.2e-7);
+        CHECK(fabs(naive - exact[0]) / exact[0] > 1e-6);        /* what a plain sum would have done                         */
+        random_state = n;
+        for (size_t t = 0; t < ADDITIONS; t++) {
+            for (size_t i = 0; i < n; i++) x[i] = -3.0f - (float)random_u32() / 2147483648.0f;
+            absorb_row(total, lost, x, n);
+        }
+        for (size_t i = 0; i < n; i++) CHECK_EACH(fabsf(total[i]) < 1.0f);
+    }
+}
+
+/* Nothing that a sum holds may be subnormal, whatever is added; an infinite sum stays one and does not turn into NaN. */
+static void test_sums_stay_normal(void) {
+    static const float tiny[] = { 1e-45f, 1e-40f, -1e-38f, 1e-37f, -1e-33f, 1e-31f, 1e-30f, -1e-29f, 1e-22f };
+    float total[2] = { 0 }, lost[1] = { 0 }, most = FLT_MAX, word[2];
+    for (size_t i = 0; i < 100000; i++) {
+        float x[2] = { tiny[random_u32() % COUNT(tiny)], -tiny[i % COUNT(tiny)] };
+        uint32_t bits;
+        absorb_row(total, lost, x, 2);
+        memcpy(&bits, lost, 4);
+        word[0] = upper_half(bits), word[1] = upper_half(bits << 16);
+        for (size_t l = 0; l < 2; l++) {
+            CHECK_EACH(total[l] == 0.0f || fabsf(total[l]) >= 1e-30f);
+            CHECK_EACH(word[l] == 0.0f || fabsf(word[l]) >= FLT_MIN);
+        }
+    }
+    CHECK(add_and_keep(&most, FLT_MAX) == 0.0f && most > FLT_MAX);
+    CHECK(add_and_keep(&most, 1.0f) == 0.0f && most > FLT_MAX);
+}
+
 /* ---- sampling goes on too ---- */
 
 static void test_sampler_goes_on(void) {
@@ -346,6 +394,8 @@ int main(void) {
     test_strangers();
     test_forged_numbers();
     test_far_positions();
+    test_sums_stay_exact();
+    test_sums_stay_normal();
     test_sampler_goes_on();
     return test_end();
 }
