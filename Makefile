@@ -24,6 +24,8 @@ help:
 	@echo 'make test      build and run every test (Python packages go into $(BUILD)/venv)'
 	@echo 'make unit      the C tests only: needs no Python'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
+	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
+	@echo 'make size      bytes of code on each microcontroller core'
 	@echo 'make clean     remove what was built'
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
@@ -63,6 +65,18 @@ install: run $(BUILD)/libbased.a
 	install -m 755 run $(DESTDIR)$(PREFIX)/bin/based
 	install -m 644 $(BUILD)/libbased.a $(DESTDIR)$(PREFIX)/lib
 	install -m 644 based.h $(DESTDIR)$(PREFIX)/include
+
+# ---- Small devices ---------------------------------------------------------------------------------------------------
+# MODEL is any checkpoint; WINDOW (empty: as it is) lets its window layers see at most so many keys, to save RAM.
+MODEL   ?= $(DEMO)
+WINDOW  ?= 128
+FIRMWARE_FLAGS ?=
+.PHONY: firmware size
+firmware: run
+	$(PYTHON) tests/firmware/boards.py $(MODEL) $(if $(WINDOW),--window $(WINDOW)) $(FIRMWARE_FLAGS)
+size:
+	$(PYTHON) tests/firmware/boards.py --size
+# ---- End of small devices --------------------------------------------------------------------------------------------
 
 clean:
 	rm -rf run $(BUILD)

@@ -506,6 +506,12 @@ static int arithmetic_is_strict(void) {
 #define BODY static inline
 #endif
 
+/* Without vector registers, sixteen sums at a time would live in memory. There, the bodies under BASED_NARROW take them
+ * four at a time: the same additions in the same order, so the same bits. */
+#if !defined(BASED_NARROW) && (defined(__arm__) || defined(__riscv)) && !defined(__ARM_NEON) && !defined(__riscv_vector)
+#define BASED_NARROW 1
+#endif
+
 /* The sum of the sixteen lanes, in a fixed tree. */
 BODY float fold(float s[LANES]) {
     for (int half = LANES / 2; half; half /= 2)
@@ -513,6 +519,44 @@ BODY float fold(float s[LANES]) {
     return s[0];
 }
 
+#ifdef BASED_NARROW
+struct four { float a, b, c, d; };      /* neighbouring lanes, in registers                                      */
+
+BODY struct four multiply_add(struct four s, const float *x, const float *y) {
+    s.a += x[0] * y[0];
+    s.b += x[1] * y[1];
+    s.c += x[2] * y[2];
+    s.d += x[3] * y[3];
+    return s;
+}
+
+BODY struct four add_four(struct four x, struct four y) {
+    struct four s = { x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d };
+    return s;
+}
+
+BODY float dot(const float *a, const float *b, size_t n) {
+    struct four s0 = { 0, 0, 0, 0 }, s1 = s0, s2 = s0, s3 = s0;
+    float s[LANES];
+    size_t i = 0;
+    for (; n - i >= LANES; i += LANES) {
+        s0 = multiply_add(s0, a + i, b + i);
+        s1 = multiply_add(s1, a + i + 4, b + i + 4);
+        s2 = multiply_add(s2, a + i + 8, b + i + 8);
+        s3 = multiply_add(s3, a + i + 12, b + i + 12);
+    }
+    if (i == n) {
+        s0 = add_four(add_four(s0, s2), add_four(s1, s3));
+        return (s0.a + s0.c) + (s0.b + s0.d);
+    }
+    memcpy(s, &s0, sizeof s0);
+    memcpy(s + 4, &s1, sizeof s1);
+    memcpy(s + 8, &s2, sizeof s2);
+    memcpy(s + 12, &s3, sizeof s3);
+    for (size_t l = 0; i < n; l++, i++) s[l] += a[i] * b[i];
+    return fold(s);
+}
+#else
 BODY float dot(const float *a, const float *b, size_t n) {
     float s[LANES] = { 0 };
     size_t i = 0;
@@ -521,6 +565,7 @@ BODY float dot(const float *a, const float *b, size_t n) {
     for (size_t l = 0; i < n; l++, i++) s[l] += a[i] * b[i];
     return fold(s);
 }
+#endif
 
 BODY float sum(const float *a, size_t n) {
     float s[LANES] = { 0 };
@@ -619,6 +664,8 @@ static void normalise(float *out, const float *x, const struct norm *n, size_t d
 #elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define BASED_DOTPROD 1
 #include <arm_neon.h>
+#elif defined(BASED_NARROW) && defined(__ARM_FEATURE_SIMD32)
+#include <arm_acle.h>
 #endif
 /* n vectors as quantised products want them: groups of 32 columns share a scale; the last group is filled up with zeros.
  * Vectors are packed in eights (fours, ones, if there are fewer), so that the same group of eight lies side by side. */
@@ -656,6 +703,7 @@ struct kernels {
 
 /* ---- Float weights ------------------------------------------------------------------------------------------------ */
 
+#ifndef BASED_NARROW
 /* Four rows at a time; a row alone would wait for its own additions. */
 BODY void dot4(float out[4], const float *w, size_t stride, const float *x, size_t n) {
     float s0[LANES] = { 0 }, s1[LANES] = { 0 }, s2[LANES] = { 0 }, s3[LANES] = { 0 };
@@ -679,14 +727,20 @@ BODY void dot4(float out[4], const float *w, size_t stride, const float *x, size
     out[2] = fold(s2);
     out[3] = fold(s3);
 }
+#endif
 
 BODY void rows_f32(float *out, size_t out_stride, const float *w, size_t rows, const struct activations *x) {
     size_t cols = x->cols;
     for (size_t r = 0; r < rows; r += 4)
         for (size_t t = 0; t < x->n; t++) {
             float *y = out + t * out_stride + r;
-            if (rows - r >= 4) dot4(y, w + r * cols, cols, x->x + t * cols, cols);
-            else for (size_t i = 0; i < rows - r; i++) y[i] = dot(w + (r + i) * cols, x->x + t * cols, cols);
+#ifndef BASED_NARROW
+            if (rows - r >= 4) {
+                dot4(y, w + r * cols, cols, x->x + t * cols, cols);
+                continue;
+            }
+#endif
+            for (size_t i = 0; i < 4 && i < rows - r; i++) y[i] = dot(w + (r + i) * cols, x->x + t * cols, cols);
         }
 }
 
@@ -698,10 +752,24 @@ BODY void combine_columns(float *out, const float *w, const float *rows, size_t 
     for (size_t l = 0; l < width; l++) out[l] = s[l];
 }
 
+#ifdef BASED_NARROW
+BODY void combine_four(float *out, const float *w, const float *rows, size_t n, size_t stride) {
+    struct four s = { 0, 0, 0, 0 };
+    for (size_t i = 0; i < n; i++) {
+        const float wi[4] = { w[i], w[i], w[i], w[i] };
+        s = multiply_add(s, wi, rows + i * stride);
+    }
+    memcpy(out, &s, sizeof s);
+}
+#endif
+
 /* All attention is made of this one sum: scores (rows: coordinates of the keys), outputs (rows: values) and reading the
  * Taylor state (rows: features). */
 BODY void combine_body(float *out, const float *w, const float *rows, size_t n, size_t width, size_t stride) {
     size_t e = 0;
+#ifdef BASED_NARROW
+    for (; width - e >= 4; e += 4) combine_four(out + e, w, rows + e, n, stride);
+#endif
     for (; width - e >= 32; e += 32) combine_columns(out + e, w, rows + e, n, stride, 32);
     for (; width - e >= 8; e += 8) combine_columns(out + e, w, rows + e, n, stride, 8);
     for (; e < width; e++) combine_columns(out + e, w, rows + e, n, stride, 1);
@@ -744,8 +812,11 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
     for (size_t i = from; i < to; i++) {
         size_t t = i / a->groups, g = i % a->groups, n = a->cols - g * 32, at = group_at(a, t, g);
         const float *x = a->x + t * a->cols + g * 32;
-        float filled[32] = { 0 };
-        if (n < 32) x = memcpy(filled, x, n * sizeof *x);
+        float filled[32];
+        if (n < 32) {
+            memset(filled, 0, sizeof filled);
+            x = memcpy(filled, x, n * sizeof *x);
+        }
         quantise_group(a->q + at * 32, a->scale + at, a->offset + at, x);
     }
 }
@@ -790,6 +861,79 @@ static float bf16(uint32_t bits) {
 /* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
  * kept as w + 128 or w + 8; `offset` takes that times the sum of x off again. 8 bits: word 16 c + r of a group holds columns
  * 4c .. 4c+3 of row r; 4 bits: columns 8c .. 8c+3 in the low halves of its bytes, 8c+4 .. 8c+7 in the high ones. */
+#ifdef BASED_NARROW
+/* Four columns of a vector, ready to meet four bytes of each row. */
+#ifdef __ARM_FEATURE_SIMD32             /* two 16-bit products in one instruction                                */
+struct columns { int16x2_t even, odd; };
+
+BODY struct columns four_columns(const int8_t *q) {
+    uint32_t four;
+    memcpy(&four, q, sizeof four);
+    struct columns c = { __sxtb16((int8x4_t)four), __sxtb16((int8x4_t)(four >> 8)) };
+    return c;
+}
+
+BODY int32_t add_products(int32_t s, uint32_t bytes, struct columns q) {
+    uint32_t odd;
+    __asm__("uxtb16 %0, %1, ror #8" : "=r"(odd) : "r"(bytes));      /* no compiler joins the two steps by itself         */
+    return __smlad((int16x2_t)odd, q.odd, __smlad((int16x2_t)__uxtb16(bytes), q.even, s));
+}
+#else
+struct columns { int32_t a, b, c, d; };
+
+BODY struct columns four_columns(const int8_t *q) {
+    struct columns c = { q[0], q[1], q[2], q[3] };
+    return c;
+}
+
+BODY int32_t add_products(int32_t s, uint32_t bytes, struct columns q) {
+    return s + (int32_t)(bytes & 255) * q.a + (int32_t)(bytes >> 8 & 255) * q.b + (int32_t)(bytes >> 16 & 255) * q.c
+             + (int32_t)(bytes >> 24) * q.d;
+}
+#endif
+
+/* A word holds four columns of 8 bits, or four and four more of 4 bits. */
+BODY int32_t add_word(int32_t s, uint32_t word, struct columns q, struct columns high, const int bits) {
+    if (bits == 8) return add_products(s, word, q);
+    return add_products(add_products(s, word & 0x0f0f0f0f, q), word >> 4 & 0x0f0f0f0f, high);
+}
+
+/* Four rows of a group: their sums, the columns and the pointers just fit in thirteen registers. */
+BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, int32_t offset, const int bits) {
+    int32_t s0 = offset, s1 = offset, s2 = offset, s3 = offset;
+    for (const int8_t *end = q + 32; q < end; q += bits == 8 ? 4 : 8, word += 16) {
+        struct columns c = four_columns(q), high = four_columns(bits == 8 ? q : q + 4);
+        s0 = add_word(s0, word[0], c, high, bits);
+        s1 = add_word(s1, word[1], c, high, bits);
+        s2 = add_word(s2, word[2], c, high, bits);
+        s3 = add_word(s3, word[3], c, high, bits);
+    }
+    s[0] = s0;
+    s[1] = s1;
+    s[2] = s2;
+    s[3] = s3;
+}
+
+BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
+                     size_t from, size_t to, const int bits) {
+    for (size_t t = from; t < to; t++, out += out_stride)
+        for (size_t r = 0; r < 16; r += 4) {
+            const uint32_t *two = scales + r / 2, *word = w + r;
+            struct four y = { 0, 0, 0, 0 };
+            size_t at = group_at(x, t, 0);
+            for (size_t g = 0; g < x->groups; g++, at += x->pack, two += 8, word += 16 * bits) {
+                float scale = x->scale[at];
+                int32_t s[4];
+                four_rows(s, word, x->q + at * 32, bits == 8 ? x->offset[at] : x->offset[at] / 16, bits);
+                y.a += (float)s[0] * (bf16(two[0] & 0xffff) * scale);
+                y.b += (float)s[1] * (bf16(two[0] >> 16) * scale);
+                y.c += (float)s[2] * (bf16(two[1] & 0xffff) * scale);
+                y.d += (float)s[3] * (bf16(two[1] >> 16) * scale);
+            }
+            memcpy(out + r, &y, sizeof y);
+        }
+}
+#else
 BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
                      size_t from, size_t to, const int bits) {
     for (size_t t = from; t < to; t++, out += out_stride) {
@@ -815,6 +959,7 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
         memcpy(out, y, sizeof y);
     }
 }
+#endif
 
 TILE_KERNELS(plain, )
 

@@ -1,7 +1,8 @@
 /* run.c - the command line of based.c: arguments, files, the terminal, timing.
  *
- * This file knows the library only through based.h and knows nothing of tensors. It does three jobs: continue a text
- * (generate), measure how well a model predicts a text (measure), and say what a checkpoint is (inform). Its promises:
+ * This file knows the library only through based.h and knows nothing of tensors. It does four jobs: continue a text
+ * (generate), talk (chat), measure how well a model predicts a text (measure), and say what a checkpoint is (inform).
+ * Its promises:
  *
  *     stdout        is the text and nothing else; a failed write is an error
  *     stderr        has one line for an error, and otherwise statistics; with -q only errors
@@ -10,7 +11,8 @@
  *     Ctrl-C        ends the text, and the statistics still come; a second one ends the process at once
  *
  * The order of the file: the operating system, error lines, options, files, text on stdout, the dump of logits, feeding
- * with progress, the three jobs, main. All memory is allocated before the first token is fed.
+ * with progress, the past as a file, the four jobs, main. All memory is allocated before the first token is fed; only
+ * what a conversation may be taken back to grows with its turns, up to a limit.
  */
 #if !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
 #define _POSIX_C_SOURCE 200809L
@@ -116,6 +118,35 @@ static void use_plain_bytes(void) {
 #endif
 }
 
+/* For someone who is asked for a line; elsewhere input comes by itself. */
+static int stdin_is_terminal(void) {
+#if defined(RUN_POSIX)
+    return isatty(STDIN_FILENO);
+#elif defined(_WIN32)
+    return _isatty(_fileno(stdin));
+#else
+    return 0;
+#endif
+}
+
+/* While a person is being waited for, Ctrl-C ends the program at once. */
+static void leave_signals(void) {
+#if defined(SIGINT)
+    interrupted_by_user = 0;
+    if (signal(SIGINT, SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
+#endif
+}
+
+/* Makes sure that a file is on the disk before it gets its name. Not every file knows how (a pipe, a device). */
+static int sync_file(FILE *file) {
+#if defined(RUN_POSIX)
+    return fsync(fileno(file)) == 0 || errno == EINVAL || errno == ENOTSUP;
+#else
+    (void)file;
+    return 1;
+#endif
+}
+
 /* True if `path` may be replaced by renaming another file over it: it does not exist, or is an ordinary file. A device
  * or a symbolic link must be written through instead, or it would be lost. */
 static int may_be_replaced(const char *path) {
@@ -201,19 +232,22 @@ typedef struct {
     const char *checkpoint;
     const char *prompt, *file, *tokens, *perplexity;    /* where the tokens come from; at most one is not NULL       */
     const char *dump;                                   /* file for logits                                           */
+    const char *save, *load, *append;                   /* files of the past, and what comes after a loaded one      */
+    const char *system, *turns;                         /* chat: what comes first, and how a turn looks              */
+    char       *before, *after, *stop;                  /* the two halves of `turns`, and what ends a reply          */
     const char **stops;                                 /* (n_stops) texts that end the reply                        */
     size_t      n_stops;
-    int64_t     predict, top_k, repeat_last_n, threads;
+    int64_t     predict, top_k, repeat_last_n, threads, branches;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
-    int         has_seed, ignore_eos, info, no_display_prompt, quiet, verbose, help, version;
+    int         chat, has_seed, ignore_eos, info, no_display_prompt, quiet, verbose, help, version;
 } options;
 
-enum kind { SWITCH, TEXT, TEXTS, WHOLE, REAL, SEED };
-enum group { PROMPT, SAMPLING, MEASURING, OUTPUT, GROUPS };
+enum kind { SWITCH, TEXT, TEXTS, WHOLE, REAL, SEED, MODE };
+enum group { PROMPT, SAMPLING, PAST, CHAT, MEASURING, OUTPUT, GROUPS };
 
 static const char *const group_titles[GROUPS] = {
-    "Model and prompt", "Generation and sampling", "Measuring", "Output"
+    "Model and prompt", "Generation and sampling", "The past as a file", "Conversation", "Measuring", "Output"
 };
 
 typedef struct {
@@ -270,6 +304,28 @@ static const flag flags[] = {
     {0, "ignore-eos", NULL, SAMPLING, SWITCH, AT(ignore_eos), 0, 0, NULL,
      "Go on past the end of a text", NULL, NULL},
 
+    {0, "save", "FILE", PAST, TEXT, AT(save), 0, 0, NULL,
+     "At the end, write all that the model remembers to FILE; its size depends only on the model", "the name of a file",
+     NULL},
+    {0, "load", "FILE", PAST, TEXT, AT(load), 0, 0, NULL,
+     "Begin where a run with --save ended. Without a prompt its text goes on. A prompt (-i, -f, --tokens) is the whole "
+     "text, as always: it must begin with the saved one, and only the rest is read",
+     "the name of a file written by --save", NULL},
+    {0, "append", "TEXT", PAST, TEXT, AT(append), 0, 0, NULL,
+     "With --load: put this behind the saved text before going on; \"-\" reads it from standard input", "a text", NULL},
+    {0, "branches", "N", PAST, WHOLE, AT(branches), 0, 65536, "0",
+     "Read the prompt once and write N continuations, each as a run of its own with the next seed would; 0 is one text "
+     "as usual", "a number of continuations from 1 to 65536, or 0", NULL},
+
+    {'m', "mode", "MODE", CHAT, MODE, AT(chat), 0, 0, NULL,
+     "generate (the default) or chat: a conversation, line by line from standard input, until Ctrl-D; /help there lists "
+     "its commands", "generate or chat", "the model is the first argument: run CHECKPOINT [options]"},
+    {'y', "system-prompt", "TEXT", CHAT, TEXT, AT(system), 0, 0, NULL, "A text that stands before the conversation",
+     "a text", NULL},
+    {0, "chat-template", "TEXT", CHAT, TEXT, AT(turns), 0, 0, "User: {}\\nAssistant:",
+     "How a turn looks to the model; {} is what you say, \\n a new line", "a text with one {} in it, such as "
+     "\"User: {}\\nAssistant:\"", NULL},
+
     {'x', "perplexity", "FILE", MEASURING, TEXT, AT(perplexity), 0, 0, NULL,
      "Measure how well the model predicts the text in FILE, of any length; \"-\" is standard input",
      "the name of a text file", NULL},
@@ -292,7 +348,6 @@ enum { FLAGS = (int)(sizeof flags / sizeof flags[0]) };
 
 /* Flags of llama2.c and llama.cpp that mean nothing here, and what to do instead. */
 static const struct { const char *name, *advice; } foreign[] = {
-    {"-m", "the model is the first argument: run CHECKPOINT [options]"},
     {"--model", "the model is the first argument: run CHECKPOINT [options]"},
     {"-z", "the tokenizer is inside the checkpoint"},
     {"--steps", "the number of tokens to generate is -n or --predict"},
@@ -343,7 +398,9 @@ static void print_help(void) {
          "  run models/stories260K.bin                               a story\n"
          "  run models/stories260K.bin -i \"Once upon a time\" -t 0    always the same story\n"
          "  run models/stories260K.bin -f draft.txt -n -1 -r \"The end\"\n"
-         "  run models/stories260K.bin -x book.txt                   perplexity of a book\n\n"
+         "  run models/stories260K.bin -x book.txt                   perplexity of a book\n"
+         "  run models/stories260K.bin -f book.txt -n 0 --save book.state     read it once,\n"
+         "  run models/stories260K.bin --load book.state --append \"Then\"     go on at once\n\n"
          "Exit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
 }
 
@@ -394,6 +451,8 @@ static int set_value(options *o, const flag *f, const char *typed, const char *t
     case WHOLE:  good = parse_whole(text, &whole) && (double)whole >= f->low && (double)whole <= f->high;
                  *(int64_t *)field = whole; break;
     case SEED:   good = parse_seed(text, (uint64_t *)field), o->has_seed = 1; break;
+    case MODE:   good = strcmp(text, "chat") == 0 || strcmp(text, "generate") == 0;
+                 *(int *)field = strcmp(text, "chat") == 0; break;
     }
     return good ? DONE : bad_value(f, typed, text);
 }
@@ -484,6 +543,32 @@ static int take_checkpoint(options *o, const char *path) {
     return DONE;
 }
 
+/* What the past can be combined with: nothing but a text that goes on. */
+static int check_past(const options *o, int sources) {
+    if ((o->save || o->load || o->branches || o->chat) && (o->info || o->perplexity)) {
+        return fail(BAD_USAGE, "--save, --load, --branches and -m chat do not go with -x or --info");
+    }
+    if ((o->save && (o->save[0] == '\0' || strcmp(o->save, "-") == 0)) || (o->load && strcmp(o->load, "-") == 0)) {
+        return fail(BAD_USAGE, "--save and --load take the name of a file");
+    }
+    if (o->append && !o->load) return fail(BAD_USAGE, "--append goes with --load; without it, give a prompt with -i");
+    if (o->append && sources > 0) {
+        return fail(BAD_USAGE, "both --append and a prompt; -i, -f and --tokens give the whole text, --append only what "
+                    "comes after the saved one");
+    }
+    if (o->branches && (o->save || o->dump || o->chat)) {
+        return fail(BAD_USAGE, "--branches goes with neither --save nor --dump-logits nor -m chat");
+    }
+    if (!o->chat && o->system) return fail(BAD_USAGE, "-y is for a conversation; add -m chat");
+    if (o->chat && (o->tokens || o->dump || o->append)) {
+        return fail(BAD_USAGE, "-m chat goes with neither --tokens nor --dump-logits nor --append");
+    }
+    if (o->chat && ((o->prompt && strcmp(o->prompt, "-") == 0) || (o->file && strcmp(o->file, "-") == 0))) {
+        return fail(BAD_USAGE, "in a conversation standard input is what you say; a first message can be given with -i");
+    }
+    return DONE;
+}
+
 /* What single flags cannot know: which of them do not go together. */
 static int check_options(const options *o) {
     int sources = (o->prompt != NULL) + (o->file != NULL) + (o->tokens != NULL) + (o->perplexity != NULL);
@@ -503,6 +588,31 @@ static int check_options(const options *o) {
         return fail(BAD_USAGE, "--dump-logits takes the name of a file; standard output is for the text");
     }
     if (o->quiet && o->verbose) return fail(BAD_USAGE, "both -q and -v; choose one");
+    return check_past(o, sources);
+}
+
+/* Cuts the template of a turn in two around {}, with \n made a new line. What begins the next turn ends a reply. */
+static int read_template(options *o) {
+    size_t n = strlen(o->turns) + 1, at = 0;
+    char *text = malloc(n), *stop = malloc(n + 1), *hole;
+    o->before = text;
+    o->stop = stop;
+    if (!text || !stop) return out_of_memory("the template of a conversation");
+    for (const char *from = o->turns; *from; from++) {
+        int newline = from[0] == '\\' && from[1] == 'n';
+        text[at++] = newline ? '\n' : *from;
+        from += newline;
+    }
+    text[at] = '\0';
+    hole = strstr(text, "{}");
+    if (!hole || strstr(hole + 2, "{}")) {
+        return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as \"User: {}\\nAssistant:\"");
+    }
+    *hole = '\0';
+    o->after = hole + 2;
+    snprintf(stop, n + 1, "\n%s", text);
+    for (n = strlen(stop); n > 1 && stop[n - 1] == ' '; n--) stop[n - 1] = '\0';
+    o->stops[o->n_stops++] = stop;
     return DONE;
 }
 
@@ -517,7 +627,9 @@ static int parse_options(options *o, int argc, char **argv) {
         else if (strcmp(argv[i], "--") == 0) only_paths = 1;
         else TRY(take_flag(o, argc, argv, &i));
     }
-    return o->help || o->version ? DONE : check_options(o);
+    if (o->help || o->version) return DONE;
+    TRY(check_options(o));
+    return o->chat ? read_template(o) : DONE;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -536,6 +648,27 @@ typedef struct {                                        /* the file of --dump-lo
     FILE   *file;
     char   *temporary;                                  /* name while it is written; NULL: written in place          */
 } dump_out;
+
+typedef struct {                                        /* a saved past in memory                                    */
+    unsigned char *bytes;
+    size_t n;
+} past;
+
+enum { UNDO = 8 };                                      /* turns of a conversation that can be taken back            */
+
+typedef struct {
+    past     first, turn[UNDO];                         /* before the first turn; before the last ones, as a ring    */
+    uint64_t turns, have;                               /* put on the ring ever; still there                         */
+    uint64_t generated;                                 /* tokens and seconds of all replies                         */
+    double   generate_time;
+    uint64_t start;                                     /* tokens that do not count as text: the start token         */
+    based_session *anchor;                              /* before the token in which the held text begins            */
+    char    *raw;                                       /* the text generated since then                             */
+    size_t   n_raw, room;
+    int      anchored;                                  /* there is held text, and tokens of it were fed             */
+    char    *line;                                      /* what was typed                                            */
+    size_t   line_room;
+} conversation;
 
 typedef struct {                                        /* what perplexity sums up                                   */
     uint64_t tokens;
@@ -556,7 +689,11 @@ typedef struct {
     based_sampler   sampler;
     void           *sampler_memory;
     int32_t        *ids;                                /* (n_ids) the prompt, or the text to be measured            */
-    size_t          n_ids;
+    size_t          n_ids, kept;                        /* kept: the first ones, which a loaded past contains        */
+    int32_t         unfed;                              /* the last token of the text, not fed yet; or -1            */
+    int32_t        *recent;                             /* (repeat_last_n) for saving                                */
+    past            saved;
+    conversation    chat;
     float          *rows;                               /* (block, width) logits of fed tokens; NULL if nobody looks */
     size_t          block;
     text_out        out;
@@ -685,9 +822,51 @@ static int read_tokens(run *r, const char *list) {
     return r->n_ids > 0 ? DONE : fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
 }
 
+/* Fills r->ids with n bytes that follow a text already read: nothing is put before them. */
+static int encode_more(run *r, const char *text, size_t n) {
+    based_tokenizer t = r->tokenizer;
+    based_error e;
+    t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+    free(r->ids);
+    r->n_ids = r->kept = 0;
+    r->ids = malloc((based_encode_bound(&t, n) + 1) * sizeof *r->ids);
+    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
+    if (!r->ids || !scratch) {
+        free(scratch);
+        return out_of_memory("the tokens of the text");
+    }
+    int64_t got = based_encode(&t, text, n, BASED_PARSE_SPECIALS, r->ids, scratch, &e);
+    free(scratch);
+    if (got < 0) return fail(BAD_INPUT, "cannot encode the text: %s", e.text);
+    r->n_ids = (size_t)got;
+    return DONE;
+}
+
+static int has_prompt(const options *o) {
+    return o->prompt || o->file || o->tokens;
+}
+
+/* Fills r->ids with what comes after a loaded past: nothing, or the text of --append. */
+static int read_append(run *r) {
+    const char *text = r->o->append;
+    char *bytes = NULL;
+    size_t n = text ? strlen(text) : 0;
+    if (!text) return DONE;
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    if (strcmp(text, "-") == 0) {
+        TRY(read_text("-", &bytes, &n));
+        if (n > 0 && bytes[n - 1] == '\n') n -= n > 1 && bytes[n - 2] == '\r' ? 2 : 1;
+        text = bytes;
+    }
+    int rc = encode_more(r, text, n);
+    free(bytes);
+    return rc;
+}
+
 /* Fills r->ids with the prompt, wherever it comes from. Without one, the start token begins a new text. */
 static int read_prompt(run *r) {
     const options *o = r->o;
+    if (o->load && !has_prompt(o)) return read_append(r);
     if (o->tokens) return read_tokens(r, o->tokens);
     if (!r->has_tokenizer) return no_tokenizer(r);
     const char *path = o->file ? o->file : o->prompt && strcmp(o->prompt, "-") == 0 ? "-" : NULL;
@@ -790,10 +969,11 @@ static int echo_prompt(run *r) {
     return flush_text();
 }
 
-/* Ends the text: what is held comes out, and one newline, as in llama2.c. */
+/* Ends the text: what is held comes out, and one newline, as in llama2.c. Half a character that is saved is not shown: its
+ * other half will come. */
 static int end_text(run *r) {
     if (!r->out.stopped) {
-        size_t n = r->has_tokenizer ? based_decode_flush(&r->out.decoder, r->out.token) : 0;
+        size_t n = r->has_tokenizer && (!r->o->save || r->o->chat) ? based_decode_flush(&r->out.decoder, r->out.token) : 0;
         TRY(put_text(r, r->out.token, n, 1));
     }
     if (r->out.wrote) TRY(write_text(&r->out, "\n", 1));
@@ -875,13 +1055,13 @@ static void show_progress(run *r, size_t done, size_t total) {
     p->shown = now;
 }
 
-/* Feeds the first n of r->ids in blocks. visit: NULL, or called with each block's logits in r->rows; `first` is the
+/* Feeds the first n of r->ids in blocks, without those that are kept. visit: NULL, or called with each block's logits in r->rows; `first` is the
  * index of the block's first token. Stops early on Ctrl-C; r->fed says how far it came. */
 static int feed_ids(run *r, size_t n, const char *what, int (*visit)(run *r, size_t first, size_t n)) {
     based_error e;
     r->bar.what = what;
     r->bar.begun = seconds();
-    for (size_t i = 0, m; i < n && !interrupted_by_user; i += m) {
+    for (size_t i = r->kept, m; i < n && !interrupted_by_user; i += m) {
         m = n - i < r->block ? n - i : r->block;
         if (based_feed(r->session, r->ids + i, m, visit ? r->rows : NULL, &e) != BASED_OK) {
             clear_progress(r);
@@ -891,9 +1071,19 @@ static int feed_ids(run *r, size_t n, const char *what, int (*visit)(run *r, siz
         if (visit) TRY(visit(r, i, m));
         show_progress(r, i + m, n);
     }
-    r->feed_time = seconds() - r->bar.begun;
+    r->feed_time += seconds() - r->bar.begun;
     clear_progress(r);
     return DONE;
+}
+
+/* Feeds one generated token. */
+static int step(run *r, int32_t id) {
+    based_error e;
+    r->unfed = -1;
+    if (based_step(r->session, id, &e) != BASED_OK) {
+        return fail(BAD_INPUT, "cannot compute token %llu: %s", (unsigned long long)based_count(r->session), e.text);
+    }
+    return r->o->dump ? dump_rows(r, based_logits(r->session), 1) : DONE;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -921,6 +1111,7 @@ static int open_session(run *r, int every_row) {
                     r->o->checkpoint);
     }
     r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    r->unfed = -1;
     r->session = based_session_new(r->model, (uint32_t)r->block, &e);
     if (!r->session) return fail(BAD_INPUT, "%s: %s", r->o->checkpoint, e.text);
     based_set_threads(r->session, (int)r->o->threads);
@@ -942,7 +1133,8 @@ static int open_sampler(run *r) {
     s->vocab = (uint32_t)based_width(r->model);
     size_t bytes = based_sampler_bytes(s);
     r->sampler_memory = malloc(bytes + 1);
-    if (!r->sampler_memory) return out_of_memory("sampling");
+    r->recent = malloc((s->repeat_last_n + 1) * sizeof *r->recent);
+    if (!r->sampler_memory || !r->recent) return out_of_memory("sampling");
     return based_sampler_init(s, r->sampler_memory, bytes, &e) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", e.text);
 }
 
@@ -980,6 +1172,165 @@ static void report(const run *r, const char *feeding, double speed) {
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
+ * The past as a file. What a session knows goes in and out through based_save and based_load; what only this program
+ * knows travels as their note, little-endian:
+ *
+ *     0   "run", and 1 for this version          16  the decoder: held[4], n, started, two zeros
+ *     4   uint32 1 if a generator is saved       24  uint32 number of recent tokens
+ *     8   uint64 its state                       28  int32 each, oldest first: what the repetition penalty knows
+ *
+ * The generator is saved only if a seed was asked for: then the loaded text goes on as if it had never been interrupted,
+ * unless another seed is given. Who asked for no seed wants another text each time.
+ */
+enum { NOTE_HEADER = 28 };
+
+static void put_little(unsigned char *to, uint64_t value, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = (unsigned char)(value >> (8 * i) & 0xff);
+}
+
+static uint64_t get_little(const unsigned char *from, size_t n) {
+    uint64_t value = 0;
+    for (size_t i = 0; i < n; i++) value |= (uint64_t)from[i] << (8 * i);
+    return value;
+}
+
+/* The past up to here as bytes. p keeps its memory and is reused. */
+static int pack(run *r, past *p) {
+    size_t n = based_sampler_recent(&r->sampler, r->recent), note_bytes = NOTE_HEADER + 4 * n;
+    size_t need = based_saved_bytes(r->model, note_bytes);
+    unsigned char *note = malloc(note_bytes), *bytes = need > 0 ? realloc(p->bytes, need) : NULL;
+    based_error e;
+    if (bytes) p->bytes = bytes, p->n = need;
+    if (!bytes || !note) {
+        free(note);
+        return out_of_memory("the saved past");
+    }
+    memset(note, 0, NOTE_HEADER);
+    memcpy(note, "run\1", 4);
+    put_little(note + 4, (uint64_t)r->o->has_seed, 4);
+    put_little(note + 8, r->o->has_seed ? r->sampler.state : 0, 8);
+    memcpy(note + 16, r->out.decoder.held, 4);
+    note[20] = r->out.decoder.n;
+    note[21] = r->out.decoder.started;
+    put_little(note + 24, n, 4);
+    for (size_t i = 0; i < n; i++) put_little(note + NOTE_HEADER + 4 * i, (uint32_t)r->recent[i], 4);
+    int rc = based_save(r->session, note, note_bytes, p->bytes, need, &e);
+    free(note);
+    return rc == BASED_OK ? DONE : fail(BAD_INPUT, "%s", e.text);
+}
+
+/* Makes sampler and decoder go on as the note says; a note that is not ours tells nothing. */
+static void read_note(run *r, const unsigned char *note, size_t n) {
+    const based_decoder fresh = { {0}, 0, 1 };
+    uint64_t generator = r->sampler.state;
+    based_sampler_init(&r->sampler, r->sampler_memory, based_sampler_bytes(&r->sampler), NULL);
+    r->sampler.state = generator;       /* going back in a conversation must not bring the same reply again          */
+    r->out.decoder = fresh;
+    if (n < NOTE_HEADER || memcmp(note, "run\1", 4) != 0 || note[20] >= sizeof fresh.held) return;
+    if ((n - NOTE_HEADER) % 4 != 0 || (n - NOTE_HEADER) / 4 != get_little(note + 24, 4)) return;
+    for (size_t at = NOTE_HEADER; at < n; at += 4) {
+        based_sampler_accept(&r->sampler, (int32_t)(get_little(note + at, 4) & 0x7fffffff));
+    }
+    if (get_little(note + 4, 4) && !r->o->has_seed) r->sampler.state = get_little(note + 8, 8);
+    memcpy(r->out.decoder.held, note + 16, 4);
+    r->out.decoder.n = note[20];
+    r->out.decoder.started = note[21] != 0;
+}
+
+static int unpack(run *r, const past *p, const char *path) {
+    const void *note;
+    size_t n;
+    based_error e;
+    if (based_load(r->session, p->bytes, p->n, &note, &n, &e) != BASED_OK) {
+        return fail(BAD_INPUT, "%s: %s", path, e.text);
+    }
+    read_note(r, note, n);
+    r->unfed = -1;
+    return DONE;
+}
+
+/* 412 kB, 6.1 MB. Returns out. */
+static const char *amount(char out[GROUPED_BYTES], size_t bytes) {
+    double n = (double)bytes;
+    snprintf(out, GROUPED_BYTES, n < 1e6 ? "%.0f kB" : "%.1f MB", n < 1e6 ? (n > 1e3 ? n / 1e3 : 1) : n / 1e6);
+    return out;
+}
+
+static int save_failed(const char *path, const char *temporary) {
+    int error = errno;
+    if (temporary) remove(temporary);
+    return fail(BAD_INPUT, "cannot write the past to %s: %s", path, strerror(error));
+}
+
+/* Writes all of a past, or nothing: under another name first, then renamed. */
+static int write_past(const past *p, const char *path) {
+    size_t bytes = strlen(path) + sizeof ".tmp";
+    char *temporary = may_be_replaced(path) ? malloc(bytes) : NULL;
+    if (temporary) snprintf(temporary, bytes, "%s.tmp", path);
+    FILE *file = fopen(temporary ? temporary : path, "wb");
+    int rc = DONE;
+    if (!file) {
+        rc = save_failed(path, NULL);
+    } else {
+        int good = fwrite(p->bytes, 1, p->n, file) == p->n && fflush(file) == 0 && sync_file(file), error = errno;
+        if (fclose(file) != 0 && good) good = 0, error = errno;
+        errno = error;
+        if (good && temporary) good = rename(temporary, path) == 0;
+        if (!good) rc = save_failed(path, temporary);
+    }
+    free(temporary);
+    return rc;
+}
+
+/* Saves the past; the last token of the text has not been fed yet, because nobody had asked what comes after it. */
+static int save_past(run *r, const char *path) {
+    char tokens[GROUPED_BYTES], size[GROUPED_BYTES];
+    if (r->unfed >= 0) TRY(step(r, r->unfed));
+    TRY(pack(r, &r->saved));
+    TRY(write_past(&r->saved, path));
+    if (!r->o->quiet) {
+        fprintf(stderr, "saved %s tokens in %s\n", grouped(tokens, based_count(r->session)), amount(size, r->saved.n));
+    }
+    return DONE;
+}
+
+/* Reads and loads a saved past, and tells so. */
+static int read_past(run *r, const char *path) {
+    char tokens[GROUPED_BYTES], size[GROUPED_BYTES], *bytes;
+    past p;
+    TRY(read_text(path, &bytes, &p.n));
+    p.bytes = (unsigned char *)bytes;
+    int rc = unpack(r, &p, path);
+    free(bytes);
+    if (rc == DONE && !r->o->quiet) {
+        fprintf(stderr, "restored %s tokens from %s\n", grouped(tokens, based_count(r->session)), amount(size, p.n));
+    }
+    return rc;
+}
+
+/* --load. A prompt is the whole text: if it begins with the saved one, only the rest needs to be read, and all else is as
+ * if it had been read from its beginning. */
+static int load_past(run *r) {
+    const options *o = r->o;
+    char tokens[GROUPED_BYTES];
+    const based_decoder fresh = { {0}, 0, 0 };
+    TRY(read_past(r, o->load));
+    uint64_t n = based_count(r->session);
+    if (!has_prompt(o)) {
+        if (n + r->n_ids > 0) return DONE;
+        return fail(BAD_INPUT, "%s: nothing had been read when it was saved; give a prompt with -i", o->load);
+    }
+    if (n > r->n_ids || based_history_of(0, r->ids, (size_t)n) != based_history(r->session)) {
+        return fail(BAD_INPUT, "the prompt does not begin with the %s tokens saved in %s; to put it behind them, use "
+                    "--append", grouped(tokens, n), o->load);
+    }
+    r->kept = (size_t)n;
+    r->out.decoder = fresh;
+    based_sampler_init(&r->sampler, r->sampler_memory, based_sampler_bytes(&r->sampler), NULL);
+    return DONE;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
  * Job 1: continue a text.
  */
 
@@ -988,25 +1339,36 @@ static int dump_block(run *r, size_t first, size_t n) {
     return dump_rows(r, r->rows, n);
 }
 
-/* Feeds the prompt, lets the sampler know of it, and shows it. */
+/* Feeds the prompt and lets the sampler know of it. */
 static int feed_prompt(run *r) {
+    uint64_t before = r->fed;
     TRY(feed_ids(r, r->n_ids, "reading the prompt:", r->o->dump ? dump_block : NULL));
-    for (size_t i = 0; i < r->n_ids; i++) based_sampler_accept(&r->sampler, r->ids[i]);
-    if (r->o->predict == 0 && !r->o->dump && r->fed > 0) use_logits(r, based_logits(r->session));
-    return interrupted_by_user ? DONE : echo_prompt(r);
-}
-
-/* Feeds one generated token. */
-static int step(run *r, int32_t id) {
-    based_error e;
-    if (based_step(r->session, id, &e) != BASED_OK) {
-        return fail(BAD_INPUT, "cannot compute token %llu: %s", (unsigned long long)based_count(r->session), e.text);
-    }
-    return r->o->dump ? dump_rows(r, based_logits(r->session), 1) : DONE;
+    for (size_t i = 0; i < r->kept + (r->fed - before); i++) based_sampler_accept(&r->sampler, r->ids[i]);
+    if (r->o->predict == 0 && !r->o->dump && based_count(r->session) > 0) use_logits(r, based_logits(r->session));
+    return DONE;
 }
 
 static int ends_text(const run *r, int32_t id) {
     return r->has_tokenizer && ((uint32_t)id == r->tokenizer.eos || (uint32_t)id == r->tokenizer.bos);
+}
+
+/* Remembers where the held text begins, in case it turns out to be a stop text: then the session must go back to just before
+ * it, or the next turn would come after half of a turn that the model made up. The token just printed is not fed yet; n is
+ * the length of its text. */
+static int keep_anchor(run *r, size_t n) {
+    conversation *c = &r->chat;
+    if (r->out.n_held == 0) {
+        c->anchored = 0;
+        return DONE;
+    }
+    if (r->out.n_held <= n || !c->anchored || c->n_raw + n > c->room) {
+        c->anchored = 1;
+        c->n_raw = 0;
+        based_copy(c->anchor, r->session, NULL);
+    }
+    memcpy(c->raw + c->n_raw, r->out.token, n);
+    c->n_raw += n;
+    return DONE;
 }
 
 /* Samples, prints and feeds until something ends the text. A token is fed only when the next one is wanted. The clock
@@ -1014,18 +1376,61 @@ static int ends_text(const run *r, int32_t id) {
 static int continue_text(run *r) {
     const options *o = r->o;
     double begun = 0;
-    int32_t id = -1;
+    int32_t id;
     while (!r->out.stopped && !interrupted_by_user && (o->predict < 0 || r->generated < (uint64_t)o->predict)) {
-        if (r->generated > 0) TRY(step(r, id));
+        if (r->unfed >= 0) TRY(step(r, r->unfed));
         if (!o->dump) use_logits(r, based_logits(r->session));
         id = based_sample(&r->sampler, based_logits(r->session));
-        based_sampler_accept(&r->sampler, id);
         if (r->generated++ == 0) begun = seconds();
         r->generate_time = seconds() - begun;
-        if (!ends_text(r, id)) TRY(put_text(r, r->out.token, decode(r, id), 0));
-        else if (!o->ignore_eos) break;
+        if (ends_text(r, id) && !o->ignore_eos) break;
+        based_sampler_accept(&r->sampler, id);
+        size_t n = ends_text(r, id) ? 0 : decode(r, id);
+        TRY(put_text(r, r->out.token, n, 0));
+        r->unfed = id;
+        if (o->chat) TRY(keep_anchor(r, n));
     }
     return DONE;
+}
+
+/* The text of one session: what was read, then what comes to the model's mind. */
+static int write_one(run *r) {
+    if (!interrupted_by_user) TRY(echo_prompt(r));
+    TRY(continue_text(r));
+    TRY(end_text(r));
+    return r->o->save ? save_past(r, r->o->save) : DONE;
+}
+
+/* One prompt, many continuations. Each begins from a copy of the session and a sampler as new, and so is what a run of its
+ * own with its seed would have written. */
+static int branch(run *r) {
+    size_t bytes = based_sampler_bytes(&r->sampler), n = based_sampler_recent(&r->sampler, r->recent);
+    based_decoder decoder = r->out.decoder;
+    uint64_t first = r->sampler.seed, generated = 0;
+    double spent = 0;
+    based_error e;
+    based_session *root = based_session_new(r->model, 1, &e);
+    int rc = root && based_copy(root, r->session, &e) == BASED_OK ? DONE : fail(BAD_INPUT, "%s", e.text);
+    for (int64_t i = 0; rc == DONE && i < r->o->branches && !interrupted_by_user; i++) {
+        char shown[GROUPED_BYTES];
+        printf("--- branch %s of", grouped(shown, (uint64_t)i + 1));
+        printf(" %s, seed %llu ---\n", grouped(shown, (uint64_t)r->o->branches), (unsigned long long)(first + (uint64_t)i));
+        if (i > 0) based_copy(r->session, root, NULL);
+        r->sampler.seed = first + (uint64_t)i;
+        based_sampler_init(&r->sampler, r->sampler_memory, bytes + 1, NULL);
+        for (size_t t = 0; t < n; t++) based_sampler_accept(&r->sampler, r->recent[t]);
+        r->out.decoder = decoder;
+        r->out.n_held = 0, r->out.wrote = r->out.stopped = 0;
+        r->generated = 0, r->unfed = -1, r->hash = 0;
+        rc = write_one(r);
+        if (rc == DONE && r->o->verbose) fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)i + 1, (unsigned)r->hash);
+        generated += r->generated > 0 ? r->generated - 1 : 0;
+        spent += r->generate_time;
+    }
+    r->generated = generated + 1;
+    r->generate_time = spent;
+    based_session_free(root);
+    return rc;
 }
 
 static int generate(run *r) {
@@ -1033,20 +1438,207 @@ static int generate(run *r) {
     TRY(read_prompt(r));
     TRY(open_sampler(r));
     TRY(open_text(r));
+    if (r->o->load) TRY(load_past(r));
     if (r->o->dump) TRY(open_dump(r));
     catch_signals();
     describe(r, "prompt:");
     if (r->o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
     TRY(feed_prompt(r));
-    TRY(continue_text(r));
-    TRY(end_text(r));
+    if (r->o->branches) TRY(branch(r));
+    else TRY(write_one(r));
     TRY(close_dump(r, 1));
     report(r, "prompt eval time", per_second(r->generated > 0 ? r->generated - 1 : 0, r->generate_time));
     return interrupted_by_user ? INTERRUPTED : DONE;
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
- * Job 2: measure how well a text is predicted. Each token is scored by the logits after all that came before it; the
+ * Job 2: a conversation. One turn after the other is put into the template and fed, and the reply ends where the model begins
+ * the next turn. After it, the session knows exactly the text that is on the screen.
+ */
+
+/* Feeds n bytes behind all that came before. */
+static int feed_text(run *r, const char *text, size_t n) {
+    TRY(encode_more(r, text, n));
+    return feed_prompt(r);
+}
+
+/* Puts the present on the ring, so that /undo finds it. */
+static int remember(run *r) {
+    conversation *c = &r->chat;
+    TRY(pack(r, &c->turn[c->turns % UNDO]));
+    c->turns++;
+    c->have += c->have < UNDO;
+    return DONE;
+}
+
+static int undo(run *r) {
+    conversation *c = &r->chat;
+    if (c->have == 0) return fail(BAD_INPUT, "there is no turn to take back");
+    c->have--;
+    c->turns--;
+    return unpack(r, &c->turn[c->turns % UNDO], "the last turn");
+}
+
+/* Ends a reply: what is printed is fed, and what is held back is not, even where a token is partly both. */
+static int settle_reply(run *r) {
+    conversation *c = &r->chat;
+    int stopped = r->out.stopped;
+    size_t n_held = r->out.n_held, shown = c->n_raw > n_held ? c->n_raw - n_held : 0;
+    TRY(end_text(r));
+    r->out.stopped = r->out.wrote = 0;
+    r->out.n_held = 0;
+    if (!stopped) return r->unfed >= 0 ? step(r, r->unfed) : DONE;
+    r->unfed = -1;
+    based_copy(r->session, c->anchor, NULL);
+    c->anchored = 0;
+    return shown > 0 ? feed_text(r, c->raw, shown) : DONE;
+}
+
+/* One turn: what was said, and the reply. */
+static int talk(run *r, const char *line) {
+    const options *o = r->o;
+    conversation *c = &r->chat;
+    size_t bytes = strlen(o->before) + strlen(line) + strlen(o->after) + 2;
+    char *text = malloc(bytes);
+    if (!text) return out_of_memory("a turn");
+    snprintf(text, bytes, "%s%s%s%s", based_count(r->session) > c->start ? "\n" : "", o->before, line, o->after);
+    int rc = remember(r);
+    if (rc == DONE) rc = feed_text(r, text, strlen(text));
+    free(text);
+    TRY(rc);
+    if (interrupted_by_user) return undo(r);
+    r->generated = 0;
+    c->anchored = 0;
+    TRY(continue_text(r));
+    c->generated += r->generated > 0 ? r->generated - 1 : 0;
+    c->generate_time += r->generate_time;
+    return settle_reply(r);
+}
+
+static void print_statistics(const run *r) {
+    const conversation *c = &r->chat;
+    char tokens[GROUPED_BYTES], size[GROUPED_BYTES];
+    size_t bytes = based_saved_bytes(r->model, NOTE_HEADER + 4 * (size_t)r->o->repeat_last_n);
+    fprintf(stderr, "%s tokens read and written, remembered in %s\n", grouped(tokens, based_count(r->session)),
+            amount(size, bytes));
+    fprintf(stderr, "%llu turns can be taken back (at most %d, %s each)\n", (unsigned long long)c->have, UNDO, size);
+    fprintf(stderr, "%.1f tokens per second\n", per_second(c->generated, c->generate_time));
+}
+
+/* A line that begins with a slash. A command that fails says why, and the conversation goes on. */
+static void obey(run *r, const char *line) {
+    size_t n = strcspn(line, " ");
+    const char *file = line + n + strspn(line + n, " ");
+    char shown[QUOTE_BYTES];
+    if (strncmp(line, "/save", n) == 0 && n == 5 && *file) save_past(r, file);
+    else if (strncmp(line, "/load", n) == 0 && n == 5 && *file) {
+        if (remember(r) == DONE && read_past(r, file) != DONE) undo(r);
+    } else if (strcmp(line, "/undo") == 0) {
+        undo(r);
+    } else if (strcmp(line, "/reset") == 0) {
+        if (remember(r) == DONE) unpack(r, &r->chat.first, "the beginning");
+    } else if (strcmp(line, "/stats") == 0) {
+        print_statistics(r);
+    } else if (strcmp(line, "/help") == 0) {
+        fputs("/save FILE   write all that the model remembers to a file\n"
+              "/load FILE   go on from such a file\n"
+              "/undo        take back the last turn, /load or /reset\n"
+              "/reset       begin anew\n"
+              "/stats       what is remembered, and how fast\n"
+              "Ctrl-C ends a reply, Ctrl-D the conversation\n", stderr);
+    } else {
+        fail(BAD_INPUT, "%s is no command; /help lists them", quote(shown, line));
+    }
+}
+
+/* Reads a line into c->line, without its end. Returns 0 at the end of the input. */
+static int read_line(conversation *c, int *rc) {
+    size_t n = 0;
+    for (int byte; (byte = getc(stdin)) != EOF && byte != '\n'; c->line[n++] = (char)byte) {
+        if (n + 2 <= c->line_room) continue;
+        char *more = realloc(c->line, 2 * c->line_room);
+        if (!more) return *rc = out_of_memory("a line"), 0;
+        c->line = more;
+        c->line_room *= 2;
+    }
+    if (n == 0 && feof(stdin)) return 0;
+    if (ferror(stdin)) return *rc = fail(BAD_INPUT, "cannot read standard input: %s", strerror(errno)), 0;
+    n -= n > 0 && c->line[n - 1] == '\r';
+    c->line[n] = '\0';
+    return 1;
+}
+
+/* What there is before the first turn: a loaded past, or the token that begins a text and the system prompt. */
+static int open_chat(run *r) {
+    const options *o = r->o;
+    conversation *c = &r->chat;
+    based_error e;
+    c->room = 4096 + based_decode_bound(&r->tokenizer) + longest_stop(o);
+    c->raw = malloc(c->room);
+    c->line_room = 256;
+    c->line = malloc(c->line_room);
+    if (!c->raw || !c->line) return out_of_memory("the conversation");
+    c->anchor = based_session_new(r->model, 1, &e);
+    if (!c->anchor) return fail(BAD_INPUT, "%s", e.text);
+    r->out.decoder.started = 1;         /* what is said does not pass the decoder, but it is what a reply follows   */
+    catch_signals();
+    if (o->load) {
+        TRY(read_past(r, o->load));
+    } else {
+        TRY(encode(r, "", 0, 0));
+        TRY(feed_prompt(r));
+        c->start = based_count(r->session);
+    }
+    if (o->system) TRY(feed_text(r, o->system, strlen(o->system)));
+    return pack(r, &c->first);
+}
+
+/* The first message, which -i or -f gives. */
+static int talk_first(run *r) {
+    const options *o = r->o;
+    char *bytes = NULL;
+    size_t n = 0;
+    if (o->prompt) return talk(r, o->prompt);
+    if (!o->file) return DONE;
+    TRY(read_text(o->file, &bytes, &n));
+    char *line = malloc(n + 1);
+    if (line) memcpy(line, bytes, n), line[n - (n > 0 && bytes[n - 1] == '\n')] = '\0';
+    free(bytes);
+    int rc = line ? talk(r, line) : out_of_memory("the first message");
+    free(line);
+    return rc;
+}
+
+static int chat(run *r) {
+    conversation *c = &r->chat;
+    int rc, asked = stdin_is_terminal() && !r->o->quiet;
+    TRY(open_session(r, 0));
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    TRY(open_sampler(r));
+    TRY(open_text(r));
+    TRY(open_chat(r));
+    if (r->o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
+    if (asked) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
+    rc = talk_first(r);
+    while (rc == DONE) {
+        leave_signals();
+        if (asked) fputs("> ", stderr);
+        if (!read_line(c, &rc)) break;
+        catch_signals();
+        if (c->line[0] == '/') obey(r, c->line);
+        else if (c->line[0] != '\0') rc = talk(r, c->line);
+    }
+    catch_signals();
+    if (asked && rc == DONE) fputc('\n', stderr);
+    if (rc == DONE && r->o->save) rc = save_past(r, r->o->save);
+    r->generated = c->generated + 1;
+    r->generate_time = c->generate_time;
+    if (rc == DONE) report(r, "prompt eval time", per_second(c->generated, c->generate_time));
+    return rc;
+}
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Job 3: measure how well a text is predicted. Each token is scored by the logits after all that came before it; the
  * first one is predicted from the start token, as if <|endoftext|> stood before the text.
  */
 
@@ -1118,7 +1710,7 @@ static int measure(run *r) {
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
- * Job 3: say what a checkpoint is.
+ * Job 4: say what a checkpoint is.
  */
 
 /* Names for the numbers of a header. */
@@ -1247,7 +1839,7 @@ static int do_job(run *r) {
     if (r->o->version) puts("based.c " BASED_VERSION);
     if (r->o->help || r->o->version) return flush_text();
     TRY(open_model(r));
-    return r->o->info ? inform(r) : r->o->perplexity ? measure(r) : generate(r);
+    return r->o->info ? inform(r) : r->o->perplexity ? measure(r) : r->o->chat ? chat(r) : generate(r);
 }
 
 static void close_run(run *r) {
@@ -1257,6 +1849,13 @@ static void close_run(run *r) {
     free(r->rows);
     free(r->ids);
     free(r->sampler_memory);
+    free(r->recent);
+    free(r->saved.bytes);
+    for (size_t i = 0; i < UNDO; i++) free(r->chat.turn[i].bytes);
+    free(r->chat.first.bytes);
+    free(r->chat.raw);
+    free(r->chat.line);
+    based_session_free(r->chat.anchor);
     based_session_free(r->session);
     based_close(r->model);
 }
@@ -1273,5 +1872,7 @@ int main(int argc, char **argv) {
     if (rc == DONE) rc = do_job(&r);
     close_run(&r);
     free(o.stops);
+    free(o.before);
+    free(o.stop);
     return rc;
 }

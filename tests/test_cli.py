@@ -237,7 +237,7 @@ BAD_USAGE = [
     (["-n5"], ["put a space before the value: -n 5"]),
     (["-W"], ['"-W"', "--help"]),
     (["--\x1b[31mred"], ["unknown option"]),
-    (["-m", "model.bin"], ["no -m", "the model is the first argument"]),
+    (["-m", "model.bin"], ["-m takes generate or chat", "the model is the first argument"]),
     (["-z", "tok.bin"], ["the tokenizer is inside the checkpoint"]),
     (["-c", "512"], ["no context to set"]),
     (["other.bin"], ["two checkpoints", "other.bin", "put -i before it"]),
@@ -256,9 +256,6 @@ BAD_USAGE = [
     (["--tokens", "4294967297"], ['"4294967297"']),
     (["--tokens", "1 " + "9" * 500], ["ids from 0 to 511"]),
     (["-p", "line one\nline two " + "\u65e5" * 100], ["-p takes"]),
-    (["--save", "x"], ["unknown option"]),
-    (["--load", "x"], ["unknown option"]),
-    (["--branches", "2"], ["unknown option"]),
     (["-b"], ["unknown option"]),
     (["--state", "x"], ["unknown option"]),
 ]
@@ -298,7 +295,8 @@ def test_good_numbers(args):
 
 
 FLAGS = """-i --prompt -f --file --tokens -j --threads -n --predict -t --temp -p --top-p -k --top-k --min-p
---repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --ignore-eos -x --perplexity --info --dump-logits
+--repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --ignore-eos --save --load --append --branches -m --mode
+-y --system-prompt --chat-template -x --perplexity --info --dump-logits
 --no-display-prompt -q --quiet -v --verbose -h --help --version""".split()
 DEFAULTS = {"--temp": "1.0", "--top-p": "0.9", "--top-k": "0", "--min-p": "0", "--repeat-penalty": "1.0",
             "--repeat-last-n": "64", "--predict": "256", "--seed": "the time", "--threads": "1"}
@@ -312,7 +310,8 @@ def test_help(args):
     assert sorted(re.findall(r"^  (?:    |(-\w), )(--[\w-]+) ", text, re.M)) == sorted(
         (FLAGS[FLAGS.index(name) - 1] if len(FLAGS[FLAGS.index(name) - 1]) == 2 else "", name)
         for name in FLAGS if name.startswith("--"))
-    titles = ["Model and prompt:", "Generation and sampling:", "Measuring:", "Output:", "Examples:"]
+    titles = ["Model and prompt:", "Generation and sampling:", "The past as a file:", "Conversation:",
+              "Measuring:", "Output:", "Examples:"]
     assert [text.index(t) for t in titles] == sorted(text.index(t) for t in titles)
     assert text.count("run models/") >= 3
 

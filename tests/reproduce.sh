@@ -1,0 +1,172 @@
+#!/usr/bin/env bash
+# The same bits everywhere: compares what small models compute on every compiler, instruction set, thread count and machine
+# that can be had here with what is written down in tests/reproduce.txt. `make reproduce` runs it.
+#
+#     tests/reproduce.sh             check, and print a table
+#     tests/reproduce.sh --record    compute the known values anew, with plain gcc -O2; look at the difference before you commit
+#
+# For each model three values are compared: the fingerprint of all logits of a greedy text after a prompt of 100 tokens; the
+# bytes of the past saved after it; and the fingerprint of its continuation, from the file that the first machine of the table
+# saved. So every machine also loads what another one wrote, whatever its byte order.
+#
+# Other machines are emulated (qemu-user; node for WebAssembly). What is not installed is listed as missing, with the package
+# that has it on Debian; with CI set it counts as failed. Ends with `N passed, N failed`.
+set -u
+cd "$(dirname "$0")/.."
+known=tests/reproduce.txt
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+passed=0 failed=0 missing=0
+sources="run.c based.c tokenizer.c"
+flags="-std=c99 -ffp-contract=off -fno-trapping-math"
+python=${PYTHON:-python3}
+prompt=$(for i in $(seq 100); do printf '%d ' $((i * 7 % 47)); done)
+export OMP_WAIT_POLICY=passive
+
+# ---- The models: all that ship, and one of each dtype with every mixer, of random weights.
+models=$(ls models/*.bin)
+for dtype in f32 q8 q4; do
+    if "$python" export.py --random tests/data/hazyresearch-tiny/config.json "$work/tiny-$dtype.bin" --dtype $dtype >"$work/log" 2>&1; then
+        models="$models $work/tiny-$dtype.bin"
+    else
+        absent="$absent tiny-$dtype"
+    fi
+done
+
+# values PROGRAM...: for each model a line of its name, the fingerprint, the sum of the saved past, and the fingerprint of what
+# continues the past in $work/first.
+values() {
+    local m name
+    for m in $models; do
+        name=$(basename "$m" .bin)
+        "$@" "$m" --tokens "$prompt" -t 0 -n 40 --ignore-eos -v --save "$work/state" 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
+        local logits=$(sed -n 's/^logits #//p' "$work/err") state=$(sha256sum <"$work/state" | cut -c 1-16)
+        [ -f "$work/first-$name" ] || cp "$work/state" "$work/first-$name"
+        "$@" "$m" --load "$work/first-$name" -t 0 -n 20 --ignore-eos -v 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
+        echo "$name $logits $state $(sed -n 's/^logits #//p' "$work/err")"
+    done
+}
+
+# row NAME PROGRAM...: one line of the table.
+row() {
+    local name=$1
+    shift
+    values "$@" >"$work/got" 2>&1
+    if cmp -s "$work/got" "$work/want"; then
+        passed=$((passed + 1))
+        printf '%-44s same\n' "$name"
+    else
+        failed=$((failed + 1))
+        printf '%-44s DIFFERENT\n' "$name"
+        diff "$work/want" "$work/got" | sed 's/^/        /'
+    fi
+}
+
+lacks() {       # lacks NAME WHAT
+    missing=$((missing + 1))
+    printf '%-44s missing (%s)\n' "$1" "$2"
+}
+
+# build NAME COMPILER...: into $work/program
+build() {
+    local name=$1
+    shift
+    if "$@" $flags -o "$work/program" $sources -lm >"$work/log" 2>&1; then return 0; fi
+    failed=$((failed + 1))
+    printf '%-44s DOES NOT BUILD\n' "$name"
+    sed 's/^/        /' "$work/log" | head -n 20
+    return 1
+}
+
+# machine NAME PACKAGES RUNNER COMPILER FLAGS...: builds for a machine and runs there. RUNNER - is this one.
+machine() {
+    local name=$1 packages=$2 runner=$3 tool
+    shift 3
+    [ "$runner" = - ] && runner=
+    for tool in $1 ${runner%% *}; do
+        command -v "$tool" >/dev/null || { lacks "$name" "$packages"; return; }
+    done
+    if [ -n "${probe:-}" ] && ! echo 'int main(void) { return 0; }' | "$@" -x c - -o "$work/probe" 2>/dev/null; then
+        lacks "$name" "$packages"
+        return
+    fi
+    build "$name" "$@" && row "$name" $runner "$work/program"
+}
+
+# ---- What is known.
+if [ "${1:-}" = --record ]; then
+    gcc -O2 $flags -o "$work/program" $sources -lm || exit 1
+    { sed -n '/^#/p' "$known"; values "$work/program"; } >"$work/new" || { cat "$work/new"; exit 1; }
+    cp "$work/new" "$known"
+    cat "$known"
+    exit
+fi
+for m in $models; do
+    name=$(basename "$m" .bin)
+    grep "^$name " "$known" || { echo "$name has no known values in $known; tests/reproduce.sh --record writes them" >&2; failed=$((failed + 1)); }
+done >"$work/want"
+for name in ${absent:-}; do lacks "model $name" "python3 with numpy: PYTHON=build/venv/bin/python"; done
+grep -v '^#' "$known" | sed 's/^/known   /'
+echo
+
+# ---- This machine: instruction sets, threads, blocks, compilers.
+here=$(uname -m)
+make -s run >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
+cp run "$work/run"
+row "$here, make" "$work/run"
+for k in plain avx2; do row "$here, $k instructions only" env BASED_KERNELS=$k "$work/run"; done
+for j in 2 3 4; do row "$here, $j threads" "$work/run" -j $j; done
+gcc -O2 $flags -c based.c -o "$work/based.o" && gcc -O2 $flags -c tokenizer.c -o "$work/tokenizer.o"
+for b in $(seq 64); do          # the only line of the program that knows how many tokens of a prompt go together
+    sed "s/enum { BLOCK = 64 }/enum { BLOCK = $b }/" run.c >"$work/run$b.c"
+    gcc -O0 $flags -I. -o "$work/run$b" "$work/run$b.c" "$work/based.o" "$work/tokenizer.o" -lm || exit 1
+    values "$work/run$b" >"$work/got" 2>&1
+    cmp -s "$work/got" "$work/want" || { blocks="${blocks:-} $b"; break; }
+done
+if [ -z "${blocks:-}" ] && grep -q 'enum { BLOCK = 64 }' run.c; then
+    passed=$((passed + 1)); printf '%-44s same\n' "$here, prompts in blocks of 1, 2, ... 64"
+else
+    failed=$((failed + 1)); printf '%-44s DIFFERENT\n' "$here, prompts in blocks of${blocks:- any size: not tried}"
+fi
+for o in -O0 -O1 -O2 -O3 -Os; do machine "$here, gcc $o" gcc - gcc $o; done
+for o in -O0 -O2 -O3; do machine "$here, clang $o" clang-14 - clang-14 $o; done
+machine "$here, gcc -O3 -march=native" gcc - gcc -O3 -march=native
+machine "$here, clang -O3 -march=native" clang-14 - clang-14 -O3 -march=native
+machine "$here, tcc" tcc - tcc
+machine "$here, musl" musl-tools - musl-gcc -O2 -static
+
+# ---- Other machines.
+probe=1
+[ "$here" = x86_64 ] && machine "i686" gcc-12-multilib - gcc -O2 -m32 -msse2 -mfpmath=sse -idirafter /usr/include/x86_64-linux-gnu
+machine "aarch64" "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
+machine "aarch64 with dot products" "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" qemu-aarch64 \
+    aarch64-linux-gnu-gcc -O2 -static -march=armv8.2-a+dotprod
+machine "armhf" "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user" qemu-arm arm-linux-gnueabihf-gcc -O2 -static
+machine "riscv64" "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross qemu-user" qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
+machine "s390x (big-endian)" "gcc-s390x-linux-gnu libc6-dev-s390x-cross qemu-user" qemu-s390x s390x-linux-gnu-gcc -O2 \
+    -static -fexcess-precision=fast
+machine "mips (big-endian, 32 bits)" "gcc-mips-linux-gnu libc6-dev-mips-cross qemu-user" qemu-mips mips-linux-gnu-gcc -O2 -static
+cat >"$work/wasi.mjs" <<'END'
+import { readFile } from 'node:fs/promises';
+import { WASI } from 'node:wasi';
+const wasi = new WASI({ version: 'preview1', args: ['run', ...process.argv.slice(3)], env: {}, preopens: { '/': '/', '.': '.' } });
+const { instance } = await WebAssembly.instantiate(await readFile(process.argv[2]), wasi.getImportObject());
+process.exit(wasi.start(instance));
+END
+machine "WebAssembly (node)" "clang-14 lld wasi-libc libclang-rt-14-dev-wasm32 nodejs" "node --no-warnings $work/wasi.mjs" \
+    clang-14 --target=wasm32-wasi -O2
+
+# ---- A past saved on a big-endian machine is continued here. (The other way round is in every row above.)
+if command -v s390x-linux-gnu-gcc >/dev/null && command -v qemu-s390x >/dev/null; then
+    rm -f "$work"/first-*
+    build "s390x" s390x-linux-gnu-gcc -O2 -static -fexcess-precision=fast && values qemu-s390x "$work/program" >/dev/null
+    row "saved on s390x, continued on $here" "$work/run"
+else
+    lacks "saved on s390x, continued on $here" "gcc-s390x-linux-gnu libc6-dev-s390x-cross qemu-user"
+fi
+
+echo
+[ $missing = 0 ] || echo "$missing missing: not tried here"
+[ -z "${CI:-}" ] || failed=$((failed + missing))
+echo "$passed passed, $failed failed"
+[ $failed = 0 ]

@@ -1,0 +1,414 @@
+"""The past as a file, from the command line: --save, --load, --append, --branches, and conversations.
+
+What a state file must refuse, byte by byte, is in test_state.c; here it is a user's view of it.
+"""
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import export
+import numpy as np
+import pytest
+from test_cli import MODEL, ROOT, Terminal, run, start
+
+TEXT = "Once upon a time, there was a girl named Lily. She liked to play with her dog in the park."
+HYBRID = {"mixers": [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR], "input": 0, "rows": 50, "vocab": 47,
+          "flags": export.TIED}
+IDS = [1, 40, 3, 17, 46, 0, 9]
+
+
+def logits(done):
+    assert done.status == 0, done.err
+    return re.findall(rb"logits #([0-9a-f]{8})", done.err)[-1]
+
+
+def fingerprint(model, *args):
+    """stdout and the fingerprint of all logits used."""
+    done = run(model, "-v", *args)
+    return done.out, logits(done)
+
+
+def joined(first, second):
+    """Two outputs as one: each ends with one newline of its own."""
+    assert first.endswith(b"\n") and second.endswith(b"\n")
+    return first[:-1] + second
+
+
+def saved(path, model, *args):
+    """A run that saves; returns what it printed."""
+    return run(model, *args, "--save", path).text()
+
+
+@pytest.fixture(scope="module")
+def hybrid(random_model):
+    return str(random_model(100, **HYBRID))
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """A prompt of about 2,000 tokens, and a state that has read it."""
+    directory = tmp_path_factory.mktemp("book")
+    (directory / "book.txt").write_text((TEXT + "\n") * 63)
+    state = directory / "book.state"
+    saved(state, MODEL, "-f", directory / "book.txt", "-n", 0)
+    return directory / "book.txt", state
+
+
+# ---- A run that was interrupted by a file is the run that was not. ----
+
+@pytest.mark.parametrize("model", sorted(str(p) for p in (ROOT / "models").glob("*.bin")))
+@pytest.mark.parametrize("options", [["-t", "0"], ["-t", "1.2", "-p", "1", "-s", "5", "--repeat-penalty", "1.3"]])
+def test_50_and_50_are_100(model, options, tmp_path):
+    """Text, logits and what is remembered at the end, generator and repetition penalty included."""
+    options = [*options, "--ignore-eos"]
+    whole, _ = fingerprint(model, *options, "-i", TEXT, "-n", 100, "--save", tmp_path / "whole")
+    first = saved(tmp_path / "half", model, *options, "-i", TEXT, "-n", 50)
+    options = [o for o in options if o not in ("-s", "5")]       # a saved generator goes on without being told
+    done = run(model, *options, "-n", 50, "--load", tmp_path / "half", "--save", tmp_path / "both", "-v")
+    assert joined(first, done.text()) == whole
+    assert "restored" in done.err.decode()
+    a, b = (tmp_path / "whole").read_bytes(), (tmp_path / "both").read_bytes()
+    note = len(b) - 28 - 4 * 64                                   # the second run had no seed to save
+    assert a[80:note] == b[80:note] and a[40:56] == b[40:56]
+
+
+def test_every_split_of_a_model_with_every_mixer(hybrid, tmp_path):
+    whole = [int(i) for i in run(hybrid, "--tokens", " ".join(map(str, IDS)), "-t", 0, "-n", 100).text().split()]
+    dump = tmp_path / "rows"
+    fed = " ".join(map(str, whole[:-1]))
+    run(hybrid, "--tokens", fed, "-n", 0, "--dump-logits", dump).text()
+    rows = np.fromfile(dump, "<f4").reshape(-1, 47)
+    for split in list(range(0, 100, 7)) + [1, 2, 99]:
+        state = tmp_path / "state"
+        saved(state, hybrid, "--tokens", " ".join(map(str, IDS)), "-t", 0, "-n", split)
+        rest = run(hybrid, "--load", state, "-t", 0, "-n", 100 - split, "--dump-logits", dump).text()
+        assert [int(i) for i in rest.split()] == whole[len(IDS) + split:], split
+        got = np.fromfile(dump, "<f4").reshape(-1, 47)
+        assert np.array_equal(got.view("u4"), rows[len(IDS) + split:].view("u4")), split
+
+
+def test_a_character_may_begin_before_the_file_and_end_after_it(tmp_path):
+    """The decoder's half of a character travels along and is not shown as damage."""
+    emoji = "🙂".encode()
+    ids = [3 + byte for byte in emoji]                            # byte tokens of the shipped model
+    first = saved(tmp_path / "s", MODEL, "--tokens", " ".join(map(str, [1, *ids[:2]])), "-n", 0)
+    assert "�".encode() not in first
+    (tmp_path / "t").write_bytes(emoji[2:])
+    with (tmp_path / "t").open("rb") as rest:
+        second = run(MODEL, "--load", tmp_path / "s", "--append", "-", "-n", 0, "-q", stdin=rest.read()).text()
+    assert emoji in second
+
+
+def test_the_end_of_a_text_is_not_part_of_it(hybrid, tmp_path):
+    """A text that ended stays ended; and can be continued by more text."""
+    out = saved(tmp_path / "s", MODEL, "-t", 0, "-i", "The big dog", "-n", 1000)
+    again = run(MODEL, "-t", 0, "--load", tmp_path / "s", "-n", 50)
+    assert len(out) < 4000 and again.text() == b""
+    more = run(MODEL, "-t", 0, "--load", tmp_path / "s", "--append", "\nOnce upon", "-n", 20).text()
+    assert more.startswith(b"\nOnce upon a time")
+
+
+# ---- What the seed does. ----
+
+def test_seeds_and_files(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    first = saved(a, MODEL, "-i", TEXT, "-n", 30, "-s", 5)
+    saved(b, MODEL, "-i", TEXT, "-n", 0)
+    go = lambda *args: run(MODEL, "-n", 40, "-q", *args).text()
+    assert joined(first, go("--load", a)) == go("-i", TEXT, "-n", 70, "-s", 5)
+    assert go("--load", a) == go("--load", a) != go("--load", a, "-s", 6) == go("--load", a, "-s", 6)
+    assert len({go("--load", b) for _ in range(4)}) > 1         # nobody asked for a seed
+    assert go("--load", b, "-s", 7) == go("-i", TEXT, "-s", 7, "--no-display-prompt")
+
+
+# ---- A prompt that was read before. ----
+
+def test_only_the_rest_of_a_prompt_is_read(book, tmp_path):
+    text, state = book
+    longer = tmp_path / "longer.txt"
+    longer.write_bytes(text.read_bytes() + b"Lily and her dog")
+    cold = run(MODEL, "-f", longer, "-n", 30, "-s", 3, "-v")
+    warm = run(MODEL, "-f", longer, "-n", 30, "-s", 3, "-v", "--load", state)
+    assert warm.text() == cold.text() and logits(warm) == logits(cold)
+    size = f"{state.stat().st_size / 1e3:.0f} kB"
+    assert re.search(rf"restored [12],\d\d\d tokens from {size}\n", warm.err.decode())
+    fed = lambda done: int(re.search(r"prompt eval time.*/ +(\d+) tokens", done.err.decode())[1])
+    assert fed(cold) > 1800 and fed(warm) < 12
+
+
+def test_the_same_prompt_needs_no_reading(book):
+    text, state = book
+    cold, warm = (run(MODEL, "-f", text, "-n", 30, "-t", 0, "-v", *more) for more in ([], ["--load", state]))
+    assert warm.text() == cold.text() and logits(warm) == logits(cold)
+    assert re.search(r"prompt eval time.*/ +0 tokens", warm.err.decode())
+
+
+def test_the_penalty_knows_a_loaded_prompt(book):
+    text, state = book
+    options = ["-f", text, "-n", 60, "-t", 0, "-q", "--repeat-penalty", "1.8", "--no-display-prompt"]
+    assert run(MODEL, *options).text() == run(MODEL, *options, "--load", state).text()
+    assert run(MODEL, *options).text() == run(MODEL, *options[2:], "--load", state).text()
+
+
+def test_another_prompt_is_told_apart(book, tmp_path):
+    text, state = book
+    words = text.read_text()
+    for other in [words[:-2] + "!", "X" + words[1:], words[:400], words.replace("dog", "cat", 1) + words, "Once upon"]:
+        (tmp_path / "other").write_text(other + " The end")
+        done = run(MODEL, "-f", tmp_path / "other", "--load", state, "-n", 5, "-q")
+        done.error(1, "does not begin with the", "tokens saved in", "--append")
+        assert done.out == b""
+
+
+def test_appending(book):
+    text, state = book
+    a = run(MODEL, "--load", state, "--append", "The dog", "-t", 0, "-n", 20, "-q").text()
+    assert a.startswith(b"The dog")
+    assert a == run(MODEL, "--load", state, "--append", "-", "-t", 0, "-n", 20, "-q", stdin=b"The dog\n").text()
+    both = run(MODEL, "-i", text.read_text()[:-1] + "The dog", "-t", 0, "-n", 20, "-q", "--no-display-prompt").text()
+    assert a == b"The dog" + both
+
+
+def test_interrupted_reading_goes_on_where_it_was(book, tmp_path):
+    """Ctrl-C while a long prompt is read, with --save: the same command with --load reads only the rest."""
+    text, _ = book
+    long, state = tmp_path / "long.txt", tmp_path / "s"
+    long.write_bytes(text.read_bytes() * 40)
+    p = start(MODEL, "-f", long, "-n", 5, "-t", 0, "--save", state)
+    time.sleep(0.8)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    if p.returncode == 0:
+        pytest.skip("this machine reads faster than it is interrupted")
+    assert p.returncode == 130 and b"saved" in err
+    warm = run(MODEL, "-f", long, "-n", 5, "-t", 0, "--load", state, "--no-display-prompt", "-v")
+    cold = run(MODEL, "-f", long, "-n", 5, "-t", 0, "--no-display-prompt", "-v")
+    assert warm.text() == cold.text() and logits(warm) == logits(cold)
+
+
+# ---- Files that are not what they should be. ----
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda b: b"", "not a saved state"), (lambda b: b"hello" * 100, "not a saved state"), (lambda b: b[:60], "cut off"),
+    (lambda b: b[:-1], "cut off"), (lambda b: b + b"x", "there are"), (lambda b: b[:8] + b"\2" + b[9:], "version 2"),
+    (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"), (lambda b: Path(MODEL).read_bytes(), "not a saved state")])
+def test_bad_state(spoil, says, book, tmp_path):
+    _, state = book
+    (tmp_path / "bad").write_bytes(spoil(state.read_bytes()))
+    done = run(MODEL, "--load", tmp_path / "bad", "-n", 5)
+    done.error(1, str(tmp_path / "bad"), says)
+    assert done.out == b""
+
+
+def test_state_of_another_model(book, hybrid):
+    _, state = book
+    run(hybrid, "--load", state, "-n", 5).error(1, "saved with another checkpoint")
+    run(MODEL, "--load", state.parent / "none", "-n", 5).error(1, "No such file")
+
+
+def test_a_foreign_note_is_no_harm(book, tmp_path):
+    """Any program may save a past with a note of its own: the past counts, the note does not."""
+    from test_cli import checksum
+    _, state = book
+    data = state.read_bytes()
+    size = len(data) - int.from_bytes(data[72:80], "little")
+    for note in [b"", b"x", b"run\1", b"run\1" + b"\xff" * 24, b"run\1" + bytes(16) + b"\4" + bytes(7), b"run\1" + bytes(20) + b"\xff" * 4]:
+        forged = bytearray(data[:size] + note)
+        forged[16:24], forged[72:80] = len(forged).to_bytes(8, "little"), len(note).to_bytes(8, "little")
+        forged[24:32] = checksum(bytes(forged[32:])).to_bytes(8, "little")
+        (tmp_path / "s").write_bytes(forged)
+        assert run(MODEL, "--load", tmp_path / "s", "-t", 0, "-n", 9, "-q").text() == \
+            run(MODEL, "--load", state, "-t", 0, "-n", 9, "-q").text()
+
+
+def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "s"
+    path.write_text("old")
+    run(MODEL, "-i", "x" * 10, "--tokens", "1", "--save", path).error(2)
+    assert path.read_text() == "old"
+    saved(path, MODEL, "-n", 3)
+    assert path.stat().st_size > 1000 and os.listdir(tmp_path) == ["s"]
+    run(MODEL, "-n", 3, "-q", "--save", tmp_path / "none" / "s").error(1, "cannot write the past", "No such file")
+    if os.path.exists("/dev/full"):
+        run(MODEL, "-n", 3, "-q", "--save", "/dev/full").error(1, "cannot write the past", "No space left")
+
+
+BAD = [(["--append", "x"], "--append goes with --load"), (["--load", "s", "--append", "x", "-i", "y"], "both --append"),
+       (["--save", "-"], "name of a file"), (["--load", "-"], "name of a file"), (["--save", ""], "name of a file"),
+       (["--branches", "2", "--save", "s"], "--branches goes with neither"), (["--branches", "0.5"], "--branches takes"),
+       (["--branches", "70000"], "--branches takes"), (["-x", "f", "--save", "s"], "do not go with -x"),
+       (["--info", "--load", "s"], "do not go with -x"), (["-m", "chat", "--tokens", "1"], "-m chat goes with neither"),
+       (["-m", "chat", "-i", "-"], "standard input is what you say"), (["-y", "x"], "add -m chat"),
+       (["-m", "chat", "--chat-template", "User:"], "one {}"), (["-m", "chat", "--chat-template", "{}{}"], "one {}"),
+       (["-m", "talk"], '-m takes generate or chat, got "talk"'), (["-m", "model.bin"], "the model is the first argument")]
+
+
+@pytest.mark.parametrize("args, says", BAD)
+def test_bad_usage(args, says):
+    run(MODEL, *args).error(2, says)
+
+
+# ---- One prompt, many continuations. ----
+
+def sections(out):
+    parts = re.split(rb"--- branch [\d,]+ of [\d,]+, seed (\d+) ---\n", out)
+    assert parts[0] == b""
+    return dict(zip(map(int, parts[1::2]), parts[2::2]))
+
+
+def test_each_branch_is_a_run_of_its_own(book):
+    text, _ = book
+    options = ["-f", text, "-n", 40, "--repeat-penalty", "1.2"]
+    done = run(MODEL, *options, "-s", 11, "--branches", 8, "-v")
+    parts = sections(done.text())
+    assert list(parts) == list(range(11, 19)) and len(set(parts.values())) == 8
+    fingerprints = re.findall(rb"branch \d: logits #(\w+)", done.err)
+    for (seed, text), mark in zip(parts.items(), fingerprints):
+        alone = run(MODEL, *options, "-s", seed, "-v")
+        assert alone.text() == text and logits(alone) == mark
+    fed = int(re.search(r"prompt eval time.*/ +(\d+) tokens", done.err.decode())[1])
+    assert 1800 < fed < 2600                                     # once, not eight times
+    assert re.search(r"eval time.*/ +312 runs", done.err.decode())
+
+
+def test_branches_of_a_loaded_past(book):
+    _, state = book
+    parts = sections(run(MODEL, "--load", state, "-n", 20, "-s", 1, "--branches", 3, "-q").text())
+    for seed, text in parts.items():
+        assert run(MODEL, "--load", state, "-n", 20, "-s", seed, "-q").text() == text
+
+
+# ---- Conversations. ----
+
+def chat(*args, say, **more):
+    return run(MODEL, "-m", "chat", "-n", 30, "-s", 4, *args, stdin=say.encode(), **more)
+
+
+def test_a_conversation_from_a_pipe(tmp_path):
+    """Every line is a turn; the model has read what the template says, and the whole text is one past."""
+    done = chat("--save", tmp_path / "s", "-q", "-t", 0, say="Hello\nTell me more\n")
+    assert done.text().count(b"\n") >= 2
+    first = chat("-t", 0, "-q", say="Hello\n").text()
+    assert done.text().startswith(first)
+    one = run(MODEL, "-t", 0, "-n", 30, "-q", "--no-display-prompt", "--tokens", turns(b"User: Hello\nAssistant:")).text()
+    assert first == one
+
+
+def turns(text):
+    """The ids that a conversation's text is fed as: the start token, then the text with no space before it."""
+    import ctypes
+    import based
+    lib = based.library()
+    model = based.Model(MODEL)
+    tokenizer, error = (ctypes.c_char * 256)(), based.Error()
+    lib.based_tokenizer_open.argtypes = [ctypes.c_void_p] * 3
+    lib.based_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int] + [ctypes.c_void_p] * 3
+    lib.based_encode.restype = ctypes.c_int64
+    assert lib.based_tokenizer_open(tokenizer, model.handle, ctypes.byref(error)) == 0
+    flags = ctypes.cast(tokenizer, ctypes.POINTER(ctypes.c_uint32))
+    flags[1] &= ~1
+    ids, scratch = (ctypes.c_int32 * 1000)(), (ctypes.c_uint64 * 100000)()
+    n = lib.based_encode(tokenizer, text, len(text), 2, ids, scratch, ctypes.byref(error))
+    return " ".join(map(str, [1, *ids[:n]]))
+
+
+def test_a_reply_ends_where_the_next_turn_begins(tmp_path):
+    """A stop text in the middle of a reply: what comes after it is neither shown nor remembered. The past is that of the text
+    on the screen, whatever tokens the stop text was made of."""
+    whole = chat("-t", 0, "-q", say="Hello\n").text().decode()
+    for cut in range(3, len(whole) - 12, 4):
+        stop = whole[cut:cut + 7]
+        state = tmp_path / "s"
+        got = chat("-t", 0, "-q", "-r", stop, "--save", state, say="Hello\n").text().decode()
+        assert got == whole[:whole.index(stop)] + "\n"
+        fed = f"User: Hello\nAssistant:{got[:-1]}"
+        want = run(MODEL, "-t", 0, "-q", "-n", 0, "--tokens", turns(fed.encode()), "--save", tmp_path / "t")
+        want.text()
+        width = 80 + 4 * 512
+        a, b = state.read_bytes(), (tmp_path / "t").read_bytes()
+        same = a[40:width] == b[40:width]
+        if not same:                                              # the model may have spelled the reply in other tokens
+            assert abs(int.from_bytes(a[40:48], "little") - int.from_bytes(b[40:48], "little")) < 8
+            x, y = (np.frombuffer(v[80:width], "<f4") for v in (a, b))
+            assert np.corrcoef(x, y)[0, 1] > 0.9
+
+
+def test_undo_and_reset(tmp_path):
+    """After /undo the past is what it was before the turn, to the bit."""
+    a, b, c, d = (tmp_path / n for n in "abcd")
+    done = chat("-q", say=f"Hello\n/save {a}\nAnd then?\n/undo\n/save {b}\n/reset\n/save {c}\n/undo\n/save {d}\n/undo\n/undo\n")
+    assert done.err.count(b"\n") == 1 and b"no turn to take back" in done.err
+    states = [p.read_bytes() for p in (a, b, c, d)]
+    core = [s[40:len(s) - int.from_bytes(s[72:80], "little")] for s in states]
+    assert core[0] == core[1] == core[3] != core[2]
+    assert int.from_bytes(states[2][40:48], "little") == 1
+    assert done.status == 0
+
+
+def test_undo_goes_back_eight_turns():
+    done = chat("-n", 3, "-q", say="a\n" * 12 + "/undo\n" * 9)
+    assert done.status == 0 and done.err.count(b"no turn to take back") == 1
+
+
+def test_save_and_load_in_a_conversation(tmp_path):
+    state = tmp_path / "s"
+    whole = chat("-t", 0, "-q", say="Hello\nMore\n").text()
+    first = chat("-t", 0, "-q", "--save", state, say="Hello\n").text()
+    assert first + chat("-t", 0, "-q", "--load", state, say="More\n").text() == whole
+    assert chat("-t", 0, "-q", say=f"/load {state}\nMore\n").text() == whole[len(first):]
+    done = chat("-t", 0, "-q", say=f"Hello\n/load {tmp_path / 'none'}\nMore\n")
+    assert done.text() == whole and b"No such file" in done.err
+
+
+def test_commands_that_are_none():
+    done = chat("-q", say="/bla\n/save\n/undoo\n/help me\n/help\n/stats\n")
+    assert done.text() == b"" and done.err.count(b"is no command") == 4
+    assert b"Ctrl-D" in done.err and b"turns can be taken back (at most 8" in done.err
+
+
+def test_system_prompt_template_and_first_message():
+    by_hand = run(MODEL, "-t", 0, "-q", "-n", 20, "--no-display-prompt", "--tokens",
+                  turns(b"A story.\nQ: Who?\nA:")).text()
+    got = chat("-t", 0, "-q", "-n", 20, "-y", "A story.", "--chat-template", r"Q: {}\nA:", "-i", "Who?", say="").text()
+    assert got != b"" and by_hand.startswith(got[:-1].rstrip(b"\n"))
+
+
+def test_empty_input_and_empty_lines():
+    assert chat("-q", say="").text() == b"" and chat("-q", say="\n\n\n").text() == b""
+    assert chat("-q", say="Hello").text() == chat("-q", say="Hello\r\n").text()
+    assert len(chat("-q", "-n", 2, say="word " * 3000 + "\n").text()) > 0
+
+
+def test_nobody_is_asked_without_a_terminal():
+    done = subprocess.run([str(ROOT / "run"), MODEL, "-m", "chat"], stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
+    assert done.returncode == 0 and done.stdout == b"" and b">" not in done.stderr
+
+
+def test_a_conversation_on_a_terminal():
+    t = Terminal(MODEL, "-m", "chat", "-n", "12", "-s", "1")
+    assert b"/help" in t.read(b"> ")
+    t.type(b"Hello\n")
+    assert len(t.read(b"> ").split(b"Hello", 1)[1]) > 6
+    t.type(b"/stats\n")
+    assert b"can be taken back" in t.read(b"> ")
+    t.type(b"\4")
+    status, rest = t.finish()
+    assert status == 0 and b"achieved tok/s" in rest
+
+
+def test_interrupt_ends_the_reply_and_then_the_program():
+    t = Terminal(MODEL, "-m", "chat", "-n", "-1", "--ignore-eos", "-r", "never to be seen")
+    t.read(b"> ")
+    t.type(b"Hello\n")
+    time.sleep(0.5)
+    t.type(b"\3")
+    assert b"> " in t.read(b"> ")
+    t.type(b"Again\n")
+    time.sleep(0.5)
+    t.type(b"\3")
+    t.read(b"> ")
+    t.type(b"\3")
+    assert t.finish()[0] == -signal.SIGINT
