@@ -15,7 +15,8 @@
  * exits, allocates while it runs, or gives other numbers on another machine. Every float operation below happens in an
  * order that the source fixes: sums run in sixteen lanes that any vector unit can hold, and exp is our own.
  *
- * Order: errors, format, arithmetic, the two big kernels, mixers, block, feeding, state, sampling, operating system.
+ * Order: errors, format, arithmetic, the two big kernels, mixers, block, feeding, state, Taylor attention by itself, sampling,
+ * operating system.
  */
 #if !defined(BASED_FREESTANDING) && (defined(__unix__) || defined(__APPLE__))
 #define BASED_POSIX 1
@@ -89,6 +90,13 @@ struct norm {
     float eps;
 };
 
+struct based_taylor {                   /* a Taylor attention: immutable                                         */
+    based_taylor_kind c;                /* what was asked for; coefficients (heads, degree + 1)                  */
+    const struct kernels *k;            /* the instruction set                                                   */
+    const float *multiplicity;          /* (features) how often each monomial occurs in (q.k)^p                  */
+    uint32_t features;                  /* C(key_width + degree, degree), the constant 1 included                */
+};
+
 struct layer {
     const based_layer *c;               /* what the file says                                                    */
     struct norm norm1, norm2;           /* before the mixer, before the MLP                                      */
@@ -97,9 +105,7 @@ struct layer {
     struct matrix gate;                 /* (heads, dim) value gates                                              */
     const float *taps, *taps_bias;      /* (taps, channels), (channels)                                          */
     const uint32_t *turns;              /* (rotary, 2) 64-bit fractions of a turn per token, low word first      */
-    const float *coefficients;          /* (heads, degree + 1)                                                   */
-    const float *multiplicity;          /* (features) how often each monomial occurs in (q.k)^p                  */
-    uint32_t features;                  /* taylor: C(key_width + degree, degree), the constant 1 included        */
+    struct based_taylor taylor;         /* the attention of one key/value head, with the coefficients of all     */
     size_t state;                       /* where the layer's state begins in a session, in floats                */
     size_t shift;                       /* SHIFT: where in it the previous input is kept, (dim)                  */
 };
@@ -184,11 +190,24 @@ static uint64_t monomials(uint64_t d, uint64_t p, uint64_t cap) {
     return n;
 }
 
-static uint64_t count_features(const based_layer *l) {
+/* What a taylor layer computes for each of its key/value heads; coefficients come later. */
+static based_taylor_kind kind_of(const based_layer *l) {
+    based_taylor_kind t = { l->key_width, l->value_width, l->kv_heads ? l->heads / l->kv_heads : 1, l->degree, l->kernel,
+                            l->normaliser, l->chunk, l->scale, l->normaliser_eps, NULL };
+    return t;
+}
+
+/* The number of features, or something above `cap` if there are more than that. */
+static uint64_t count_features(const based_taylor_kind *t, uint64_t cap) {
     uint64_t n = 1;
-    if (l->kernel == BASED_DIAGONAL) return 1 + U64(l->key_width) * l->degree;
-    for (uint32_t p = 1; p <= l->degree; p++) n += monomials(l->key_width, p, BASED_MAX_FEATURES);
+    if (t->kernel == BASED_DIAGONAL) return 1 + U64(t->key_width) * t->degree;
+    for (uint32_t p = 1; p <= t->degree; p++) n += monomials(t->key_width, p, cap);
     return n;
+}
+
+/* Floats of the sums of one key/value head, and of the tokens that are yet to join them. */
+static uint64_t sums_floats(const based_taylor_kind *t, uint64_t features) {
+    return features * (U64(t->value_width) + 2 + (t->value_width + 1) / 2) + t->chunk * (U64(t->key_width) + t->value_width);
 }
 
 static uint32_t query_width(const based_layer *l) { return l->heads * l->key_width; }
@@ -209,8 +228,8 @@ static uint64_t state_floats(const based_config *c, const based_layer *l) {
     if (l->mixer == BASED_CONV) n += U64(l->taps - 1) * l->value_width;
     if (l->mixer == BASED_WINDOW) n += l->window * width;
     if (l->mixer == BASED_TAYLOR) {
-        n += count_features(l) * l->kv_heads * (U64(l->value_width) + 2 + (l->value_width + 1) / 2);
-        n += l->chunk * width;
+        based_taylor_kind kind = kind_of(l);
+        n += sums_floats(&kind, count_features(&kind, BASED_MAX_FEATURES)) * l->kv_heads;
     }
     return n;
 }
@@ -276,7 +295,8 @@ static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
     if (l->heads % l->kv_heads)
         return fail(e, BASED_EFORMAT, "layer %u: %u heads cannot share %u key/value heads evenly", i, U64(l->heads),
                     U64(l->kv_heads));
-    if (taylor && count_features(l) > BASED_MAX_FEATURES)
+    based_taylor_kind kind = kind_of(l);
+    if (taylor && count_features(&kind, BASED_MAX_FEATURES) > BASED_MAX_FEATURES)
         return fail(e, BASED_EFORMAT, "layer %u: degree %u of width %u has more than %u features", i, U64(l->degree),
                     U64(l->key_width), U64(BASED_MAX_FEATURES));
     if (!is_finite(l->scale) || !is_finite(l->normaliser_eps))
@@ -397,7 +417,7 @@ static void bind_mixer(struct cursor *cur, based_model *m, struct layer *l) {
         if (c->flags & BASED_TAPS_BIAS) m->parameters += c->value_width;
     }
     if (c->rotary) l->turns = take(cur, U64(c->rotary) * 8);
-    if (c->mixer == BASED_TAYLOR) l->coefficients = take_floats(cur, U64(c->heads) * (c->degree + 1));
+    if (c->mixer == BASED_TAYLOR) l->taylor.c.coefficients = take_floats(cur, U64(c->heads) * (c->degree + 1));
     if (c->flags & BASED_VALUE_GATES) l->gate = take_matrix(cur, m, c->heads, dim, BASED_F32, 0);
     if (!(c->flags & BASED_NO_OUT))
         l->out = take_matrix(cur, m, dim, inner_width(c), c->out_dtype, c->flags & BASED_OUT_BIAS);
@@ -416,12 +436,15 @@ static void bind_mlp(struct cursor *cur, based_model *m, struct layer *l) {
     m->widest_mid = max_u32(m->widest_mid, c->hidden);
 }
 
-/* Scratch of one head at work: taylor needs the features of a whole chunk of keys, or of one query, and their weights;
- * window one weight per key. */
-static uint64_t slot_floats(const based_layer *l, uint64_t features) {
-    if (l->mixer == BASED_WINDOW) return l->window;
-    if (l->mixer == BASED_TAYLOR) return features * (l->chunk > 1 ? l->chunk : 1) + l->chunk + l->key_width;
-    return 0;
+/* Scratch of one taylor head at work: the features of a whole chunk of keys, or of one query, and their weights. */
+static uint64_t scratch_floats(const based_taylor_kind *t, uint64_t features) {
+    return features * (t->chunk > 1 ? t->chunk : 1) + t->chunk + t->key_width;
+}
+
+/* Scratch of any head; window needs one weight per key. */
+static uint64_t slot_floats(const struct layer *l) {
+    if (l->c->mixer == BASED_WINDOW) return l->c->window;
+    return l->c->mixer == BASED_TAYLOR ? scratch_floats(&l->taylor.c, l->taylor.features) : 0;
 }
 
 static void bind(struct cursor *cur, based_model *m) {
@@ -437,13 +460,17 @@ static void bind(struct cursor *cur, based_model *m) {
     for (uint32_t i = 0; i < c->layers; i++) {
         struct layer *l = &m->layer[i];
         l->c = (const based_layer *)(c + 1) + i;
-        l->features = l->c->mixer == BASED_TAYLOR ? (uint32_t)count_features(l->c) : 0;
+        if (l->c->mixer == BASED_TAYLOR) {
+            l->taylor.c = kind_of(l->c);
+            l->taylor.k = m->k;
+            l->taylor.features = (uint32_t)count_features(&l->taylor.c, BASED_MAX_FEATURES);
+        }
         if (l->c->mixer != BASED_MIXER_NONE) bind_mixer(cur, m, l);
         bind_mlp(cur, m, l);
         l->state = m->state;
         m->state += (size_t)state_floats(c, l->c);
         l->shift = m->state - c->dim;
-        uint64_t slot = slot_floats(l->c, l->features);
+        uint64_t slot = slot_floats(l);
         if (slot > m->slot) m->slot = (size_t)slot;
 #ifdef _OPENMP
         m->slots = max_u32(m->slots, l->c->kv_heads);
@@ -461,13 +488,13 @@ static void bind(struct cursor *cur, based_model *m) {
 /* (q.k)^p is a sum over all p-tuples of coordinates; the ones that are permutations of each other are kept as one
  * monomial x_i^a x_j^b ..., which therefore counts p!/(a! b! ...) times. Monomials are the non-decreasing tuples in
  * lexicographic order, degree after degree; p <= 12 keeps every count exact in a float. */
-static void fill_multiplicity(float *out, const based_layer *l) {
+static void fill_multiplicity(float *out, const based_taylor_kind *t) {
     *out++ = 1.0f;
-    if (l->kernel == BASED_DIAGONAL) {
-        for (uint64_t i = 0; i < U64(l->key_width) * l->degree; i++) *out++ = 1.0f;
+    if (t->kernel == BASED_DIAGONAL) {
+        for (uint64_t i = 0; i < U64(t->key_width) * t->degree; i++) *out++ = 1.0f;
         return;
     }
-    for (uint32_t p = 1; p <= l->degree; p++) {
+    for (uint32_t p = 1; p <= t->degree; p++) {
         uint32_t tuple[BASED_MAX_DEGREE] = { 0 };
         for (;;) {
             uint32_t count = 1, run = 0;
@@ -477,7 +504,7 @@ static void fill_multiplicity(float *out, const based_layer *l) {
             }
             *out++ = (float)count;
             uint32_t i = p;             /* the next tuple: raise the last index that can rise, level the rest        */
-            while (i && tuple[i - 1] == l->key_width - 1) i--;
+            while (i && tuple[i - 1] == t->key_width - 1) i--;
             if (!i) break;
             uint32_t value = tuple[i - 1] + 1;
             for (i--; i < p; i++) tuple[i] = value;
@@ -488,6 +515,7 @@ static void fill_multiplicity(float *out, const based_layer *l) {
 /* Multiplying and adding in one rounding (FMA contraction) or in a wider type gives other bits than IEEE float32 does.
  * A compiler flag decides, so ask the machine: with a = 1 + 2^-12, a*a rounds to 1 + 2^-11 exactly. */
 static int arithmetic_is_strict(void) {
+    if (sizeof(float) != sizeof(uint32_t)) return 1;    /* tests/double.c: there, float is another word for double           */
     volatile float a = 1.0f + 1.0f / 4096.0f, b = 1.0f + 1.0f / 2048.0f, tiny = 1.0f / 33554432.0f, one = 1.0f;
     float p = a, q = b, r = p * p - q, s = one + tiny - one;
     return r == 0.0f && s == 0.0f;
@@ -1317,7 +1345,7 @@ static void window_head(const struct layer *l, based_session *p, size_t n, size_
 /* The features of n vectors at once: x (width, n), one column per vector, becomes phi (features, n).
  * Monomials of degree p that begin with x_i are x_i times those of degree p - 1 that begin with x_i or later, and these
  * are the last ones in lexicographic order: every feature costs one multiplication, and no index table exists. */
-static void features(float *phi, const float *x, size_t n, const based_layer *c) {
+static void features(float *phi, const float *x, size_t n, const based_taylor_kind *c) {
     size_t width = c->key_width;
     float *next = phi + n;
     for (size_t j = 0; j < n; j++) phi[j] = 1.0f;
@@ -1337,7 +1365,7 @@ static void features(float *phi, const float *x, size_t n, const based_layer *c)
 }
 
 /* N of based.h part 7: what the weighted sum of values is divided by, and the original's rule for 0/0. */
-static void divide(float *y, size_t n, float z, const based_layer *c) {
+static void divide(float *y, size_t n, float z, const based_taylor_kind *c) {
     if (c->normaliser == BASED_ONE) return;
     if (c->normaliser == BASED_ADD) z += c->normaliser_eps;
     if (c->normaliser == BASED_CLAMP) z = z > c->normaliser_eps ? z : c->normaliser_eps;
@@ -1352,9 +1380,10 @@ static void divide(float *y, size_t n, float z, const based_layer *c) {
 
 /* w(q, k_j) for `n` keys k (key_width, stride), q already scaled; a: the coefficients. */
 static void kernel_weights(float *w, const float *q, const float *k, size_t n, size_t stride, const float *a,
-                           const based_layer *c, const struct kernels *fast) {
+                           const struct based_taylor *t) {
+    const based_taylor_kind *c = &t->c;
     if (c->kernel == BASED_DOT) {
-        fast->combine(w, q, k, c->key_width, n, stride);
+        t->k->combine(w, q, k, c->key_width, n, stride);
         for (size_t j = 0; j < n; j++) {
             float s = w[j], y = a[c->degree];
             for (uint32_t p = c->degree; p-- > 0;) y = y * s + a[p];
@@ -1374,7 +1403,7 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
 
 /* taylor. State per key/value head, with D = features and C = chunk:
  *     S (D, value_width)   sum of phi(k) v^T over all complete chunks
- *     z (D)                sum of phi(k) over them; z[0], the number of tokens, is filled in from the count when read
+ *     z (D)                sum of phi(k) over them; z[0], the number of tokens, is filled in from an integer
  *     K (key_width, C)     keys of the chunk under way, one column per token
  *     V (C, value_width)   its values
  *     L (D, value_width/2) what S has lost to rounding, two bfloat16 to a word
@@ -1384,19 +1413,25 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
  * What the rounding of that sum cuts off is kept and comes along the next time. With both, the error does not grow with
  * the text (tests/endless.py measures it); without L it does, and is seen after some hundred thousand tokens.
  */
-struct taylor_state { float *s, *z, *k, *v, *lost, *lost_z; };
+struct taylor_state {
+    float *s, *z, *k, *v, *lost, *lost_z;
+    uint64_t count;                     /* tokens absorbed                                                       */
+    size_t pending;                     /* how many of them are in K and V, at most C                            */
+};
 
-static struct taylor_state taylor_state(float *base, const struct layer *l, size_t head) {
-    const based_layer *c = l->c;
-    size_t d = l->features, dk = c->key_width, dv = c->value_width;
-    struct taylor_state t;
-    t.s = base + head * (d * (dv + 2 + (dv + 1) / 2) + c->chunk * (dk + dv));
-    t.z = t.s + d * dv;
-    t.k = t.z + d;
-    t.v = t.k + c->chunk * dk;
-    t.lost = t.v + c->chunk * dv;
-    t.lost_z = t.lost + d * ((dv + 1) / 2);
-    return t;
+/* The state that begins at `base`. C tokens may be pending: they join the sums when the next one comes. */
+static struct taylor_state taylor_state(float *base, const struct based_taylor *t, uint64_t count, size_t pending) {
+    size_t d = t->features, dk = t->c.key_width, dv = t->c.value_width, chunk = t->c.chunk;
+    struct taylor_state s;
+    s.s = base;
+    s.z = s.s + d * dv;
+    s.k = s.z + d;
+    s.v = s.k + chunk * dk;
+    s.lost = s.v + chunk * dv;
+    s.lost_z = s.lost + d * ((dv + 1) / 2);
+    s.count = count;
+    s.pending = pending;
+    return s;
 }
 
 /* *total += x, and returns what it lost: the exact difference (Knuth 1969). Numbers too small to matter become zero before
@@ -1408,14 +1443,15 @@ BODY float add_and_keep(float *total, float x) {
 }
 
 BODY float upper_half(uint32_t bits) {
-    float x;
+    float x = 0.0f;
     bits &= 0xffff0000u;
-    memcpy(&x, &bits, sizeof x);
+    memcpy(&x, &bits, sizeof bits);
     return x;
 }
 
 BODY uint32_t rounded_to_half(float x) {
     uint32_t bits;
+    if (sizeof x != sizeof bits) return 0;              /* a double (tests/double.c) loses nothing worth keeping             */
     memcpy(&bits, &x, sizeof bits);
     return (bits + 0x8000u) & 0xffff0000u;
 }
@@ -1433,64 +1469,85 @@ BODY void absorb_row(float *total, float *lost, const float *x, const size_t n) 
     }
 }
 
-/* S += sum of phi(k_j) v_j^T over the chunk, z likewise; phi is scratch (D, C). */
-static void absorb_chunk(struct taylor_state t, const struct layer *l, float *phi, const struct kernels *k) {
-    size_t chunk = l->c->chunk, dv = l->c->value_width;
-    features(phi, t.k, chunk, l->c);
-    for (size_t f = 0; f < l->features; f++) {
+/* S += sum of phi_j v_j^T, z += sum of phi_j, for n tokens: phi (D, n), v (n, value_width). */
+static void add_to_sums(struct taylor_state *s, const struct based_taylor *t, const float *phi, const float *v, size_t n) {
+    size_t dv = t->c.value_width;
+    for (size_t f = 0; f < t->features; f++) {
         float part[32];
-        t.lost_z[f] = add_and_keep(t.z + f, sum(phi + f * chunk, chunk) + t.lost_z[f]);
+        s->lost_z[f] = add_and_keep(s->z + f, sum(phi + f * n, n) + s->lost_z[f]);
         for (size_t e = 0; e < dv; e += 32) {
             size_t width = dv - e < 32 ? dv - e : 32;
-            k->combine(part, phi + f * chunk, t.v + e, chunk, width, dv);
-            float *total = t.s + f * dv + e, *lost = t.lost + f * ((dv + 1) / 2) + e / 2;
+            t->k->combine(part, phi + f * n, v + e, n, width, dv);
+            float *total = s->s + f * dv + e, *lost = s->lost + f * ((dv + 1) / 2) + e / 2;
             if (width == 32) absorb_row(total, lost, part, 32);         /* a constant becomes vector code                    */
             else absorb_row(total, lost, part, width);
         }
     }
 }
 
-/* y = sum over all of the past, `pending` tokens of the present chunk included, of w(q, k) v / N. */
-static void read_taylor(float *y, struct taylor_state t, const float *q, size_t head, size_t pending, uint64_t absorbed,
-                        const struct layer *l, float *scratch, const struct kernels *k) {
-    const based_layer *c = l->c;
-    const float *a = l->coefficients + head * (c->degree + 1);
+/* The sums hold all tokens but those pending; z[0], their number, comes from the integer. */
+static void count_sums(struct taylor_state *s) {
+    uint64_t n = s->count - s->pending;
+    s->z[0] = n >> 63 ? -(float)(0 - n) : (float)n;     /* below zero if what was taken off is still pending             */
+    s->lost_z[0] = 0.0f;
+}
+
+/* One token more; a full chunk joins the sums first. scratch: (D, C). */
+static void absorb(struct taylor_state *s, const struct based_taylor *t, const float *k, const float *v, float *scratch) {
+    size_t chunk = t->c.chunk, dv = t->c.value_width, at;
+    if (s->pending == chunk) {
+        features(scratch, s->k, chunk, &t->c);
+        add_to_sums(s, t, scratch, s->v, chunk);
+        s->pending = 0;
+        count_sums(s);
+    }
+    at = s->pending++;
+    for (size_t i = 0; i < t->c.key_width; i++) s->k[i * chunk + at] = k[i];
+    memcpy(s->v + at * dv, v, dv * sizeof *v);
+    s->count++;
+}
+
+/* y = sum over all of the past, the pending tokens included, of w(q, k) v / N, with the coefficients of head `head`. */
+static void read_taylor(float *y, const struct taylor_state *s, const struct based_taylor *t, const float *q, size_t head,
+                        float *scratch) {
+    const based_taylor_kind *c = &t->c;
+    const float *a = c->coefficients + head * (c->degree + 1);
     size_t dk = c->key_width, dv = c->value_width, f = 0;
-    float *psi = scratch, *weights = psi + l->features, *scaled = weights + c->chunk, z, part[32];
+    float *psi = scratch, *weights = psi + t->features, *scaled = weights + c->chunk, z, part[32];
     for (size_t i = 0; i < dk; i++) scaled[i] = q[i] * c->scale;
     features(psi, scaled, 1, c);
     for (uint32_t p = 0; p <= c->degree; p++) {
         size_t many = c->kernel == BASED_DIAGONAL && p ? dk : (size_t)monomials(dk, p, BASED_MAX_FEATURES);
-        for (size_t end = f + many; f < end; f++) psi[f] *= a[p] * l->multiplicity[f];
+        for (size_t end = f + many; f < end; f++) psi[f] *= a[p] * t->multiplicity[f];
     }
-    t.z[0] = (float)absorbed;
-    k->combine(y, psi, t.s, l->features, dv, dv);
-    z = dot(psi, t.z, l->features);
-    kernel_weights(weights, scaled, t.k, pending, c->chunk, a, c, k);
+    t->k->combine(y, psi, s->s, t->features, dv, dv);
+    z = dot(psi, s->z, t->features);
+    kernel_weights(weights, scaled, s->k, s->pending, c->chunk, a, t);
     for (size_t e = 0; e < dv; e += 32) {
         size_t width = dv - e < 32 ? dv - e : 32;
-        k->combine(part, weights, t.v + e, pending, width, dv);
+        t->k->combine(part, weights, s->v + e, s->pending, width, dv);
         for (size_t i = 0; i < width; i++) y[e + i] += part[i];
     }
-    divide(y, dv, z + sum(weights, pending), c);
+    divide(y, dv, z + sum(weights, s->pending), c);
+}
+
+/* In a session, the position says how many tokens are pending: each chunk is full before it joins the sums. */
+static struct taylor_state taylor_head_state(const struct row *r, const struct layer *l, size_t head) {
+    const based_taylor_kind *c = &l->taylor.c;
+    size_t pending = r->t ? (size_t)((r->t - 1) % c->chunk) + 1 : 0;
+    return taylor_state(state_of(r, l) + head * (size_t)sums_floats(c, l->taylor.features), &l->taylor, r->t, pending);
 }
 
 static void taylor_head(const struct layer *l, based_session *p, size_t n, size_t head, float *scratch) {
     const based_layer *c = l->c;
-    const struct kernels *fast = p->m->k;
-    size_t dk = c->key_width, dv = c->value_width, chunk = c->chunk, group = c->heads / c->kv_heads;
-    size_t width = in_rows(c), inner = inner_width(c);
+    size_t dk = c->key_width, dv = c->value_width, group = c->heads / c->kv_heads, width = in_rows(c), inner = inner_width(c);
     for (size_t r = 0; r < n; r++) {
-        struct taylor_state state = taylor_state(state_of(&p->row[r], l), l, head);
+        struct taylor_state state = taylor_head_state(&p->row[r], l, head);
         const float *q = p->u + r * width, *k = q + query_width(c) + head * dk;
         const float *v = q + query_width(c) + key_width(c) + head * dv;
-        size_t at = (size_t)(p->row[r].t % chunk);
-        for (size_t i = 0; i < dk; i++) state.k[i * chunk + at] = k[i];
-        memcpy(state.v + at * dv, v, dv * sizeof *v);
+        absorb(&state, &l->taylor, k, v, scratch);
         for (size_t h = head * group; h < (head + 1) * group; h++)
-            read_taylor(p->y + r * inner + h * dv, state, q + h * dk, h, at + 1, p->row[r].t - at, l, scratch,
-                        fast);
-        if (at == chunk - 1) absorb_chunk(state, l, scratch, fast);
+            read_taylor(p->y + r * inner + h * dv, &state, &l->taylor, q + h * dk, h, scratch);
     }
 }
 
@@ -1760,7 +1817,8 @@ size_t based_model_bytes(const void *bytes, size_t size, based_error *e) {
     n = sizeof(based_model) + U64(c->layers) * sizeof(struct layer);
     for (uint32_t i = 0; i < c->layers; i++) {
         const based_layer *l = (const based_layer *)(c + 1) + i;
-        if (l->mixer == BASED_TAYLOR) n += count_features(l) * sizeof(float);
+        based_taylor_kind kind = kind_of(l);
+        if (l->mixer == BASED_TAYLOR) n += count_features(&kind, BASED_MAX_FEATURES) * sizeof(float);
     }
     if (n > SIZE_MAX) return fail(e, BASED_ENOMEM, "the model needs %u bytes, more than this machine can address", n), 0;
     return (size_t)n;
@@ -1770,6 +1828,12 @@ static int check_memory(const void *memory, size_t have, size_t need, based_erro
     if (!memory || (uintptr_t)memory % 64) return fail(e, BASED_EINVAL, "the memory block must be aligned to 64 bytes");
     if (have < need) return fail(e, BASED_ENOMEM, "the memory block has %u bytes, %u are needed", U64(have), U64(need));
     return BASED_OK;
+}
+
+static int check_machine(based_error *e) {
+    if (arithmetic_is_strict()) return BASED_OK;
+    return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile with -ffp-contract=off (and "
+                "-msse2 -mfpmath=sse on 32-bit x86), without -ffast-math");
 }
 
 static int check_sum(const void *bytes, size_t size, uint64_t stored, based_error *e) {
@@ -1795,9 +1859,8 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     if (!need) return BASED_ENOMEM;
     status = check_memory(memory, memory_bytes, need, e);
     if (status) return status;
-    if (!arithmetic_is_strict())
-        return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile with -ffp-contract=off (and "
-                    "-msse2 -mfpmath=sse on 32-bit x86), without -ffast-math");
+    status = check_machine(e);
+    if (status) return status;
     if (!machine_is_big_endian() && !(flags & BASED_NO_CHECKSUM)) status = check_sum(bytes, size, two_words(c->checksum), e);
     if (status) return status;
     memset(m, 0, need);
@@ -1813,9 +1876,9 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     for (uint32_t i = 0; i < c->layers; i++) {
         struct layer *l = &m->layer[i];
         if (l->c->mixer != BASED_TAYLOR) continue;
-        l->multiplicity = multiplicity;
-        fill_multiplicity(multiplicity, l->c);
-        multiplicity += l->features;
+        l->taylor.multiplicity = multiplicity;
+        fill_multiplicity(multiplicity, &l->taylor.c);
+        multiplicity += l->taylor.features;
     }
     *out = m;
     return BASED_OK;
@@ -2054,6 +2117,176 @@ uint32_t based_hash(uint32_t h, const float *x, size_t n) {
         h ^= h >> 15;
     }
     return h;
+}
+
+/* ==== Taylor attention by itself =======================================================================================
+ * based.h part 9: the taylor mixer's state and functions, without a model around them.
+ */
+struct based_taylor_state {
+    const based_taylor *t;
+    float *scratch;
+    struct taylor_state sums;           /* points behind this struct                                             */
+};
+
+static int check_kind(const based_taylor_kind *c, based_error *e) {
+    const struct field fields[] = {
+        FIELD(c, key_width, 1, BASED_MAX_HIDDEN), FIELD(c, value_width, 1, BASED_MAX_HIDDEN),
+        FIELD(c, group, 1, BASED_MAX_HEADS), FIELD(c, degree, 1, BASED_MAX_DEGREE), FIELD(c, kernel, 0, BASED_DIAGONAL),
+        FIELD(c, normaliser, 0, BASED_ONE), FIELD(c, chunk, 1, BASED_MAX_CHUNK)
+    };
+    for (size_t i = 0; i < COUNT(fields); i++)
+        if (fields[i].value < fields[i].low || fields[i].value > fields[i].high)
+            return fail(e, BASED_EINVAL, "Taylor attention: %s is %u, expected %u to %u", fields[i].name, U64(fields[i].value),
+                        U64(fields[i].low), U64(fields[i].high));
+    if (!is_finite(c->scale) || !is_finite(c->normaliser_eps))
+        return fail(e, BASED_EINVAL, "Taylor attention: scale or normaliser_eps is not a number");
+    return BASED_OK;
+}
+
+/* Bytes of an attention: the struct, the coefficients, the multiplicities. */
+static uint64_t attention_bytes(const based_taylor_kind *c, uint64_t features) {
+    return align64(sizeof(based_taylor)) + (U64(c->group) * (c->degree + 1) + features) * sizeof(float);
+}
+
+int based_taylor_measure(based_taylor_sizes *out, const based_taylor_kind *c, based_error *e) {
+    const uint64_t cap = U64(1) << 36;      /* far above what is allowed, far below where bytes overflow                 */
+    int status = check_kind(c, e);
+    uint64_t d, state, scratch;
+    if (status) return status;
+    d = count_features(c, cap);
+    state = align64(sizeof(based_taylor_state)) + sums_floats(c, d) * sizeof(float);
+    scratch = scratch_floats(c, d) * sizeof(float);
+    if (d > BASED_MAX_FEATURES || state > SIZE_MAX || scratch > SIZE_MAX)
+        return fail(e, BASED_ENOMEM, "Taylor attention of degree %u and key width %u: a state needs %s%u bytes for %s%u "
+                    "features; at most %u features, and what this machine can address, are possible", U64(c->degree),
+                    U64(c->key_width), d > cap ? "more than " : "", state, d > cap ? "more than " : "", d > cap ? cap : d,
+                    U64(BASED_MAX_FEATURES));
+    out->features = d;
+    out->work = (d + d * c->value_width) + c->group * (2 * d + d * (U64(c->value_width) + 1));
+    out->attention = (size_t)attention_bytes(c, d);
+    out->state = (size_t)state;
+    out->scratch = (size_t)scratch;
+    return BASED_OK;
+}
+
+int based_taylor_init(based_taylor **out, const based_taylor_kind *kind, void *memory, size_t memory_bytes, based_error *e) {
+    based_taylor_sizes sizes;
+    based_taylor *t = memory;
+    int status = based_taylor_measure(&sizes, kind, e);
+    float *a, power;
+    if (!status) status = check_memory(memory, memory_bytes, sizes.attention, e);
+    if (!status) status = check_machine(e);
+    if (status) return status;
+    a = (float *)(void *)((unsigned char *)memory + align64(sizeof *t));
+    t->c = *kind;
+    t->k = choose_kernels(0);
+    t->features = (uint32_t)sizes.features;
+    t->c.coefficients = a;
+    for (uint32_t h = 0; h < kind->group; h++) {
+        power = 1.0f;
+        for (uint32_t p = 0; p <= kind->degree; p++) {
+            if (p) power *= (float)p;
+            *a++ = kind->coefficients ? kind->coefficients[h * (kind->degree + 1) + p] : 1.0f / power;
+        }
+    }
+    t->multiplicity = a;
+    fill_multiplicity(a, kind);
+    *out = t;
+    return BASED_OK;
+}
+
+int based_taylor_begin(based_taylor_state **out, const based_taylor *t, void *memory, size_t memory_bytes, void *scratch,
+                       size_t scratch_bytes, based_error *e) {
+    based_taylor_sizes sizes;
+    based_taylor_state *s = memory;
+    int status = based_taylor_measure(&sizes, &t->c, e);
+    if (!status) status = check_memory(memory, memory_bytes, sizes.state, e);
+    if (!status) status = check_memory(scratch, scratch_bytes, sizes.scratch, e);
+    if (status) return status;
+    s->t = t;
+    s->scratch = scratch;
+    s->sums = taylor_state((float *)(void *)((unsigned char *)memory + align64(sizeof *s)), t, 0, 0);
+    based_taylor_reset(s);
+    *out = s;
+    return BASED_OK;
+}
+
+void based_taylor_reset(based_taylor_state *s) {
+    memset(s->sums.s, 0, (size_t)sums_floats(&s->t->c, s->t->features) * sizeof(float));
+    s->sums.count = s->sums.pending = 0;
+}
+
+uint64_t based_taylor_count(const based_taylor_state *s) { return s->sums.count; }
+
+void based_taylor_absorb(based_taylor_state *s, const float *k, const float *v, size_t n) {
+    const based_taylor_kind *c = &s->t->c;
+    for (size_t i = 0; i < n; i++) absorb(&s->sums, s->t, k + i * c->key_width, v + i * c->value_width, s->scratch);
+}
+
+void based_taylor_read(const based_taylor_state *s, const float *q, size_t n, float *y) {
+    const based_taylor_kind *c = &s->t->c;
+    for (size_t i = 0; i < n * c->group; i++)
+        read_taylor(y + i * c->value_width, &s->sums, s->t, q + i * c->key_width, i % c->group, s->scratch);
+}
+
+void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, const float *v, size_t n, float *y) {
+    size_t dk = s->t->c.key_width, dv = s->t->c.value_width, group = s->t->c.group;
+    for (size_t i = 0; i < n; i++) {
+        based_taylor_absorb(s, k + i * dk, v + i * dv, 1);
+        based_taylor_read(s, q + i * group * dk, 1, y + i * group * dv);
+    }
+}
+
+/* The sums receive -phi(k) v^T, wherever the pair itself is. */
+int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v, based_error *e) {
+    if (!s->sums.count) return fail(e, BASED_EINVAL, "nothing can be taken off an empty state");
+    features(s->scratch, k, 1, &s->t->c);
+    for (size_t f = 0; f < s->t->features; f++) s->scratch[f] = -s->scratch[f];
+    add_to_sums(&s->sums, s->t, s->scratch, v, 1);
+    s->sums.count--;
+    count_sums(&s->sums);
+    return BASED_OK;
+}
+
+int based_taylor_copy(based_taylor_state *dst, const based_taylor_state *src, based_error *e) {
+    if (dst->t != src->t) return fail(e, BASED_EINVAL, "the two states belong to different attentions");
+    if (dst == src) return BASED_OK;
+    memcpy(dst->sums.s, src->sums.s, (size_t)sums_floats(&src->t->c, src->t->features) * sizeof(float));
+    dst->sums.count = src->sums.count;
+    dst->sums.pending = src->sums.pending;
+    return BASED_OK;
+}
+
+/* Row f of src's sums, and what they have lost, onto dst's. */
+static void merge_row(struct taylor_state *dst, const struct taylor_state *src, size_t f, size_t dv) {
+    dst->lost_z[f] = add_and_keep(dst->z + f, src->z[f] + dst->lost_z[f]) + src->lost_z[f];
+    for (size_t e = 0; e < dv; e += 32) {
+        size_t width = dv - e < 32 ? dv - e : 32, half = (width + 1) / 2, at = f * ((dv + 1) / 2) + e / 2;
+        float lost[32];
+        for (size_t i = 0; i < width; i++) {
+            uint32_t word;
+            memcpy(&word, src->lost + at + i % half, sizeof word);
+            lost[i] = upper_half(i < half ? word : word << 16);
+        }
+        absorb_row(dst->s + f * dv + e, dst->lost + at, src->s + f * dv + e, width);
+        absorb_row(dst->s + f * dv + e, dst->lost + at, lost, width);
+    }
+}
+
+int based_taylor_merge(based_taylor_state *dst, const based_taylor_state *src, based_error *e) {
+    const struct taylor_state *from = &src->sums;
+    const based_taylor_kind *c = &dst->t->c;
+    if (dst->t != src->t) return fail(e, BASED_EINVAL, "the two states belong to different attentions");
+    if (dst == src) return fail(e, BASED_EINVAL, "a state cannot be merged with itself; copy it first");
+    for (size_t f = 0; f < dst->t->features; f++) merge_row(&dst->sums, from, f, c->value_width);
+    dst->sums.count += from->count - from->pending;
+    count_sums(&dst->sums);
+    for (size_t j = 0; j < from->pending; j++) {
+        float *key = dst->scratch + (size_t)scratch_floats(c, dst->t->features) - c->key_width;
+        for (size_t i = 0; i < c->key_width; i++) key[i] = from->k[i * c->chunk + j];
+        absorb(&dst->sums, dst->t, key, from->v + j * c->value_width, dst->scratch);
+    }
+    return BASED_OK;
 }
 
 /* ==== Sampling =======================================================================================================

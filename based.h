@@ -12,6 +12,7 @@
  *     6. caller-owned memory, for machines without a heap
  *     7. the checkpoint format, the only place where it is written down
  *     8. the format of a saved session, likewise
+ *     9. Taylor attention by itself, for whoever has queries, keys and values but no checkpoint
  *
  * In twenty lines (see README.md for the same program with its error checks explained):
  *
@@ -464,6 +465,75 @@ enum based_tokenizer_flags {
  * with zeros): h = h * 0x9e3779b1 + word, from h = l + 1; then the lanes are folded in order into 64 bits,
  * g = (g ^ h) * 0x9e3779b97f4a7c15, g ^= g >> 32, from g = number of bytes. A change within one word always shows. */
 uint64_t based_checksum(const void *bytes, size_t n);
+
+/* ---------------------------------------------------------------------------------------------------------------------
+ * 9. Taylor attention by itself. What the taylor mixer of part 7 computes for one key/value head and the query heads that
+ *    share it, as a data structure: a set of (key, value) pairs of any size, in a fixed number of bytes, that can be read
+ *    with queries, and to which pairs can be added, taken off again, and added from another set.
+ *
+ *        causal attention            based_taylor_feed: each query reads what came before it, itself included
+ *        full attention              based_taylor_absorb all, then based_taylor_read all
+ *        cross attention             based_taylor_absorb the context once, then read for ever
+ *        masked tokens, padding      are not absorbed
+ *        many heads, many texts      one state for each; all may share the attention and, on one thread, the scratch
+ *
+ *    Nothing here allocates. Blocks are aligned to 64 bytes, stay in place, and belong to the caller.
+ */
+typedef struct based_taylor_kind {
+    uint32_t key_width, value_width;    /* 1 to BASED_MAX_HIDDEN                                                 */
+    uint32_t group;                     /* query heads that read each state, 1 to BASED_MAX_HEADS                */
+    uint32_t degree;                    /* highest power, 1 to BASED_MAX_DEGREE                                  */
+    uint32_t kernel;                    /* based_kernel: DOT or DIAGONAL                                         */
+    uint32_t normaliser;                /* based_normaliser: ADD, CLAMP, RAW or ONE                              */
+    uint32_t chunk;                     /* tokens kept as they are until they join the sums together, 1 to
+                                           BASED_MAX_CHUNK; 16 is good                                           */
+    float    scale;                     /* of q.k, usually 1/sqrt(key_width)                                     */
+    float    normaliser_eps;            /* of ADD and CLAMP                                                      */
+    const float *coefficients;          /* (group, degree + 1) of s^0, s^1, ..., copied; NULL: 1/p!              */
+} based_taylor_kind;
+
+typedef struct based_taylor_sizes {
+    uint64_t features;                  /* D = C(key_width + degree, degree); DIAGONAL: 1 + key_width * degree   */
+    uint64_t work;                      /* multiplications to absorb a pair and to read it with `group` queries  */
+    size_t   attention, state, scratch; /* bytes of the three blocks below; a state has about D (value_width + 1)
+                                           floats, and half as much again for what rounding cuts off             */
+} based_taylor_sizes;
+
+/* Says what an attention needs, before anybody allocates. BASED_EINVAL: a field is out of range. BASED_ENOMEM: more than
+ * BASED_MAX_FEATURES features, or more bytes than this machine can address; e says how many bytes a state would need. */
+int based_taylor_measure(based_taylor_sizes *out, const based_taylor_kind *kind, based_error *e);
+
+/* An attention: the kind and its tables, in sizes.attention bytes at `memory`. Immutable; any number of threads may share
+ * it. */
+typedef struct based_taylor based_taylor;
+int based_taylor_init(based_taylor **out, const based_taylor_kind *kind, void *memory, size_t memory_bytes, based_error *e);
+
+/* An empty state in sizes.state bytes at `memory`. scratch: sizes.scratch bytes, whose content is nobody's: all states that
+ * one thread uses may share it. One thread at a time. */
+typedef struct based_taylor_state based_taylor_state;
+int based_taylor_begin(based_taylor_state **out, const based_taylor *t, void *memory, size_t memory_bytes, void *scratch,
+                       size_t scratch_bytes, based_error *e);
+void based_taylor_reset(based_taylor_state *s);                    /* empty again                                  */
+uint64_t based_taylor_count(const based_taylor_state *s);          /* pairs in it, those taken off not counted     */
+
+/* Adds n pairs: k (n, key_width), v (n, value_width). Bit for bit the same as one by one. */
+void based_taylor_absorb(based_taylor_state *s, const float *k, const float *v, size_t n);
+
+/* Reads n times `group` queries: q (n, group, key_width) -> y (n, group, value_width), which may not overlap. Changes nothing
+ * but scratch. With nothing absorbed, y is 0 unless the normaliser divides by 0 (ADD with eps 0). */
+void based_taylor_read(const based_taylor_state *s, const float *q, size_t n, float *y);
+
+/* Absorbs a pair and reads, n times: bit for bit the same as absorb and read in turn. */
+void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, const float *v, size_t n, float *y);
+
+/* Takes one pair off again, as if it had not been absorbed, up to rounding. BASED_EINVAL if the state is empty; whether the
+ * pair was ever absorbed cannot be known. */
+int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v, based_error *e);
+
+/* dst becomes what src is; dst receives all that src holds, besides its own, up to rounding. Both must have been begun with the
+ * same attention, and merging a state with itself is refused (BASED_EINVAL). */
+int based_taylor_copy(based_taylor_state *dst, const based_taylor_state *src, based_error *e);
+int based_taylor_merge(based_taylor_state *dst, const based_taylor_state *src, based_error *e);
 
 #ifdef __cplusplus
 }

@@ -167,10 +167,10 @@ static void test_features(void) {
     static float phi[200000], multiplicity[200000], x[64];
     for (uint32_t width = 1; width <= 8; width++)
         for (uint32_t degree = 1; degree <= 5; degree++) {
-            based_layer c = { .key_width = width, .degree = degree, .mixer = BASED_TAYLOR };
+            based_taylor_kind c = { .key_width = width, .degree = degree };
             float k[8], q[8], s = 0;
             double got = 0, expected = 0, power = 1, factorial = 1;
-            size_t f = 0, n = (size_t)count_features(&c);
+            size_t f = 0, n = (size_t)count_features(&c, BASED_MAX_FEATURES);
             fill(q, width), fill(k, width);
             for (uint32_t i = 0; i < width; i++) {                      /* three vectors at once: k, q, and k again         */
                 x[i * 3] = x[i * 3 + 2] = k[i];
@@ -196,9 +196,9 @@ static void test_features(void) {
             CHECK(f == n);
             CHECK(fabs(got - expected) < 1e-4 * (1 + fabs(expected)));
         }
-    based_layer widest = { .key_width = 16, .degree = 2 }, deep = { .key_width = 4, .degree = 12 };
-    CHECK(count_features(&widest) == 153);
-    CHECK(count_features(&deep) == 1820);
+    based_taylor_kind widest = { .key_width = 16, .degree = 2 }, deep = { .key_width = 4, .degree = 12 };
+    CHECK(count_features(&widest, BASED_MAX_FEATURES) == 153);
+    CHECK(count_features(&deep, BASED_MAX_FEATURES) == 1820);
 }
 
 /* ---- files ---- */

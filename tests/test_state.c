@@ -62,7 +62,7 @@ static based_model *make_model(uint64_t seed, float constant, uint32_t input) {
     for (uint32_t i = 0; i < c->layers; i++)
         for (size_t h = 0; layers[i].mixer == BASED_TAYLOR && h < layers[i].heads; h++) {
             float series[] = { constant, 1.0f, 0.5f, 0.1666667f };
-            size_t n = layers[i].degree + 1, at = (size_t)((const unsigned char *)m->layer[i].coefficients - bytes);
+            size_t n = layers[i].degree + 1, at = (size_t)((const unsigned char *)m->layer[i].taylor.c.coefficients - bytes);
             memcpy(bytes + at + h * n * sizeof(float), series, n * sizeof(float));
         }
     c->file_size[0] = (uint32_t)cursor.at;
