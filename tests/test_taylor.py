@@ -1,0 +1,274 @@
+"""Taylor attention by itself (based.h part 9) against the originals' own outputs, against its definition in float64 (to 1e-6 of
+the scale, and to 1e-12 when the same source is compiled with doubles), and against itself computed in other ways.
+
+An error is measured in units of the largest output times the condition of the query, sum |w| / |sum w|: kernels of odd degree
+and Edifice's have weights of both signs, and where their sum nearly cancels, rounding is magnified by that much, in the
+original too. It is 1 where all weights are positive."""
+import ast
+import functools
+import itertools
+import math
+
+import pytest
+
+np = pytest.importorskip("numpy")
+import based            # noqa: E402
+import taylor           # noqa: E402
+from taylor import ADD, CLAMP, DIAGONAL, DOT, ONE, RAW, Taylor, by_definition, golden, through_c      # noqa: E402
+
+in_double = functools.partial(through_c, double=True)
+SINGLE, DOUBLE = 1e-6, 1e-12
+
+
+def far(got, expected, condition=1.0):
+    """The largest error in units of the scale."""
+    assert np.shape(got) == np.shape(expected)
+    return (np.abs(np.asarray(got, np.float64) - expected) / (np.abs(expected).max() * np.maximum(condition, 1))).max()
+
+
+# ---- The originals
+
+@pytest.mark.parametrize("title, case", golden("sata.txt"), ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("causal", [True, False])
+def test_sata(title, case, causal):
+    terms, width = int(title.split("P")[1]), case["Q"].shape[1]
+    q, k, v = (case[name][:, None] for name in "QKV")
+    kind = {"degree": max(terms - 1, 1), "scale": width ** -0.5, "normaliser": RAW}
+    if terms == 1:
+        kind["coefficients"] = [[1, 0]]                 # degree 0: a plain mean
+    condition = []
+    exact = by_definition(q, k, v, kind, causal, condition=condition)[:, 0]
+    original = case["Y" if causal else "Y_noncausal"]
+    assert far(through_c(q, k, v, kind, causal)[:, 0], original, condition[0][:, None]) < SINGLE
+    assert far(in_double(q, k, v, kind, causal)[:, 0], exact, condition[0][:, None]) < DOUBLE
+
+
+@pytest.mark.parametrize("title, case", golden("lucidrains_tsla.txt"), ids=lambda x: x.split()[0] if isinstance(x, str) else "")
+def test_lucidrains(title, case):
+    options = dict(ast.literal_eval(title.split(" ", 1)[1]))
+    given = {"causal": options.get("causal", False), "heads": 3}
+    given.update({name: case[name][0] for name in ("context", "mask") if name in case})
+    layer = functools.partial(taylor.lucidrains, case, case["x"][0], **given)
+    assert far(layer(attend=through_c), case["y"][0]) < SINGLE
+    assert far(layer(attend=in_double), layer(attend=by_definition)) < DOUBLE
+
+
+@pytest.mark.parametrize("options", [{"shift": True}, {"norm": True}, {"gate": True}, {"shift": True, "norm": True, "gate": True}])
+def test_lucidrains_around(options):
+    """What the golden cases do not use: shift, norm and gates around the same attention. A whole layer, f32 against f64."""
+    rng, dim, heads = np.random.default_rng(3), 20, 4
+    w = {"to_q.0.weight": rng.normal(size=(heads * 8, dim)) / 5, "to_kv.0.weight": rng.normal(size=(2 * 8, dim)) / 5,
+         "to_out.0.weight": rng.normal(size=(dim, heads * 8)) / 5, "rotary_emb.freqs": 10000 ** (-np.arange(4) / 4)}
+    w.update({"norm.gamma": rng.uniform(0.5, 1.5, dim)} if options.get("norm") else {})
+    w.update({"to_v_gates.0.weight": rng.normal(size=(heads, dim)) / 4} if options.get("gate") else {})
+    layer = functools.partial(taylor.lucidrains, w, rng.normal(size=(50, dim)), heads, causal=True, shift=options.get("shift"))
+    exact = layer(attend=by_definition)
+    assert far(layer(attend=through_c), exact) < SINGLE and far(layer(attend=in_double), exact) < DOUBLE
+
+
+@pytest.mark.parametrize("title, case", golden("edifice_based.txt"), ids=lambda x: x.split()[0] if isinstance(x, str) else "")
+@pytest.mark.parametrize("text", [0, 1])
+def test_edifice(title, case, text):
+    _, order, _, mode, *_ = title.split()
+    condition = []
+    attention = functools.partial(by_definition, condition=condition)
+    layer = functools.partial(taylor.edifice, case, case["x"][text], 4, int(order))
+    exact, last = layer(attend=attention), slice(None) if mode == "all" else slice(-1, None)
+    worst = np.max(condition)
+    assert far(layer(attend=through_c)[last], np.atleast_2d(case["y"][text]), worst) < SINGLE
+    assert far(layer(attend=in_double), exact, worst) < DOUBLE
+
+
+# ---- Every kind against its definition
+
+KINDS = [{"degree": p, "normaliser": n, "kernel": kernel, "chunk": chunk}
+         for (p, n), kernel, chunk in zip(itertools.product(range(1, 9), (ADD, CLAMP, RAW, ONE)), itertools.cycle((DOT, DOT, DIAGONAL)),
+                                          itertools.cycle((1, 2, 5, 16, 40)))]
+
+
+def numbers(kind, seed=0, n=70, width=5, value_width=7, heads=1, kv_heads=1):
+    rng = np.random.default_rng(seed)
+    kind = {"scale": 1 / (math.sqrt(width) * (2 if kind.get("kernel") else 1)), "normaliser_eps": 1e-5, **kind}
+    return kind, *(rng.standard_normal((n, *shape)).astype(np.float32)
+                   for shape in ((heads, width), (kv_heads, width), (kv_heads, value_width)))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda k: "-".join(map(str, k.values())))
+@pytest.mark.parametrize("causal", [True, False])
+def test_definition(kind, causal):
+    """Packed monomials give what the polynomial of the dot product gives. A power of a small dot product of large vectors is a
+    sum of monomials that cancel: from degree 5 on this is seen in single precision."""
+    kind, q, k, v = numbers(kind, heads=6, kv_heads=2)
+    condition = []
+    exact = by_definition(q, k, v, kind, causal, condition=condition)
+    scale = np.max(condition) if kind["normaliser"] != ONE else 1.0
+    assert far(through_c(q, k, v, kind, causal), exact, scale) < SINGLE * (1 if kind["degree"] < 5 else 4)
+    assert far(in_double(q, k, v, kind, causal), exact, scale) < DOUBLE
+
+
+@pytest.mark.parametrize("degree, width", [(12, 4), (12, 1), (2, 64), (3, 16), (6, 8)])
+def test_sizes(degree, width):
+    """Degree 12 of width 4 (1820 features) and other corners; wide values."""
+    kind, q, k, v = numbers({"degree": degree}, n=40, width=width, value_width=65)
+    assert Taylor(key_width=width, value_width=65, **kind).sizes.features == math.comb(width + degree, degree)
+    condition = []
+    exact = by_definition(q, k, v, kind, True, condition=condition)
+    assert far(through_c(q, k, v, kind, True), exact, np.max(condition)) < SINGLE * (1 if degree < 5 else 4)
+    assert far(in_double(q, k, v, kind, True), exact, np.max(condition)) < DOUBLE
+
+
+def test_features_are_packed():
+    """Packed and unpacked: the sums over all tuples (d + d^2 + ... of them) and over monomials are the same numbers."""
+    kind, q, k, v = numbers({"degree": 3})
+
+    def unpacked(x):
+        return np.concatenate([[1]] + [functools.reduce(np.multiply.outer, [x] * p).reshape(-1) / math.sqrt(math.factorial(p))
+                                       for p in (1, 2, 3)])
+    phi_q = np.stack([unpacked(x * math.sqrt(kind["scale"])) for x in q[:, 0].astype(np.float64)])
+    phi_k = np.stack([unpacked(x * math.sqrt(kind["scale"])) for x in k[:, 0].astype(np.float64)])
+    w = phi_q @ phi_k.T
+    expected = w @ v[:, 0] / (w.sum(1, keepdims=True) + kind["normaliser_eps"])
+    assert phi_q.shape[1] == 1 + 5 + 25 + 125 and Taylor(key_width=5, value_width=7, **kind).sizes.features == 1 + 5 + 15 + 35
+    assert far(in_double(q, k, v, kind, False)[:, 0], expected, np.abs(w).sum(1, keepdims=True) / np.abs(w.sum(1, keepdims=True))) < DOUBLE
+
+
+def test_coefficients_per_head():
+    kind, q, k, v = numbers({"degree": 4}, heads=3)
+    own = np.random.default_rng(1).uniform(0.1, 1, (3, 5))
+    y = Taylor(True, coefficients=own, key_width=5, value_width=7, group=3, **kind).state().feed(q, k[:, 0], v[:, 0])
+    for h in range(3):
+        expected = by_definition(q[:, h:h + 1], k, v, {**kind, "coefficients": own[h:h + 1]}, True)
+        assert far(y[:, h], expected[:, 0], 1e3) < DOUBLE
+
+
+# ---- The same set of pairs, come to in other ways
+
+def one(double=False, **kind):
+    kind, q, k, v = numbers({"degree": 2, **kind})
+    return Taylor(double, key_width=5, value_width=7, **kind), q, k[:, 0], v[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 16, 64])
+def test_steps_and_feeds(chunk):
+    """One by one, in pieces, absorb and read: the same bits; and full reading after the last token is causal reading of it."""
+    t, q, k, v = one(chunk=chunk)
+    whole, step, piece = t.state(), t.state(), t.state()
+    y = whole.feed(q, k, v)
+    assert np.array_equal(y, np.concatenate([step.absorb(k[i:i + 1], v[i:i + 1]).read(q[i]) for i in range(70)]))
+    assert np.array_equal(y, np.concatenate([piece.feed(q[a:b], k[a:b], v[a:b]) for a, b in ((0, 1), (1, 33), (33, 33), (33, 70))]))
+    assert np.array_equal(t.state().absorb(k, v).read(q[-1]), y[-1:])
+    assert whole.count() == 70
+    whole.reset()
+    assert whole.count() == 0 and np.array_equal(whole.feed(q, k, v), y)
+
+
+@pytest.mark.parametrize("double, tolerance", [(False, SINGLE), (True, DOUBLE)])
+@pytest.mark.parametrize("chunk, cut", [(1, 20), (16, 0), (16, 5), (16, 16), (16, 37), (16, 70), (7, 35), (64, 30)])
+def test_merge(chunk, cut, double, tolerance):
+    """Two states of parts of the text, merged, are the state of the whole: what either still has pending included. Values of
+    40 columns: the second block of a row of L is a partial one."""
+    kind, q, k, v = numbers({"degree": 3, "chunk": chunk}, value_width=40)
+    t = Taylor(double, key_width=5, value_width=40, **kind)
+    first, second, direct = t.state().absorb(k[:cut, 0], v[:cut, 0]), t.state().absorb(k[cut:, 0], v[cut:, 0]), t.state()
+    before = second.read(q)
+    first.merge(second)
+    assert first.count() == 70 and second.count() == 70 - cut and np.array_equal(second.read(q), before)
+    condition = []
+    by_definition(q, k, v, kind, False, condition=condition)
+    assert far(first.read(q), direct.absorb(k[:, 0], v[:, 0]).read(q).astype(np.float64), condition[0].max()) < tolerance
+    more = first.feed(q, k[:, 0], v[:, 0])
+    assert far(more, direct.feed(q, k[:, 0], v[:, 0]).astype(np.float64), 10 * condition[0].max()) < tolerance
+
+
+def test_many_merges_do_not_add_up():
+    """A thousand states merged into one: what rounding cuts off comes along."""
+    kind, q, k, v = numbers({"degree": 2, "chunk": 4}, n=8000)
+    t = Taylor(key_width=5, value_width=7, **kind)
+    total, part = t.state(), t.state()
+    for i in range(0, 8000, 8):
+        part.reset()
+        total.merge(part.absorb(k[i:i + 8, 0] + 1, v[i:i + 8, 0]))
+    exact = by_definition(q[:50], k + np.float32(1), v, kind, False)
+    assert total.count() == 8000 and np.abs(total.read(q[:50]) - exact).max() < 1e-6 * np.abs(v).max()
+
+
+@pytest.mark.parametrize("double, tolerance", [(False, 4 * SINGLE), (True, DOUBLE)])
+@pytest.mark.parametrize("chunk", [1, 16, 64])
+def test_subtract(chunk, double, tolerance):
+    """Pairs taken off, whether they are in the sums or still pending, are as if they had never been."""
+    kind, q, k, v = numbers({"degree": 2, "chunk": chunk})
+    t = Taylor(double, key_width=5, value_width=7, **kind)
+    gone, kept = [0, 3, 40, 66, 69], [i for i in range(70) if i not in (0, 3, 40, 66, 69)]
+    state, never = t.state().absorb(k[:, 0], v[:, 0]), t.state().absorb(k[kept, 0], v[kept, 0])
+    for i in gone:
+        state.subtract(k[i, 0], v[i, 0])
+    assert state.count() == 65
+    assert far(state.read(q), never.read(q).astype(np.float64)) < tolerance
+    assert far(state.feed(q, k[:, 0], v[:, 0]), never.feed(q, k[:, 0], v[:, 0]).astype(np.float64)) < tolerance
+
+
+def test_copy():
+    t, q, k, v = one()
+    a, b = t.state().absorb(k, v), t.state().absorb(k[:3], v[:3])
+    b.copy_from(a)
+    assert b.count() == 70 and np.array_equal(a.read(q), b.read(q))
+    assert np.array_equal(a.feed(q, k, v), b.feed(q, k, v))
+
+
+@pytest.mark.parametrize("normaliser", [ADD, CLAMP, RAW, ONE])
+def test_nothing_absorbed(normaliser):
+    """All tokens masked: zeros, as the originals give."""
+    t, q, _, _ = one(normaliser=normaliser)
+    assert not t.state().read(q).any()
+
+
+# ---- What is refused
+
+@pytest.mark.parametrize("field, value", [("degree", 0), ("degree", 13), ("key_width", 0), ("value_width", 0), ("group", 0),
+                                          ("group", 4097), ("kernel", 2), ("normaliser", 4), ("chunk", 0), ("chunk", 1025),
+                                          ("key_width", (1 << 20) + 1), ("scale", math.inf), ("normaliser_eps", math.nan)])
+def test_fields_out_of_range(field, value):
+    with pytest.raises(based.BasedError) as e:
+        Taylor(**{"key_width": 4, "value_width": 4, field: value})
+    assert e.value.status == -5 and field in str(e.value)
+
+
+@pytest.mark.parametrize("degree, width, value_width", [(4, 256, 64), (7, 64, 64), (12, 64, 64), (12, 1 << 20, 1 << 20)])
+def test_too_large(degree, width, value_width):
+    """Refused before anybody allocates, with the bytes it would take (of what does not fit 64 bits, a lower bound)."""
+    with pytest.raises(based.BasedError, match="features") as e:
+        Taylor(key_width=width, value_width=value_width, degree=degree)
+    features = math.comb(width + degree, degree)
+    need = 4 * (features * (value_width + 2 + (value_width + 1) // 2) + 16 * (width + value_width))
+    said = int(str(e.value).split("bytes")[0].split()[-1])
+    assert e.value.status == -4 and ("more than" in str(e.value) and said <= need or need <= said <= need + 256)
+
+
+def test_blocks_too_small():
+    """Blocks of the caller that are too small or askew; the error names the bytes that are needed."""
+    import ctypes as C
+    t, q, k, v = one()
+    _, at = taylor.block(1 << 20)
+    _, scratch = taylor.block(1 << 20)
+    out, error = C.c_void_p(), based.Error()
+    need = t.sizes
+
+    def begin(memory, nbytes, scratch_at, scratch_bytes):
+        status = t.lib.based_taylor_begin(C.byref(out), t.handle, memory, nbytes, scratch_at, scratch_bytes, C.byref(error))
+        return status, error.text.decode()
+    assert begin(at, need.state, scratch, need.scratch)[0] == 0
+    assert begin(at, need.state - 1, scratch, need.scratch) == (-4, f"the memory block has {need.state - 1} bytes, {need.state} are needed")
+    assert begin(at, need.state, scratch, need.scratch - 1)[0] == -4
+    assert begin(at + 4, need.state, scratch, need.scratch)[0] == -5 and begin(None, need.state, scratch, need.scratch)[0] == -5
+    init = t.lib.based_taylor_init(C.byref(out), C.byref(t.kind), at, need.attention - 1, C.byref(error))
+    assert init == -4 and str(need.attention) in error.text.decode()
+
+
+def test_wrong_partners():
+    t, q, k, v = one()
+    a, other = t.state().absorb(k, v), one()[0].state()
+    for call in (lambda: a.merge(a), lambda: a.merge(other), lambda: a.copy_from(other), lambda: other.subtract(k[0], v[0])):
+        with pytest.raises(based.BasedError) as e:
+            call()
+        assert e.value.status == -5
+    assert a.count() == 70 and np.array_equal(a.read(q), t.state().absorb(k, v).read(q))
