@@ -256,7 +256,7 @@ static int is_finite(float x) {
 
 static int check_config(const based_config *c, based_error *e) {
     const struct field fields[] = {
-        FIELD(c, flags, 0, BASED_TIED | BASED_HEAD_BIAS | BASED_INPUT_PROJECTION),
+        FIELD(c, flags, 0, BASED_TIED | BASED_HEAD_BIAS | BASED_INPUT_PROJECTION | BASED_BIDIRECTIONAL),
         FIELD(c, dim, 1, BASED_MAX_DIM), FIELD(c, layers, 1, BASED_MAX_LAYERS),
         FIELD(c, vocab, 0, BASED_MAX_VOCAB), FIELD(c, rows, c->vocab, c->vocab ? BASED_MAX_VOCAB : 0),
         FIELD(c, input, 0, BASED_MAX_DIM), FIELD(c, final_norm, 0, BASED_NORM_L2),
@@ -1169,6 +1169,7 @@ struct based_session {
     uint64_t history;                   /* a hash of all of them                                                 */
     uint32_t block;                     /* tokens computed together at most                                      */
     int threads;
+    int both_ways;                      /* based_feed_window: all keys of the block are absorbed before any is read */
     int arrived, round;                 /* where threads meet                                                    */
     void *owned;                        /* what based_session_free gives back                                    */
     struct row *row;                    /* (block)                                                               */
@@ -1538,17 +1539,28 @@ static struct taylor_state taylor_head_state(const struct row *r, const struct l
     return taylor_state(state_of(r, l) + head * (size_t)sums_floats(c, l->taylor.features), &l->taylor, r->t, pending);
 }
 
+/* The query heads of row r that share this key/value head read its state. */
+static void read_group(const struct layer *l, based_session *p, size_t r, size_t head, const struct taylor_state *state,
+                       float *scratch) {
+    const based_layer *c = l->c;
+    const float *q = p->u + r * in_rows(c);
+    float *y = p->y + r * inner_width(c);
+    size_t group = c->heads / c->kv_heads;
+    for (size_t h = head * group; h < (head + 1) * group; h++)
+        read_taylor(y + h * c->value_width, state, &l->taylor, q + h * c->key_width, h, scratch);
+}
+
 static void taylor_head(const struct layer *l, based_session *p, size_t n, size_t head, float *scratch) {
     const based_layer *c = l->c;
-    size_t dk = c->key_width, dv = c->value_width, group = c->heads / c->kv_heads, width = in_rows(c), inner = inner_width(c);
+    struct taylor_state state;
     for (size_t r = 0; r < n; r++) {
-        struct taylor_state state = taylor_head_state(&p->row[r], l, head);
-        const float *q = p->u + r * width, *k = q + query_width(c) + head * dk;
-        const float *v = q + query_width(c) + key_width(c) + head * dv;
+        const float *k = p->u + r * in_rows(c) + query_width(c) + head * c->key_width;
+        const float *v = p->u + r * in_rows(c) + query_width(c) + key_width(c) + head * c->value_width;
+        state = taylor_head_state(&p->row[r], l, head);
         absorb(&state, &l->taylor, k, v, scratch);
-        for (size_t h = head * group; h < (head + 1) * group; h++)
-            read_taylor(p->y + r * inner + h * dv, &state, &l->taylor, q + h * dk, h, scratch);
+        if (!p->both_ways) read_group(l, p, r, head, &state, scratch);
     }
+    for (size_t r = 0; p->both_ways && r < n; r++) read_group(l, p, r, head, &state, scratch);
 }
 
 /* Heads know nothing of each other, so workers may share them out in any way. */
@@ -1722,7 +1734,16 @@ uint64_t based_history_of(uint64_t h, const int32_t *tokens, size_t n) {
     return h;
 }
 
+/* A model that was trained to see the future gives something else, without a sign of it, if it is not shown any. */
+static int check_direction(const based_model *m, based_error *e) {
+    if (!(m->c->flags & BASED_BIDIRECTIONAL)) return BASED_OK;
+    return fail(e, BASED_EINVAL, "this model looks at all inputs of a window in both directions: use based_feed_window, or "
+                "export it with --mode causal to run it as what it was not trained to be");
+}
+
 static int check_tokens(const based_model *m, const int32_t *tokens, size_t n, based_error *e) {
+    int status = check_direction(m, e);
+    if (status) return status;
     if (m->c->input) return fail(e, BASED_EINVAL, "this model takes vectors of %u floats, not tokens", U64(m->c->input));
     for (size_t i = 0; i < n; i++)
         if (tokens[i] < 0 || (uint32_t)tokens[i] >= m->c->vocab)
@@ -1763,22 +1784,46 @@ int based_step(based_session *s, int32_t token, based_error *e) {
     return based_feed(s, &token, 1, NULL, e);
 }
 
-int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, based_error *e) {
+/* n <= block vectors enter. */
+static void enter(based_session *s, const float *x, size_t n) {
     const based_model *m = s->m;
-    size_t dim = m->c->dim, input = m->c->input, width = based_width(m);
     struct worker alone = { s, 0, 1 };
-    if (!input) return fail(e, BASED_EINVAL, "this model takes tokens, not vectors");
-    for (size_t at = 0, many; at < n; at += many) {
-        many = n - at < s->block ? n - at : s->block;
-        if (m->input.data) matmul(s->x, dim, &m->input, 0, dim, x + at * input, many, &alone);
-        else memcpy(s->x, x + at * input, many * dim * sizeof *x);
-        run_block(s, many, out ? out + at * width : NULL, at + many == n);
-    }
-    for (size_t i = 0; i < n * input; i++) {
+    if (m->input.data) matmul(s->x, m->c->dim, &m->input, 0, m->c->dim, x, n, &alone);
+    else memcpy(s->x, x, n * m->c->dim * sizeof *x);
+    for (size_t i = 0; i < n * m->c->input; i++) {
         uint32_t bits;
         memcpy(&bits, x + i, sizeof bits);
         s->history = history_word(s->history, bits);
     }
+}
+
+int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, based_error *e) {
+    size_t input = s->m->c->input, width = based_width(s->m);
+    int status = check_direction(s->m, e);
+    if (status) return status;
+    if (!input) return fail(e, BASED_EINVAL, "this model takes tokens, not vectors");
+    for (size_t at = 0, many; at < n; at += many) {
+        many = n - at < s->block ? n - at : s->block;
+        enter(s, x + at * input, many);
+        run_block(s, many, out ? out + at * width : NULL, at + many == n);
+    }
+    return BASED_OK;
+}
+
+int based_feed_window(based_session *s, const float *x, size_t n, float *out, based_error *e) {
+    const based_model *m = s->m;
+    if (!m->c->input) return fail(e, BASED_EINVAL, "this model takes tokens, not vectors");
+    if (n == 0 || n > s->block)
+        return fail(e, BASED_EINVAL, "a window of %u inputs, but the session was made for blocks of 1 to %u", U64(n),
+                    U64(s->block));
+    for (uint32_t i = 0; i < m->c->layers; i++)
+        if (m->layer[i].c->mixer == BASED_CONV || m->layer[i].c->mixer == BASED_WINDOW)
+            return fail(e, BASED_EINVAL, "layer %u mixes by a convolution or a sliding window, which only look back", U64(i));
+    based_reset(s);
+    enter(s, x, n);
+    s->both_ways = 1;
+    run_block(s, n, out, 1);
+    s->both_ways = 0;
     return BASED_OK;
 }
 

@@ -104,6 +104,12 @@ int based_feed(based_session *s, const int32_t *tokens, size_t n, float *logits,
 /* The same for a model without an embedding (config.input > 0): x holds n rows of config.input floats. */
 int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, based_error *e);
 
+/* Full attention: resets s, then feeds n vectors (n <= block) of which each sees all others, those after it too, in every
+ * taylor layer; layers of other mixers are refused (BASED_EINVAL). Inputs that should be masked are left out. The window
+ * becomes the past: what is fed to s afterwards looks back on it. This is how models with flag BIDIRECTIONAL run; every other
+ * way to feed them is refused. */
+int based_feed_window(based_session *s, const float *x, size_t n, float *out, based_error *e);
+
 /* One token for each of n different sessions over one model, computed together so that the weights are read once for
  * all: bit for bit the same as based_step on each. 1 <= n <= the smallest block among the sessions. On error no
  * session has moved. */
@@ -351,7 +357,10 @@ enum based_dtype {
     BASED_Q4 = 2                        /* 4 bits, likewise                                                      */
 };
 
-enum based_config_flags { BASED_TIED = 1, BASED_HEAD_BIAS = 2, BASED_INPUT_PROJECTION = 4 };
+enum based_config_flags {
+    BASED_TIED = 1, BASED_HEAD_BIAS = 2, BASED_INPUT_PROJECTION = 4,
+    BASED_BIDIRECTIONAL = 8             /* sums run over the whole window, the future included: based_feed_window */
+};
 
 enum based_norm_kind { BASED_NORM_NONE = 0, BASED_NORM_RMS = 1, BASED_NORM_LAYER = 2, BASED_NORM_L2 = 3 };
 

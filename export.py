@@ -2,7 +2,7 @@
 """Turns a trained model into one checkpoint file for based.c.
 
 The format and the mathematics are written down in based.h, part 7. This file is the bridge: it reads what others wrote
-(HazyResearch/based directories, llama2.c checkpoints), brings every origin into that one form, and checks the result.
+(HazyResearch/based directories, llama2.c checkpoints, layers of taylor-series-linear-attention, Edifice models), brings every origin into that one form, and checks the result.
 
     1. the format      header fields, dtypes, the list of tensors in file order, the checksum
     2. writing         one tensor at a time, verified by reading back, put in place by a rename
@@ -33,7 +33,7 @@ import numpy as np
 MAGIC, FORMAT, BYTE_ORDER, NONE = b"BASED\r\n\032", 1, 0x01020304, 0xFFFFFFFF
 CONFIG_BYTES, LAYER_BYTES, ALIGN = 256, 128, 64
 
-TIED, HEAD_BIAS, INPUT_PROJECTION = 1, 2, 4
+TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL = 1, 2, 4, 8
 NORMS = NORM_NONE, NORM_RMS, NORM_LAYER, NORM_L2 = 0, 1, 2, 3
 MIXERS = MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
 MLP_NONE, SWIGLU, GELU = 0, 1, 2
@@ -420,15 +420,20 @@ def state_floats(config, l):
 def rotary_turns(pairs, width, base=10000.0):
     """[pairs] uint64: 2^64 * frequency / 2 pi. The frequencies are 1 / base^(2i/width) with each step rounded to float32,
     as the models were trained; rounding is exact here, so that every machine writes the same file."""
-    two_pi = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
-    turns = []
+    frequencies = []
     with localcontext() as context:
         context.prec = 50
         for i in range(pairs):
             exponent = np.float32(2 * i) / np.float32(width)
             power = np.float32(float(Decimal(base) ** Decimal(float(exponent))))
-            turns.append(round(Fraction(float(np.float32(1) / power)) * 2**64 / two_pi))
-    return np.array(turns, np.uint64)
+            frequencies.append(np.float32(1) / power)
+    return as_turns(frequencies)
+
+
+def as_turns(frequencies):
+    """[pairs] uint64 from radians per token. Whole turns do not count."""
+    two_pi = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
+    return np.array([round(Fraction(float(f)) * 2**64 / two_pi) % 2**64 for f in frequencies], np.uint64)
 
 
 def half_split(width, rotary, interleaved):
@@ -544,10 +549,7 @@ class BasedModel:
         for i in range(self.count):
             self.read_layer(i)
         self.norm("final_norm", "transformer.ln_f")
-        names = self.source.leftover()
-        if names:
-            raise Refused(f"{self.source.where} holds {len(names)} tensors that no known layer uses, "
-                          f"the first is {names[0]}")
+        refuse_leftover(self.source)
         for name, mixer in (("alt_mixer_layers", TAYLOR), ("alt_mixer_2_layers", WINDOW)):
             there, said = [i for i, l in enumerate(self.layers) if l.mixer == mixer], self.settings.get(name)
             if said is not None and there != said:
@@ -753,6 +755,164 @@ def open_based(path, options, note):
     names = clean_names(shapes)
     source = Source({key: shapes[name] for key, name in names.items()}, lambda key: load(names[key]), weights)
     return BasedModel(settings, source, options.window, options.chunk, note).read()
+
+
+class Lucidrains:
+    """One attention layer of lucidrains/taylor-series-linear-attention: a model of vectors in and out. prenorm, rotary
+    positions, value gates, one-headed keys and values and combine_heads show in the tensors; heads, shift and causal do not.
+    De-duplicated and full features are the same function."""
+    MARKS = ("to_q.0.weight", "to_kv.0.weight")
+
+    def __init__(self, source, options, note):
+        self.source, self.options, self.plan = source, options, {}
+
+    def read(self):
+        options, source = self.options, self.source
+        if not options.heads:
+            raise Refused(f"{source.where} is a layer of taylor-series-linear-attention, whose tensors do not tell the number "
+                          "of heads: give --heads (8 unless it was made with another)")
+        if not options.mode:
+            raise Refused(f"{source.where} does not tell whether it was made with causal=True: give --mode causal or --mode "
+                          "window")
+        if options.degree not in (None, 2):
+            raise Refused(f"--degree {options.degree}: taylor-series-linear-attention knows only degree 2")
+        wide, dim = source.shape("to_q.0.weight", 2)
+        both, heads = source.shape("to_kv.0.weight", 2)[0], options.heads
+        width = wide // heads
+        if wide % heads or both % (2 * width) or heads % (both // (2 * width)):
+            raise Refused(f"{source.where}: to_q has {wide} rows and to_kv {both}, which does not fit {heads} heads")
+        l = LAYER.new(mixer=TAYLOR, flags=NO_RESIDUAL, heads=heads, kv_heads=both // (2 * width), key_width=width,
+                      value_width=width, degree=2, chunk=options.chunk, kernel=DOT, normaliser=CLAMP, normaliser_eps=1e-5, scale=width ** -0.5)
+        l.flags |= SHIFT if options.shift else 0
+        self.read_projections(l, dim, wide, both)
+        if "norm.gamma" in source:
+            l.norm1, l.norm1_eps = NORM_L2, 1e-12
+            self.plan["layers.0.norm1.weight"] = source.take("norm.gamma", dim)
+        if "to_v_gates.0.weight" in source:
+            l.flags |= VALUE_GATES
+            self.plan["layers.0.gate.weight"] = source.take("to_v_gates.0.weight", heads, dim)
+        self.plan["layers.0.coefficients"] = lambda: taylor_coefficients(heads, 2)
+        refuse_leftover(source)
+        flags = BIDIRECTIONAL if options.mode == "window" else 0
+        return CONFIG.new(dim=dim, input=dim, flags=flags), [l], self.plan
+
+    def read_projections(self, l, dim, wide, both):
+        source, width = self.source, l.key_width
+        q, kv = source.take("to_q.0.weight", wide, dim), source.take("to_kv.0.weight", both, dim)
+        order = list(range(width))
+        if "rotary_emb.freqs" in source:
+            frequencies = source.take("rotary_emb.freqs", width // 2)
+            l.rotary, order = width // 2, half_split(width, width // 2, True)
+            self.plan["layers.0.turns"] = lambda: as_turns(frequencies())
+
+        def stacked():
+            k, v = np.split(kv(), 2)
+            return np.concatenate([by_head(q(), l.heads, order), by_head(k, l.kv_heads, order), v])
+
+        self.plan["layers.0.in.weight"] = stacked
+        if "to_out.0.weight" in source:
+            self.plan["layers.0.out.weight"] = source.take("to_out.0.weight", dim, wide)
+        elif wide != dim:
+            raise Refused(f"{source.where} does not combine its heads, and their width {wide} is not its input's {dim}: that is "
+                          "no layer that can stand alone; use based.h part 9")
+        else:
+            l.flags |= NO_OUT
+
+
+class Edifice:
+    """Edifice.Attention.Based from its safetensors file, whose matrices are [in, out]. Heads, order and window are not in
+    it."""
+    MARKS = ("based_block_1_attn_q_proj.kernel",)
+
+    def __init__(self, source, options, note):
+        self.source, self.options, self.note, self.plan = source, options, note, {}
+
+    def read(self):
+        source, options = self.source, self.options
+        for name in ("token_embedding.kernel", "lm_head.kernel"):
+            if name in source:
+                raise Refused(f"{source.where} holds {name}: Edifice.Serving.Generate lets padding take part in every result, "
+                              "which is not reproduced; export the model without embedding and head, which reads vectors")
+        self.hidden, self.heads = source.shape("final_norm.gamma", 1)[0], options.heads or 4
+        if options.shift:
+            raise Refused("--shift: Edifice knows no token shift")
+        if self.hidden % self.heads:
+            raise Refused(f"{source.where} is {self.hidden} wide, which {self.heads} heads do not divide")
+        count = sum(bool(re.fullmatch(r"based_block_\d+_attn_q_proj\.kernel", name)) for name in source.shapes)
+        mode = options.mode or (count == 1 and "causal")
+        if not mode:
+            raise Refused(f"{source.where} has {count} layers that look at the whole window, the future included: --mode window "
+                          "runs it so, --mode causal as what it was not trained to be, in constant memory (its results differ)")
+        if not options.mode:
+            self.note("one layer: stepping gives exactly the original's last output (not the ones before); --mode window gives "
+                      "all")
+        config = CONFIG.new(dim=self.hidden, input=self.hidden, context=options.window or 60, final_norm=NORM_LAYER,
+                            final_norm_eps=1e-5, flags=BIDIRECTIONAL if mode == "window" else 0)
+        if "input_projection.kernel" in source:
+            config.input = source.shape("input_projection.kernel", 2)[0]
+            config.flags |= INPUT_PROJECTION
+            self.dense("input", ["input_projection"], config.input, self.hidden)
+        layers = [self.read_layer(i) for i in range(count)]
+        self.norm("final_norm", "final_norm")
+        refuse_leftover(source)
+        return config, layers, self.plan
+
+    def norm(self, ours, theirs):
+        for mine, name in (("weight", "gamma"), ("bias", "beta")):
+            self.plan[f"{ours}.{mine}"] = self.source.take(f"{theirs}.{name}", self.hidden)
+
+    def dense(self, ours, parts, cols, rows):
+        """Stacks dense layers [cols, rows] on each other."""
+        kernels = [self.source.take(part + ".kernel", cols, rows) for part in parts]
+        biases = [self.source.take(part + ".bias", rows) for part in parts]
+        self.plan[ours + ".weight"] = lambda: np.concatenate([load().T for load in kernels])
+        self.plan[ours + ".bias"] = lambda: np.concatenate([load() for load in biases])
+
+    def read_layer(self, i):
+        theirs, ours, hidden = f"based_block_{i + 1}_", f"layers.{i}.", self.hidden
+        width, degree = hidden // self.heads, self.options.degree or 2
+        l = LAYER.new(mixer=TAYLOR, flags=IN_BIAS | OUT_BIAS | UP_BIAS | DOWN_BIAS, norm1=NORM_LAYER, norm2=NORM_LAYER,
+                      norm1_eps=1e-5, norm2_eps=1e-5, heads=self.heads, kv_heads=self.heads, key_width=width, value_width=width,
+                      degree=degree, chunk=self.options.chunk, kernel=DIAGONAL, normaliser=ADD, normaliser_eps=1e-6, scale=1.0,
+                      mlp=GELU, hidden=self.source.shape(theirs + "ffn_up.kernel", 2)[1])
+        self.norm(ours + "norm1", theirs + "attn_norm")
+        self.dense(ours + "in", [f"{theirs}attn_{part}_proj" for part in "qkv"], hidden, hidden)
+        self.plan[ours + "coefficients"] = lambda: taylor_coefficients(self.heads, degree)
+        self.dense(ours + "out", [theirs + "attn_out_proj"], hidden, hidden)
+        self.norm(ours + "norm2", theirs + "ffn_norm")
+        self.dense(ours + "up", [theirs + "ffn_up"], hidden, l.hidden)
+        self.dense(ours + "down", [theirs + "ffn_down"], l.hidden, hidden)
+        return l
+
+
+def refuse_leftover(source):
+    names = source.leftover()
+    if names:
+        raise Refused(f"{source.where} holds {len(names)} tensors that no known layer uses, the first is {names[0]}")
+
+
+def open_tensors(path, options, note):
+    """Origins (c) and (d): one file of tensors, recognised by their names. None if it is no such file."""
+    with open(path, "rb") as f:
+        start = f.read(9)
+    if start[8:] == b"{":
+        shapes, load = open_safetensors(path)
+    elif start[:2] == b"PK" or start[:1] == b"\x80":
+        shapes, load = open_torch(path)
+    else:
+        return None
+    prefix = options.prefix or ""
+    source = Source({name[len(prefix):]: shape for name, shape in shapes.items() if name.startswith(prefix)},
+                    lambda name: load(prefix + name), path)
+    for origin in (Lucidrains, Edifice):
+        if all(mark in source for mark in origin.MARKS):
+            return origin(source, options, note).read()
+    begins = sorted({name[:-len(Lucidrains.MARKS[0])] for name in shapes if name.endswith(Lucidrains.MARKS[0])})
+    hint = f"; --prefix {begins[0]} would name one attention layer of it" if begins else ""
+    raise Refused(f"{path} holds tensors of no model this program knows, such as {min(shapes, default='none')}{hint}")
+
+
+OF_TENSORS = "heads degree mode shift prefix".split()         # options that only open_tensors understands
 
 
 def llama_shapes(header):
@@ -1170,6 +1330,8 @@ def choose_tokenizer(options, beside, vocab, note):
 EXAMPLES = """examples:
   export.py based-360m/ based-360m.bin                   a HazyResearch/based download: config.json and weights
   export.py stories15M.bin out.bin --tokenizer tokenizer.bin    a llama2.c model
+  export.py layer.pt layer.bin --heads 8 --mode causal   a layer of taylor-series-linear-attention: its state dict
+  export.py edifice.safetensors out.bin --mode window    an Edifice model
   export.py --random based-1b random.bin                 random weights in a released shape, to measure speed
   export.py --inspect models/stories260K.bin             what a checkpoint contains"""
 
@@ -1192,6 +1354,8 @@ def inspect(path):
     norms = ("none", "rms", "layer", "l2")
     name = c.name.split(b"\0")[0].decode("utf-8", "replace")
     print(f"{path}: {''.join(ch if ch.isprintable() else '?' for ch in name) or 'unnamed'}")
+    if c.flags & BIDIRECTIONAL:
+        print("  looks at all of a window in both directions")
     head = "none" if not c.rows else "tied" if c.flags & TIED else "separate"
     print(f"  format {c.format}, {c.file_size:,} bytes; width {c.dim}, {len(layers)} layers, "
           f"vocabulary {c.vocab} in {c.rows} rows, head {head}{' with bias' if c.flags & HEAD_BIAS else ''}, final norm {name_of(c.final_norm, norms)} "
@@ -1222,7 +1386,7 @@ def inspect(path):
 
 def convert(options, note):
     """Exports options.source, or random weights, to options.out, and says so; returns the exit status."""
-    beside = None
+    beside = opened = None
     if options.random:
         origin = options.random
         config, layers, plan = open_random(options.random, options, note)
@@ -1239,15 +1403,20 @@ def convert(options, note):
             with open(origin, "rb") as f:
                 if f.read(8) == MAGIC:
                     raise Refused(f"{origin} is a checkpoint of based.c already; --inspect shows what it contains")
-            config, layers, plan = open_llama(origin, options, note)
+            opened = open_tensors(origin, options, note)
+            config, layers, plan = opened or open_llama(origin, options, note)
+    unused = [name for name in OF_TENSORS if getattr(options, name)]
+    if unused and not opened:
+        raise Refused(f"--{unused[0]} belongs to layers of taylor-series-linear-attention and Edifice models, which {origin} "
+                      "is not")
     code = DTYPE_CODES[options.dtype]
-    config.embedding_dtype = config.head_dtype = code
+    config.embedding_dtype = config.head_dtype = code if config.rows else 0
     for l in layers:
         l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
     stem = os.path.splitext(os.path.basename(os.path.abspath(origin)))[0]
     title = options.name or stem + (" (random)" if options.random else "")
     config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
-    tokenizer = choose_tokenizer(options, beside, config.vocab, note)
+    tokenizer = choose_tokenizer(options, beside, config.vocab, note) if config.rows else b""
     if os.path.isdir(options.out):
         raise Refused(f"{options.out} is a directory; expected the name of the file to write")
     write(options.out, config, layers, tokenizer, lambda name: plan[name]())
@@ -1277,6 +1446,13 @@ def arguments(argv):
                         "says; for llama2.c its context length)")
     parser.add_argument("--chunk", type=count, default=16, metavar="C", help="taylor layers: tokens kept before they join "
                         "the sums (16)")
+    group = parser.add_argument_group("what files of bare tensors (lucidrains, Edifice) do not tell")
+    group.add_argument("--mode", choices=("causal", "window"), help="each vector sees those before it, in constant memory; or "
+                       "all of a window, both ways")
+    group.add_argument("--heads", type=count, metavar="H", help="query heads (Edifice: 4)")
+    group.add_argument("--degree", type=count, metavar="P", help="Edifice: taylor_order (2)")
+    group.add_argument("--shift", action="store_true", help="lucidrains: made with shift_tokens=True")
+    group.add_argument("--prefix", metavar="TEXT", help="use the tensors whose names begin so")
     parser.add_argument("--name", metavar="TEXT", help="what the checkpoint calls itself (default: from SOURCE)")
     parser.add_argument("--random", metavar="SHAPE", help="write random weights: based-360m, based-1b or a config.json")
     parser.add_argument("--seed", type=int, default=1, help="of --random (1)")
@@ -1288,6 +1464,8 @@ def arguments(argv):
                      f"{(' with --inspect', ' (OUT.bin) with --random', ' (SOURCE OUT.bin)')[expected]}, got {len(options.files)}")
     if options.chunk > 1024:
         parser.error(f"--chunk {options.chunk} is above 1024")
+    if (options.degree or 1) > 12:
+        parser.error(f"--degree {options.degree} is above 12")
     if options.seed < 0:
         parser.error(f"--seed {options.seed} is negative")
     options.out = options.files[-1] if options.files else None

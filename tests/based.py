@@ -38,6 +38,7 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_step": (C.c_int, [C.c_void_p, C.c_int32, C.POINTER(Error)]),
     "based_feed": (C.c_int, [C.c_void_p, IDS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_feed_vectors": (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
+    "based_feed_window": (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_step_many": (C.c_int, [C.POINTER(C.c_void_p), IDS, C.c_size_t, C.POINTER(Error)]),
     "based_logits": (FLOATS, [C.c_void_p]),
     "based_count": (C.c_uint64, [C.c_void_p]),
@@ -160,6 +161,13 @@ class Session:
             x = np.ascontiguousarray(tokens, np.int32)
             status = self.lib.based_feed(self.handle, ids(x), len(x), floats(out), C.byref(error))
         check(status, error)
+        return out
+
+    def feed_window(self, x):
+        """Feeds vectors that all see each other; returns the output of each."""
+        x, error = np.ascontiguousarray(x, np.float32), Error()
+        out = np.full((len(x), self.model.width), np.nan, np.float32)
+        check(self.lib.based_feed_window(self.handle, floats(x), len(x), floats(out), C.byref(error)), error)
         return out
 
     def feed_last(self, tokens):

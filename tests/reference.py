@@ -102,6 +102,7 @@ def read(path):
         m.input_weight, m.input_bias = matrix(0, m.dim, m.input), vector(m.dim)
     for l in m.layer:
         inner = l.heads * l.value_width
+        l.both_ways = 1 << 30 if m.flags & 8 else 0         # so many first tokens see each other
         norm(l, "norm1", l.norm1)
         if l.mixer:
             l.parts = [inner, inner] if l.mixer == 1 else [l.heads * l.key_width, l.kv_heads * l.key_width, l.kv_heads * l.value_width]
@@ -206,6 +207,7 @@ def attention(l, q, k, v, first):
         q, k = turned(q, l.turns, first), turned(k, l.turns, first)
     y = np.zeros((n, l.heads, l.value_width))
     past = np.tril(np.ones((n, n), bool))
+    past[:l.both_ways, :l.both_ways] = True
     for h in range(l.heads):
         kv = h * l.kv_heads // l.heads
         qh, kh, vh = q[:, h], k[:, kv], v[:, kv]
