@@ -232,6 +232,7 @@ typedef struct {
     const char *checkpoint;
     const char *prompt, *file, *tokens, *perplexity;    /* where the tokens come from; at most one is not NULL       */
     const char *dump;                                   /* file for logits                                           */
+    const char *vectors;                                /* file of what a model without an embedding reads           */
     const char *save, *load, *append;                   /* files of the past, and what comes after a loaded one      */
     const char *system, *turns;                         /* chat: what comes first, and how a turn looks              */
     char       *before, *after, *stop;                  /* the two halves of `turns`, and what ends a reply          */
@@ -333,6 +334,9 @@ static const flag flags[] = {
      "Say what this checkpoint is: its layers, parameters and sizes", NULL, NULL},
     {0, "dump-logits", "FILE", MEASURING, TEXT, AT(dump), 0, 0, NULL,
      "Write the logits after every token read, row after row, as little-endian float32", "the name of a file", NULL},
+    {0, "vectors", "FILE", MEASURING, TEXT, AT(vectors), 0, 0, NULL,
+     "For a model that reads vectors: feed those in FILE, rows of little-endian float32; --dump-logits receives what comes out",
+     "the name of a file", NULL},
 
     {0, "no-display-prompt", NULL, OUTPUT, SWITCH, AT(no_display_prompt), 0, 0, NULL,
      "Print only what is generated", NULL, NULL},
@@ -545,8 +549,8 @@ static int take_checkpoint(options *o, const char *path) {
 
 /* What the past can be combined with: nothing but a text that goes on. */
 static int check_past(const options *o, int sources) {
-    if ((o->save || o->load || o->branches || o->chat) && (o->info || o->perplexity)) {
-        return fail(BAD_USAGE, "--save, --load, --branches and -m chat do not go with -x or --info");
+    if ((o->save || o->load || o->branches || o->chat) && (o->info || o->perplexity || o->vectors)) {
+        return fail(BAD_USAGE, "--save, --load, --branches and -m chat do not go with -x, --info or --vectors");
     }
     if ((o->save && (o->save[0] == '\0' || strcmp(o->save, "-") == 0)) || (o->load && strcmp(o->load, "-") == 0)) {
         return fail(BAD_USAGE, "--save and --load take the name of a file");
@@ -586,6 +590,9 @@ static int check_options(const options *o) {
     }
     if (o->dump && (o->dump[0] == '\0' || strcmp(o->dump, "-") == 0)) {
         return fail(BAD_USAGE, "--dump-logits takes the name of a file; standard output is for the text");
+    }
+    if (o->vectors && (sources > 0 || !o->dump)) {
+        return fail(BAD_USAGE, "--vectors goes with --dump-logits OUT, which receives the result, and with no text");
     }
     if (o->quiet && o->verbose) return fail(BAD_USAGE, "both -q and -v; choose one");
     return check_past(o, sources);
@@ -1107,7 +1114,7 @@ static int open_session(run *r, int every_row) {
     size_t width = based_width(r->model), fit = ROWS_BYTES / sizeof(float) / (width > 0 ? width : 1);
     based_error e;
     if (c->input > 0 || c->rows == 0) {
-        return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors, which only the library can do",
+        return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors; see --vectors",
                     r->o->checkpoint);
     }
     r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
@@ -1834,11 +1841,69 @@ static int inform(run *r) {
 
 /* ------------------------------------------------------------------------------------------------------------------ */
 
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Job 5: vectors in, vectors out.
+ */
+
+/* Reads the file of vectors: little-endian numbers become floats in place. */
+static int read_vectors(run *r, char **bytes, size_t *rows) {
+    size_t n, input = based_model_config(r->model)->input;
+    if (input == 0) return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
+    TRY(read_text(r->o->vectors, bytes, &n));
+    if (n == 0 || n % (4 * input) != 0) {
+        return fail(BAD_INPUT, "%s has %zu bytes; expected rows of %zu numbers, 4 bytes each", r->o->vectors, n, input);
+    }
+    for (size_t i = 0; i < n; i += 4) {
+        const unsigned char *p = (const unsigned char *)*bytes + i;
+        uint32_t bits = (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
+        memcpy(*bytes + i, &bits, 4);
+    }
+    *rows = n / (4 * input);
+    return DONE;
+}
+
+/* A model that looks both ways sees the file as one window. */
+static int feed_file(run *r, const float *x, size_t rows) {
+    const based_config *c = based_model_config(r->model);
+    int window = (c->flags & BASED_BIDIRECTIONAL) != 0;
+    size_t block = window ? rows : BLOCK;
+    based_error e;
+    if (block > BASED_MAX_BLOCK) {
+        return fail(BAD_INPUT, "%s has %zu rows; this model sees all of a window at once, at most %u", r->o->vectors, rows,
+                    BASED_MAX_BLOCK);
+    }
+    r->session = based_session_new(r->model, (uint32_t)block, &e);
+    if (!r->session) return fail(BAD_INPUT, "%s: %s", r->o->checkpoint, e.text);
+    based_set_threads(r->session, (int)r->o->threads);
+    r->rows = malloc(block * based_width(r->model) * sizeof(float));
+    if (!r->rows) return out_of_memory("the result");
+    TRY(open_dump(r));
+    for (size_t at = 0; at < rows; at += block) {
+        size_t n = rows - at < block ? rows - at : block;
+        if ((window ? based_feed_window : based_feed_vectors)(r->session, x + at * c->input, n, r->rows, &e) != BASED_OK) {
+            return fail(BAD_INPUT, "%s: %s", r->o->checkpoint, e.text);
+        }
+        TRY(dump_rows(r, r->rows, n));
+    }
+    return close_dump(r, 1);
+}
+
+static int turn_vectors(run *r) {
+    char *bytes = NULL;
+    size_t rows = 0;
+    int rc = read_vectors(r, &bytes, &rows);
+    if (rc == DONE) rc = feed_file(r, (const float *)(void *)bytes, rows);
+    free(bytes);
+    if (rc == DONE && r->o->verbose) fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
+    return rc;
+}
+
 static int do_job(run *r) {
     if (r->o->help) print_help();
     if (r->o->version) puts("based.c " BASED_VERSION);
     if (r->o->help || r->o->version) return flush_text();
     TRY(open_model(r));
+    if (r->o->vectors) return turn_vectors(r);
     return r->o->info ? inform(r) : r->o->perplexity ? measure(r) : r->o->chat ? chat(r) : generate(r);
 }
 

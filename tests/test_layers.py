@@ -1,6 +1,8 @@
 """Layers of taylor-series-linear-attention and Edifice models, exported and run as checkpoints: the originals' outputs, whatever
 the exporter has to guess is refused, and what would silently differ is refused too."""
 import functools
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ import taylor           # noqa: E402
 from based import Model, Session, same_bits             # noqa: E402
 from test_export import exported, fails, run            # noqa: E402
 
+ROOT = Path(export.__file__).resolve().parent
 LUCIDRAINS = {title.split()[0]: case for title, case in taylor.golden("lucidrains_tsla.txt")}
 EDIFICE = {title.split()[0]: (title.split(), case) for title, case in taylor.golden("edifice_based.txt")}
 
@@ -222,3 +225,35 @@ def test_window_is_the_past(random_model, seed):
     expected = reference.run(m, x)
     assert largest(session.feed_window(x[:30]) - expected[:30]) < 2e-5 and session.count() == 30
     assert largest(session.feed(x[30:]) - expected[30:]) < 2e-5
+
+
+# ---- The command line
+
+def test_vectors_at_the_command_line(capsys, tmp_path):
+    """--vectors: what the library gives, stepping or by windows; and what does not go together."""
+    def cli(*arguments):
+        return subprocess.run([ROOT / "run", *map(str, arguments)], capture_output=True, text=True)
+
+    case, x, y = LUCIDRAINS["causal_rot"], tmp_path / "x.f32", tmp_path / "y.f32"
+    source, layer = save(tmp_path / "layer.safetensors", weights(case)), tmp_path / "layer.bin"
+    exported(capsys, source, layer, "--heads", 3, "--mode", "causal")
+    rows = np.random.default_rng(2).standard_normal((150, 12)).astype("<f4")            # more than one block
+    rows.tofile(x)
+    got = cli(layer, "--vectors", x, "--dump-logits", y, "-v")
+    assert got.returncode == 0 and got.stdout == "" and "logits #" in got.stderr
+    assert same_bits(np.fromfile(y, "<f4").reshape(150, 12), Session(Model(layer), 32).feed(rows))
+    exported(capsys, source, layer, "--heads", 3, "--mode", "window")
+    assert cli(layer, "--vectors", x, "--dump-logits", y).returncode == 0
+    assert same_bits(np.fromfile(y, "<f4").reshape(150, 12), Session(Model(layer), 150).feed_window(rows))
+    y.unlink()
+    np.zeros((1025, 12), "<f4").tofile(x)
+    for status, words, arguments in ((1, "at most 1024", (layer, "--vectors", x, "--dump-logits", y)),
+                                     (1, "rows of 12 numbers", (layer, "--vectors", layer, "--dump-logits", y)),
+                                     (1, "No such file", (layer, "--vectors", tmp_path / "none", "--dump-logits", y)),
+                                     (1, "reads tokens", (ROOT / "models" / "stories260K.bin", "--vectors", x, "--dump-logits", y)),
+                                     (1, "see --vectors", (layer, "-i", "a")),
+                                     (2, "--dump-logits", (layer, "--vectors", x)), (2, "no text", (layer, "--vectors", x, "-i", "a", "--dump-logits", y)),
+                                     (2, "--save", (layer, "--vectors", x, "--save", y, "--dump-logits", y))):
+        got = cli(*arguments)
+        assert got.returncode == status and words in got.stderr and len(got.stderr.splitlines()) == 1, (arguments, got)
+        assert got.stdout == "" and not y.exists()
