@@ -3,7 +3,7 @@ CC      ?= cc
 CFLAGS  ?= -O3
 PREFIX  ?= /usr/local
 PYTHON  ?= python3
-DEMO    ?= models/stories260K.bin
+DEMO    ?= models/based-45m-english.bin
 
 # The flags that the promise "the same bits everywhere" rests on; based_model_init refuses to work without them.
 # -fno-trapping-math lets gcc turn comparisons of floats into vector code; no result depends on it.
@@ -23,14 +23,18 @@ help:
 	@echo 'make demo      build it and let a model tell a story'
 	@echo 'make test      build and run every test (Python packages go into $(BUILD)/venv)'
 	@echo 'make unit      the C tests only: needs no Python'
+	@echo 'make reproduce the same bits on every compiler, instruction set and (emulated) machine: a table'
+	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
 	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
+	@echo 'make page      the same in a browser: $(BUILD)/based.html'
 	@echo 'make clean     remove what was built'
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
 demo: run
-	./run $(DEMO) -t 0.8 -s 7 -i "Once upon a time"
+	./run $(DEMO) -s 1 -t 0.75 -p 0.95 --min-p 0.05 --repeat-penalty 1.12 --repeat-last-n 128 \
+	    -i "Once upon a time there was a little mouse who"
 
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 
@@ -50,6 +54,13 @@ $(BUILD)/venv/ready: tests/requirements.txt
 
 test: run $(UNITS) $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/run_tests.py $(UNITS)
+
+.PHONY: reproduce endless
+reproduce: run $(BUILD)/venv/ready
+	PYTHON=$(BUILD)/venv/bin/python tests/reproduce.sh
+
+endless: $(BUILD)/venv/ready
+	$(BUILD)/venv/bin/python tests/endless.py --plot $(BUILD)/endless.png
 
 $(BUILD)/based.o: based.c based.h
 	@mkdir -p $(BUILD)
@@ -76,6 +87,24 @@ firmware: run
 	$(PYTHON) tests/firmware/boards.py $(MODEL) $(if $(WINDOW),--window $(WINDOW)) $(FIRMWARE_FLAGS)
 size:
 	$(PYTHON) tests/firmware/boards.py --size
+
+# The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file. WASM_CC needs
+# the headers of wasi-libc and wasm-ld (on Debian: clang-14 lld wasi-libc libclang-rt-14-dev-wasm32).
+WASM_CC ?= clang-14
+WASM    := --target=wasm32-wasi -nostartfiles -msimd128 -mbulk-memory -DBASED_FREESTANDING -I. \
+           -Wl,--no-entry,--gc-sections,--strip-all,-z,stack-size=131072
+PAGE    := models/page/index.html
+.PHONY: page
+$(BUILD)/page/based.wasm: models/page/page.c based.c tokenizer.c based.h
+	@mkdir -p $(BUILD)/page
+	$(WASM_CC) $(STRICT) -O2 $(WARN) $(WASM) -o $@ models/page/page.c based.c tokenizer.c
+page: $(BUILD)/page/based.wasm
+	cp $(PAGE) $(BUILD)/page/
+	cp $(MODEL) $(BUILD)/page/model.bin
+	{ sed '/<!-- files -->/q' $(PAGE); \
+	  printf '<script>const FILES = { wasm: "'; base64 < $(BUILD)/page/based.wasm | tr -d '\n'; \
+	  printf '", model: "'; base64 < $(MODEL) | tr -d '\n'; \
+	  printf '" };</script>\n'; sed '1,/<!-- files -->/d' $(PAGE); } > $(BUILD)/based.html
 # ---- End of small devices --------------------------------------------------------------------------------------------
 
 clean:

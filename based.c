@@ -692,6 +692,8 @@ static void normalise(float *out, const float *x, const struct norm *n, size_t d
 #elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define BASED_DOTPROD 1
 #include <arm_neon.h>
+#elif defined(BASED_NARROW) && defined(__ARM_FEATURE_MVE)
+#include <arm_mve.h>
 #elif defined(BASED_NARROW) && defined(__ARM_FEATURE_SIMD32)
 #include <arm_acle.h>
 #endif
@@ -886,10 +888,30 @@ static float bf16(uint32_t bits) {
     }
 #define TILE_KERNELS(set, target) TILE_KERNEL(tile_q8, set, target, 8) TILE_KERNEL(tile_q4, set, target, 4)
 
-/* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
- * kept as w + 128 or w + 8; `offset` takes that times the sum of x off again. 8 bits: word 16 c + r of a group holds columns
- * 4c .. 4c+3 of row r; 4 bits: columns 8c .. 8c+3 in the low halves of its bytes, 8c+4 .. 8c+7 in the high ones. */
-#ifdef BASED_NARROW
+#if defined(BASED_NARROW) && defined(__ARM_FEATURE_MVE)
+/* Four rows of a group, with the Helium unit of Cortex-M55 and M85: a load gathers the words of a row from where they lie
+ * between those of its neighbours, and one instruction sums sixteen products of bytes with sign. */
+BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, int32_t offset, const int bits) {
+    const uint32x4_t rows = vshlq_n_u32(vidupq_n_u32(0, 1), 4), second = vshlq_n_u32(vidupq_n_u32(0, 1), 1);
+    const int32_t *x = (const int32_t *)(const void *)q;        /* four columns to a word, as on the other side            */
+    int8x16_t low = vldrbq_s8(q), high = vldrbq_s8(q + 16);
+    if (bits == 4) {                    /* every second word, as the halves of the bytes have it                   */
+        low = vreinterpretq_s8_s32(vldrwq_gather_shifted_offset_s32(x, second));
+        high = vreinterpretq_s8_s32(vldrwq_gather_shifted_offset_s32(x + 1, second));
+    }
+    for (size_t r = 0; r < 4; r++) {
+        int8x16_t v = vreinterpretq_s8_u32(vldrwq_gather_shifted_offset_u32(word + r, rows)), next;
+        if (bits == 8) {                /* w + 128 with its highest bit turned is w, so no offset is left              */
+            next = vreinterpretq_s8_u32(vldrwq_gather_shifted_offset_u32(word + r + 64, rows));
+            s[r] = vmladavq_s8(veorq_s8(v, vdupq_n_s8(-128)), low);
+            s[r] = vmladavaq_s8(s[r], veorq_s8(next, vdupq_n_s8(-128)), high);
+        } else {
+            next = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4));
+            s[r] = vmladavaq_s8(vmladavaq_s8(offset, vandq_s8(v, vdupq_n_s8(15)), low), next, high);
+        }
+    }
+}
+#elif defined(BASED_NARROW)
 /* Four columns of a vector, ready to meet four bytes of each row. */
 #ifdef __ARM_FEATURE_SIMD32             /* two 16-bit products in one instruction                                */
 struct columns { int16x2_t even, odd; };
@@ -942,6 +964,12 @@ BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, int32_t
     s[3] = s3;
 }
 
+#endif
+
+/* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
+ * kept as w + 128 or w + 8; `offset` takes that times the sum of x off again. 8 bits: word 16 c + r of a group holds columns
+ * 4c .. 4c+3 of row r; 4 bits: columns 8c .. 8c+3 in the low halves of its bytes, 8c+4 .. 8c+7 in the high ones. */
+#ifdef BASED_NARROW
 BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
                      size_t from, size_t to, const int bits) {
     for (size_t t = from; t < to; t++, out += out_stride)
@@ -2111,7 +2139,7 @@ int based_save(const based_session *s, const void *note, size_t note_bytes, void
 /* Is it a saved state, whole and undamaged? Nothing but its own bytes is asked. */
 static int check_saved(const unsigned char *p, size_t size, based_error *e) {
     if (size < 8 || memcmp(p, BASED_STATE_MAGIC, 8))
-        return fail(e, BASED_EFORMAT, "not a saved state (it does not begin with the bytes BSTATE); save one with --save");
+        return fail(e, BASED_EFORMAT, "not a saved state (it does not begin with the bytes BSTATE)");
     if (size < SAVED_HEADER)
         return fail(e, BASED_EFORMAT, "%u bytes are too few for a saved state, whose header has %u; was the file cut off?",
                     U64(size), U64(SAVED_HEADER));
@@ -2152,7 +2180,17 @@ int based_load(based_session *s, const void *saved, size_t size, const void **no
 const float *based_logits(const based_session *s) { return s->count ? s->logits : NULL; }
 uint64_t based_count(const based_session *s) { return s->count; }
 uint64_t based_history(const based_session *s) { return s->history; }
-void based_set_threads(based_session *s, int threads) { s->threads = threads > 1 ? threads : 1; }
+int based_threads(const based_session *s) { return s->threads; }
+
+void based_set_threads(based_session *s, int threads) {
+#ifdef _OPENMP
+    uint64_t useful = s->m->weight_bytes / (16 << 20), processors = (uint64_t)omp_get_num_procs();
+    if (threads == 0) threads = (int)(useful < processors ? useful : processors);
+#else
+    threads = 1;
+#endif
+    s->threads = threads > 1 ? threads : 1;
+}
 
 uint32_t based_hash(uint32_t h, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -2421,48 +2459,56 @@ static void sift_down(struct candidate *c, uint32_t at, uint32_t n) {
     c[at] = moved;
 }
 
-/* Takes the best candidates off a heap one by one, as many as top-k, min-p and top-p admit; they end up at the end of
- * the array, the best last. Returns how many, at least 1; *mass is their total probability. */
-static uint32_t keep_best(const based_sampler *s, struct candidate *c, double total, double *mass) {
-    uint32_t n = s->vocab, limit = s->top_k && s->top_k < n ? s->top_k : n, kept = 0, admitted = 0;
-    int narrowed = limit < n || s->min_p > 0.0f;
-    float floor_p = 0.0f;
-    double sum_p = 0.0;
+/* Leaves out what cannot be admitted, because looking at all tokens in order is what would take time: those that min-p
+ * excludes (the best has p = 1), and those so improbable that top-p is reached without them: n of them together would not
+ * fill the rest. Returns how many candidates remain, at least 1, and their total probability. */
+static uint32_t sieve(const based_sampler *s, struct candidate *c, double *total) {
+    double rest = s->top_k ? 0.0 : (1.0 - s->top_p) * *total / s->vocab, kept = 0.0;
+    float least = s->min_p > (float)rest ? s->min_p : (float)rest;
+    uint32_t n = 0;
+    for (uint32_t i = 0; i < s->vocab; i++) {
+        if (c[i].p < least || c[i].p == 0.0f) continue;
+        kept += c[i].p;
+        c[n++] = c[i];
+    }
+    if (s->min_p > 0.0f) *total = kept;
+    return n;
+}
+
+/* Takes the best of n candidates off a heap one by one, as many as top-k and then top-p admit; they end up at the end of
+ * the array, the best last. Returns how many, at least 1; *total becomes their probability. */
+static uint32_t keep_best(const based_sampler *s, struct candidate *c, uint32_t n, double *total) {
+    uint32_t limit = s->top_k && s->top_k < n ? s->top_k : n, kept = 0;
+    double mass = 0.0;
     for (uint32_t i = n / 2; i-- > 0;) sift_down(c, i, n);
-    floor_p = s->min_p * c[0].p;
-    while (kept < limit && c[0].p >= floor_p && c[0].p > 0.0f) {
+    while (kept < limit && (kept == 0 || s->top_k || mass < s->top_p * *total)) {
         struct candidate best = c[0];
-        sum_p += best.p;
-        kept++;
-        c[0] = c[n - kept];
+        mass += best.p;
+        c[0] = c[n - ++kept];
         c[n - kept] = best;
         sift_down(c, 0, n - kept);
-        if (!narrowed && sum_p >= s->top_p * total) break;
     }
-    if (!kept) return *mass = c[0].p, c[n - 1] = c[0], 1u;
-    total = narrowed ? sum_p : total;
-    *mass = 0.0;
-    while (admitted < kept && (admitted == 0 || *mass < s->top_p * total)) *mass += c[n - ++admitted].p;
-    return admitted;
+    if (s->top_k) {                                     /* top-p of what top-k has left                                      */
+        double all = mass;
+        mass = 0.0;
+        for (limit = kept, kept = 0; kept < limit && (kept == 0 || mass < s->top_p * all);) mass += c[n - ++kept].p;
+    }
+    *total = mass;
+    return kept;
 }
 
 int32_t based_sample(based_sampler *s, const float *logits) {
     struct candidate *c = s->memory;
-    uint32_t n = s->vocab, first = 0, step, i;
+    uint32_t n = s->vocab, i, last;
     double total = 0.0, target;
     gather(s, logits);
     i = highest(c, n);
     if (s->temperature == 0.0f || c[i].p == -FLT_MAX) return c[i].id;
-    for (float top = c[i].p, t = s->temperature; first < n; first++)
-        total += c[first].p = exponential((c[first].p - top) / t);
-    if (s->top_k || s->min_p > 0.0f || s->top_p < 1.0f) {
-        step = keep_best(s, c, total, &total);
-        target = uniform(s) * total;
-        for (i = n - 1; i > n - step && (target -= c[i].p) >= 0.0; i--) {}
-        return c[i].id;
-    }
+    for (float top = c[i].p; n-- > 0; total += c[n].p) c[n].p = exponential((c[n].p - top) / s->temperature);
+    n = sieve(s, c, &total);
+    last = s->top_k || s->top_p < 1.0f ? n - keep_best(s, c, n, &total) : 0;
     target = uniform(s) * total;
-    for (i = 0; i + 1 < n && (target -= c[i].p) >= 0.0; i++) {}
+    for (i = n - 1; i > last && (target -= c[i].p) >= 0.0; i--) {}
     return c[i].id;
 }
 

@@ -146,8 +146,10 @@ int    based_save(const based_session *s, const void *note, size_t note_bytes, v
  * in `saved` the note lies; whose content nobody has checked but by the checksum. */
 int based_load(based_session *s, const void *saved, size_t size, const void **note, size_t *note_bytes, based_error *e);
 
-/* Threads to use for one call from now on (1 when built without OpenMP). Any number gives the same bits. */
+/* Threads to use for one call from now on (1 when built without OpenMP). Any number gives the same bits. 0 chooses by the
+ * size of the model and the processors there are: threads that meet after every little step make a small model slower. */
 void based_set_threads(based_session *s, int threads);
+int  based_threads(const based_session *s);
 
 /* A fingerprint of n floats, by their bits; start with h = 0 and chain. Equal logits, equal fingerprint. */
 uint32_t based_hash(uint32_t h, const float *x, size_t n);

@@ -1,7 +1,8 @@
 /* run.c - the command line of based.c: arguments, files, the terminal, timing.
  *
- * This file knows the library only through based.h and knows nothing of tensors. It does four jobs: continue a text
- * (generate), talk (chat), measure how well a model predicts a text (measure), and say what a checkpoint is (inform).
+ * This file knows the library only through based.h and knows nothing of tensors. It does five jobs: continue a text
+ * (generate), talk (chat), measure how well a model predicts a text (measure) and how fast it is (bench), and say what a
+ * checkpoint is (inform).
  * Its promises:
  *
  *     stdout        is the text and nothing else; a failed write is an error
@@ -11,7 +12,7 @@
  *     Ctrl-C        ends the text, and the statistics still come; a second one ends the process at once
  *
  * The order of the file: the operating system, error lines, options, files, text on stdout, the dump of logits, feeding
- * with progress, the past as a file, the four jobs, main. All memory is allocated before the first token is fed; only
+ * with progress, the past as a file, the five jobs, main. All memory is allocated before the first token is fed; only
  * what a conversation may be taken back to grows with its turns, up to a limit.
  */
 #if !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
@@ -80,11 +81,12 @@ static void catch_signals(void) {
 
 /* Seconds since some moment in the past, never running backwards where the system can promise it. */
 static double seconds(void) {
-#if defined(RUN_POSIX)
+#if defined(RUN_POSIX) || defined(__wasi__)
     struct timespec now;
-    if (clock_gettime(CLOCK_MONOTONIC, &now) == 0) return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-#endif
+    return clock_gettime(CLOCK_MONOTONIC, &now) == 0 ? (double)now.tv_sec + 1e-9 * (double)now.tv_nsec : 0;
+#else
     return (double)clock() / CLOCKS_PER_SEC;
+#endif
 }
 
 /* A seed that differs from one start to the next, also within a second. */
@@ -241,7 +243,7 @@ typedef struct {
     int64_t     predict, top_k, repeat_last_n, threads, branches;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
-    int         chat, has_seed, ignore_eos, info, no_display_prompt, quiet, verbose, help, version;
+    int         chat, has_seed, ignore_eos, info, bench, csv, no_display_prompt, quiet, verbose, help, version;
 } options;
 
 enum kind { SWITCH, TEXT, TEXTS, WHOLE, REAL, SEED, MODE };
@@ -275,8 +277,9 @@ static const flag flags[] = {
      "the name of a text file", NULL},
     {0, "tokens", "IDS", PROMPT, TEXT, AT(tokens), 0, 0, NULL,
      "Continue these token ids, such as \"1 403 407\", exactly as given", "token ids separated by spaces", NULL},
-    {'j', "threads", "N", PROMPT, WHOLE, AT(threads), 1, 1024, "1",
-     "Compute with N threads; the result is the same for any number", "a number of threads from 1 to 1024", NULL},
+    {'j', "threads", "N", PROMPT, WHOLE, AT(threads), 0, 1024, "0",
+     "Compute with N threads; the result is the same for any number. 0 chooses by the size of the model and the "
+     "processors there are", "a number of threads from 0 to 1024", NULL},
 
     {'n', "predict", "N", SAMPLING, WHOLE, AT(predict), -1, 9e18, "256",
      "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the end of the text or Ctrl-C: the "
@@ -328,8 +331,14 @@ static const flag flags[] = {
      "\"User: {}\\nAssistant:\"", NULL},
 
     {'x', "perplexity", "FILE", MEASURING, TEXT, AT(perplexity), 0, 0, NULL,
-     "Measure how well the model predicts the text in FILE, of any length; \"-\" is standard input",
+     "Measure how well the model predicts the text in FILE, of any length; \"-\" is standard input. Documents that "
+     "an end-of-text token separates begin from nothing each",
      "the name of a text file", NULL},
+    {'b', "bench", NULL, MEASURING, SWITCH, AT(bench), 0, 0, NULL,
+     "Measure speed: prompts, texts of several lengths, several texts at once; beside each the share of the memory's "
+     "speed that it uses", NULL, NULL},
+    {0, "csv", NULL, MEASURING, SWITCH, AT(csv), 0, 0, NULL,
+     "With --bench: comma-separated values instead of a table", NULL, NULL},
     {0, "info", NULL, MEASURING, SWITCH, AT(info), 0, 0, NULL,
      "Say what this checkpoint is: its layers, parameters and sizes", NULL, NULL},
     {0, "dump-logits", "FILE", MEASURING, TEXT, AT(dump), 0, 0, NULL,
@@ -585,6 +594,10 @@ static int check_options(const options *o) {
     if (o->info && (sources > 0 || o->dump)) {
         return fail(BAD_USAGE, "--info only describes the checkpoint; leave the text options away");
     }
+    if (o->bench && (sources > 0 || o->dump || o->info || o->vectors)) {
+        return fail(BAD_USAGE, "--bench makes its own text; leave the text options away");
+    }
+    if (o->csv && !o->bench) return fail(BAD_USAGE, "--csv goes with --bench");
     if (o->perplexity && o->dump) {
         return fail(BAD_USAGE, "--dump-logits goes with a prompt, not with -x; use -f FILE -n 0 --dump-logits OUT");
     }
@@ -1062,14 +1075,25 @@ static void show_progress(run *r, size_t done, size_t total) {
     p->shown = now;
 }
 
-/* Feeds the first n of r->ids in blocks, without those that are kept. visit: NULL, or called with each block's logits in r->rows; `first` is the
- * index of the block's first token. Stops early on Ctrl-C; r->fed says how far it came. */
+/* When measuring, every document begins from nothing, as the first one does: at a start token the past is forgotten.
+ * Returns how many of the m tokens from i on belong to the document that i belongs to. */
+static size_t within_document(run *r, size_t i, size_t m) {
+    int32_t start = start_token(&r->tokenizer);
+    size_t n = 1;
+    if (r->ids[i] == start) based_reset(r->session);
+    while (n < m && r->ids[i + n] != start) n++;
+    return n;
+}
+
+/* Feeds the first n of r->ids in blocks, without those that are kept. visit: NULL, or called with each block's logits in
+ * r->rows; `first` is the index of the block's first token. Stops early on Ctrl-C; r->fed says how far it came. */
 static int feed_ids(run *r, size_t n, const char *what, int (*visit)(run *r, size_t first, size_t n)) {
     based_error e;
     r->bar.what = what;
     r->bar.begun = seconds();
     for (size_t i = r->kept, m; i < n && !interrupted_by_user; i += m) {
         m = n - i < r->block ? n - i : r->block;
+        if (r->o->perplexity) m = within_document(r, i, m);
         if (based_feed(r->session, r->ids + i, m, visit ? r->rows : NULL, &e) != BASED_OK) {
             clear_progress(r);
             return fail(BAD_INPUT, "cannot compute tokens %llu and on: %s", (unsigned long long)i, e.text);
@@ -1359,9 +1383,9 @@ static int ends_text(const run *r, int32_t id) {
     return r->has_tokenizer && ((uint32_t)id == r->tokenizer.eos || (uint32_t)id == r->tokenizer.bos);
 }
 
-/* Remembers where the held text begins, in case it turns out to be a stop text: then the session must go back to just before
- * it, or the next turn would come after half of a turn that the model made up. The token just printed is not fed yet; n is
- * the length of its text. */
+/* Remembers where the held text begins, in case it turns out to be a stop text: then the session must go back to just
+ * before it, or the next turn would come after half of a turn that the model made up. The token just printed is not fed
+ * yet; n is the length of its text. */
 static int keep_anchor(run *r, size_t n) {
     conversation *c = &r->chat;
     if (r->out.n_held == 0) {
@@ -1430,7 +1454,9 @@ static int branch(run *r) {
         r->out.n_held = 0, r->out.wrote = r->out.stopped = 0;
         r->generated = 0, r->unfed = -1, r->hash = 0;
         rc = write_one(r);
-        if (rc == DONE && r->o->verbose) fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)i + 1, (unsigned)r->hash);
+        if (rc == DONE && r->o->verbose) {
+            fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)i + 1, (unsigned)r->hash);
+        }
         generated += r->generated > 0 ? r->generated - 1 : 0;
         spent += r->generate_time;
     }
@@ -1459,8 +1485,8 @@ static int generate(run *r) {
 }
 
 /* ---------------------------------------------------------------------------------------------------------------------
- * Job 2: a conversation. One turn after the other is put into the template and fed, and the reply ends where the model begins
- * the next turn. After it, the session knows exactly the text that is on the screen.
+ * Job 2: a conversation. One turn after the other is put into the template and fed, and the reply ends where the model
+ * begins the next turn. After it, the session knows exactly the text that is on the screen.
  */
 
 /* Feeds n bytes behind all that came before. */
@@ -1670,11 +1696,15 @@ static int score_block(run *r, size_t first, size_t n) {
     return DONE;
 }
 
-/* Bytes of the text that are predicted: all of them, but for a first token that nothing stands before. */
+/* Bytes of the text that are predicted: all of them, but for a first token that nothing stands before, and for the names of
+ * special tokens, which stand for no text. */
 static size_t predicted_bytes(const run *r, size_t bytes) {
+    const based_tokenizer *t = &r->tokenizer;
     size_t n = 0;
-    if (start_token(&r->tokenizer) < 0 && based_token_bytes(&r->tokenizer, r->ids[0], &n) && n < bytes) {
-        return bytes - n;
+    if (start_token(t) < 0 && based_token_bytes(t, r->ids[0], &n) && n < bytes) bytes -= n;
+    for (size_t i = 1; i < r->n_ids; i++) {
+        int32_t id = r->ids[i];
+        if (based_token_bytes(t, id, &n) && n == 0) bytes -= t->start[id + 1] - t->start[id];
     }
     return bytes;
 }
@@ -1839,10 +1869,174 @@ static int inform(run *r) {
     return flush_text();
 }
 
+/* ---------------------------------------------------------------------------------------------------------------------
+ * Job 5: how fast is it? Reading a prompt, writing after texts of several lengths, many texts at once; and beside each how
+ * much of the memory's speed is used, since a token cannot be written faster than its weights can be read.
+ */
+enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 262144, PATIENCE = 120 };
+
+typedef struct {                                        /* seconds of each repetition                                */
+    double each[REPEATS];
+    double tokens;                                      /* computed in each                                          */
+    double readings;                                    /* of all weights, in each                                   */
+} timing;
+
+/* How fast this machine reads memory with as many threads as the model uses, in bytes per second: a block as large as the
+ * weights (1 GB at most) is searched for a byte that is not there, which the C library does at full speed. */
+static double read_speed(uint64_t bytes, int threads) {
+    size_t n = bytes < (1u << 30) ? (size_t)bytes : (size_t)1 << 30, part = n / (size_t)threads;
+    char *block = malloc(n);
+    double best = 0.0;
+    int found = 0;
+    if (!block) return 0.0;
+    memset(block, 1, n);
+    for (int repeat = 0; repeat < 2 * REPEATS; repeat++) {
+        double begun = seconds(), spent;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
+#endif
+        for (int i = 0; i < threads; i++) found |= memchr(block + (size_t)i * part, 2, part) != NULL;
+        spent = seconds() - begun;
+        if (spent > 0.0 && (double)n / spent > best) best = (double)n / spent;
+    }
+    free(block);
+    return found ? 0.0 : best;
+}
+
+/* One line of the table. */
+static void print_timing(const run *r, const char *test, const timing *t, double reads) {
+    double mean = 0.0, spread = 0.0, weights = (double)based_model_weight_bytes(r->model), bandwidth;
+    for (int i = 0; i < REPEATS; i++) mean += t->tokens / t->each[i] / REPEATS;
+    for (int i = 0; i < REPEATS; i++) spread += (t->tokens / t->each[i] - mean) * (t->tokens / t->each[i] - mean);
+    spread = sqrt(spread / (REPEATS - 1));
+    bandwidth = mean / t->tokens * t->readings * weights;
+    if (r->o->csv) {
+        printf("%s,%.2f,%.2f,%.3f,%.1f\n", test, mean, spread, bandwidth * 1e-9, 100.0 * bandwidth / reads);
+    } else {
+        printf("| %-14s | %9.2f | %7.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, 100.0 * bandwidth / reads);
+    }
+    fflush(stdout);
+}
+
+static int32_t any_token(const run *r, uint64_t i) {
+    return (int32_t)((i * 2654435761u >> 7) % based_model_config(r->model)->vocab);
+}
+
+/* Feeds n tokens that mean nothing. */
+static int feed_any(run *r, uint64_t n) {
+    int32_t ids[BLOCK];
+    based_error e;
+    for (uint64_t done = 0; done < n;) {
+        size_t many = n - done < BLOCK ? (size_t)(n - done) : BLOCK;
+        for (size_t i = 0; i < many; i++) ids[i] = any_token(r, based_count(r->session) + i);
+        if (based_feed(r->session, ids, many, NULL, &e)) return fail(BAD_INPUT, "%s", e.text);
+        done += many;
+        if (interrupted_by_user) return INTERRUPTED;
+    }
+    return DONE;
+}
+
+static int bench_prompt(run *r, uint64_t n, double reads, double *speed) {
+    timing t = { { 0 }, (double)n, ceil((double)n / BLOCK) };
+    char name[32];
+    for (int i = 0; i < REPEATS; i++) {
+        based_reset(r->session);
+        double begun = seconds();
+        int rc = feed_any(r, n);
+        if (rc != DONE) return rc;
+        t.each[i] = seconds() - begun;
+        *speed = t.tokens / t.each[i];
+    }
+    snprintf(name, sizeof name, "pp%llu", (unsigned long long)n);
+    print_timing(r, name, &t, reads);
+    return DONE;
+}
+
+static int bench_depth(run *r, uint64_t depth, double reads, double prompt_speed) {
+    timing t = { { 0 }, DECODED, DECODED };
+    char name[32];
+    double wait = ((double)depth - (double)based_count(r->session)) / prompt_speed;
+    based_error e;
+    int rc = DONE;
+    snprintf(name, sizeof name, "tg%d @ %llu", DECODED, (unsigned long long)depth);
+    if (wait > PATIENCE) {
+        fprintf(stderr, "%s is left out: reading so long a text first would take %.0f minutes\n", name, wait / 60.0);
+        return DONE;
+    }
+    if (depth > based_count(r->session)) rc = feed_any(r, depth - based_count(r->session));
+    for (int i = 0; i < REPEATS && rc == DONE; i++) {
+        double begun = seconds();
+        for (int step = 0; step < DECODED && rc == DONE; step++) {
+            if (based_step(r->session, any_token(r, (uint64_t)step), &e)) rc = fail(BAD_INPUT, "%s", e.text);
+            if (interrupted_by_user) rc = INTERRUPTED;
+        }
+        t.each[i] = seconds() - begun;
+    }
+    if (rc == DONE) print_timing(r, name, &t, reads);
+    return rc;
+}
+
+/* `many` texts, one token of each at a time. */
+static int bench_batch(run *r, based_session **all, size_t many, double reads) {
+    timing t = { { 0 }, (double)many * BATCH_STEPS, BATCH_STEPS };
+    int32_t ids[BATCH_MOST];
+    char name[32];
+    based_error e;
+    for (int i = 0; i < REPEATS; i++) {
+        double begun = seconds();
+        for (int step = 0; step < BATCH_STEPS; step++) {
+            for (size_t s = 0; s < many; s++) ids[s] = any_token(r, s * 977 + (size_t)step);
+            if (based_step_many(all, ids, many, &e)) return fail(BAD_INPUT, "%s", e.text);
+            if (interrupted_by_user) return INTERRUPTED;
+        }
+        t.each[i] = seconds() - begun;
+    }
+    snprintf(name, sizeof name, "tg%d x %zu", BATCH_STEPS, many);
+    print_timing(r, name, &t, reads);
+    return DONE;
+}
+
+static int bench_batches(run *r, double reads) {
+    based_session *all[BATCH_MOST] = { r->session };
+    based_error e;
+    int rc = DONE;
+    for (size_t have = 1, many = 1; many <= BATCH_MOST && rc == DONE; many *= 4) {
+        for (; have < many && rc == DONE; have++) {
+            all[have] = based_session_new(r->model, BATCH_MOST, &e);
+            if (!all[have]) rc = fail(BAD_INPUT, "%s", e.text);
+            else based_set_threads(all[have], based_threads(r->session));
+        }
+        if (rc == DONE) rc = bench_batch(r, all, many, reads);
+    }
+    for (size_t i = 1; i < BATCH_MOST; i++) based_session_free(all[i]);
+    return rc;
+}
+
+static int bench(run *r) {
+    static const uint64_t prompts[] = { 128, 512, 2048 }, depths[] = { 0, 1024, 16384, DEEPEST };
+    char name[65], a[GROUPED_BYTES], b[GROUPED_BYTES];
+    double reads, speed = 1.0;
+    int rc = DONE, threads;
+    TRY(open_session(r, 0));
+    threads = based_threads(r->session);
+    reads = read_speed(based_model_weight_bytes(r->model), threads);
+    catch_signals();
+    fprintf(stderr, "%s, %s kernels, %d thread%s: %s bytes of weights per token, %s bytes of state, memory read at %.1f GB/s\n",
+            model_name(r, name), based_model_kernels(r->model), threads, threads == 1 ? "" : "s",
+            grouped(a, based_model_weight_bytes(r->model)), grouped(b, based_state_bytes(r->model)), reads * 1e-9);
+    if (r->o->csv) puts("test,tokens/s,spread,GB/s,% of read speed");
+    else puts("| test           |  tokens/s |  spread |   GB/s | read |\n|----------------|-----------|---------|--------|------|");
+    for (size_t i = 0; i < 3 && rc == DONE; i++) rc = bench_prompt(r, prompts[i], reads, &speed);
+    based_reset(r->session);
+    for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], reads, speed);
+    if (rc == DONE) rc = bench_batches(r, reads);
+    return rc == DONE ? flush_text() : rc;
+}
+
 /* ------------------------------------------------------------------------------------------------------------------ */
 
 /* ---------------------------------------------------------------------------------------------------------------------
- * Job 5: vectors in, vectors out.
+ * Job 6: vectors in, vectors out.
  */
 
 /* Reads the file of vectors: little-endian numbers become floats in place. */
@@ -1904,7 +2098,9 @@ static int do_job(run *r) {
     if (r->o->help || r->o->version) return flush_text();
     TRY(open_model(r));
     if (r->o->vectors) return turn_vectors(r);
-    return r->o->info ? inform(r) : r->o->perplexity ? measure(r) : r->o->chat ? chat(r) : generate(r);
+    if (r->o->info) return inform(r);
+    if (r->o->bench) return bench(r);
+    return r->o->perplexity ? measure(r) : r->o->chat ? chat(r) : generate(r);
 }
 
 static void close_run(run *r) {

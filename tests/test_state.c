@@ -15,7 +15,7 @@ static uint32_t random_u32(void) {
 }
 
 static void *block_of(size_t n) {
-    void *owned;                                        /* the process ends soon                                           */
+    void *owned;                                        /* the process ends soon */
     return aligned(n, &owned);
 }
 
@@ -82,7 +82,7 @@ static based_session *start(const based_model *m, uint32_t block) {
     return s;
 }
 
-static based_model *model, *stranger, *sighted;         /* sighted takes vectors                                           */
+static based_model *model, *stranger, *sighted;         /* sighted takes vectors */
 static int32_t text[TOKENS];
 static unsigned char saved[SAVED_ROOM], again[SAVED_ROOM];
 
@@ -100,7 +100,8 @@ static int same_logits(const based_session *a, const based_session *b) {
 
 /* ---- saving and loading ---- */
 
-/* 100 tokens = n tokens, saved, loaded into a session that had another past, and the rest: for every n, and for the bytes too. */
+/* 100 tokens = n tokens, saved, loaded into a session that had another past, and the rest: for every n, and for the bytes
+ * too. */
 static void test_every_split(void) {
     based_session *whole = start(model, 16), *first = start(model, 7), *second = start(model, 32);
     based_error e;
@@ -188,8 +189,8 @@ static void test_note_and_room(void) {
 static size_t size_before;
 static unsigned char untouched[SAVED_ROOM];
 
-/* Loads `bytes`, which must be refused with `status` (or, if that is 0, with any) and leave s, whose saved form is in `untouched`,
- * as it was. The copy lies in a block of just that size, for the sanitizer. */
+/* Loads `bytes`, which must be refused with `status` (or, if that is 0, with any) and leave s, whose saved form is in
+ * `untouched`, as it was. The copy lies in a block of just that size, for the sanitizer. */
 static void refuse(based_session *s, const unsigned char *bytes, size_t n, int status, const char *says) {
     unsigned char *tight = malloc(n ? n : 1);
     const void *note = "untouched";
@@ -217,14 +218,14 @@ static void test_damage(void) {
     size_before = save(s, untouched);
     for (size_t cut = 0; cut < n; cut++) refuse(s, saved, cut, BASED_EFORMAT, cut < 8 ? "not a saved state" : "cut off?");
     refuse(s, saved, n + 1, BASED_EFORMAT, "but there are");
-    for (size_t i = 0; i < 1000; i++) {                 /* one bit, anywhere                                                */
+    for (size_t i = 0; i < 1000; i++) {                 /* one bit, anywhere */
         size_t bit = i < 640 ? i : (random_u32() ^ random_u32() << 12) % (8 * n);
         saved[bit / 8] ^= (unsigned char)(1u << bit % 8);
-        refuse(s, saved, n, bit < 192 ? BASED_EFORMAT : BASED_ECHECKSUM, bit < 64 ? "not a saved state" : bit < 96 ? "version"
-               : bit < 128 ? "byte-order" : bit < 192 ? "says" : "checksum does not match");
+        refuse(s, saved, n, bit < 192 ? BASED_EFORMAT : BASED_ECHECKSUM,
+               bit < 64 ? "not a saved state" : bit < 96 ? "version" : bit < 128 ? "byte-order" : bit < 192 ? "says" : "checksum does not match");
         saved[bit / 8] ^= (unsigned char)(1u << bit % 8);
     }
-    for (size_t i = 0; i < 1000; i++) {                 /* some bytes, anywhere                                             */
+    for (size_t i = 0; i < 1000; i++) {                 /* some bytes, anywhere */
         unsigned char kept[16];
         size_t many = 1 + random_u32() % 16, at = random_u32() % (n - many);
         memcpy(kept, saved + at, many);
@@ -259,7 +260,7 @@ static void test_strangers(void) {
         refuse(s, saved, n, 0, forged[i].says);
         memcpy(saved, copy, sizeof copy);
     }
-    for (size_t cut = SAVED_HEADER; cut < n; cut++) {   /* cut off, and everything else put right                         */
+    for (size_t cut = SAVED_HEADER; cut < n; cut++) {   /* cut off, and everything else put right */
         put_bytes(saved + 16, cut, 8);
         seal(saved, cut);
         refuse(s, saved, cut, BASED_EFORMAT, "configuration");
@@ -269,8 +270,10 @@ static void test_strangers(void) {
 
 /* A past that never was: any numbers, any count. It may give nonsense, but nothing worse; this is for the sanitizers. */
 static void test_forged_numbers(void) {
-    static const uint64_t counts[] = { 0, 1, 5, (uint64_t)1 << 31, (uint64_t)1 << 32, (uint64_t)1 << 63, UINT64_MAX - 20, UINT64_MAX };
-    static const uint32_t bits[] = { 0x7fc00000, 0x7f800000, 0xff800000, 0x7f7fffff, 0xff7fffff, 1, 0x80000001, 0xffffffff };
+    static const uint64_t counts[] = { 0, 1, 5, (uint64_t)1 << 31, (uint64_t)1 << 32, (uint64_t)1 << 63, UINT64_MAX - 20,
+                                       UINT64_MAX };
+    static const uint32_t bits[] = { 0x7fc00000, 0x7f800000, 0xff800000, 0x7f7fffff, 0xff7fffff, 1, 0x80000001,
+                                     0xffffffff };
     based_session *s = start(model, 8);
     based_error e;
     size_t n = save(s, saved);
@@ -288,8 +291,8 @@ static void test_forged_numbers(void) {
 
 /* ---- far from the beginning ---- */
 
-/* A text fed at position t gives what it gives at any other, once nothing but zeros came before: rotations know only distances.
- * Both sides of 2^31 and 2^32, and far beyond; saved and loaded in the middle of it. */
+/* A text fed at position t gives what it gives at any other, once nothing but zeros came before: rotations know only
+ * distances. Both sides of 2^31 and 2^32, and far beyond; saved and loaded in the middle of it. */
 static void test_far_positions(void) {
     static const uint64_t places[] = { 2147483648u, 3000000000u, 4294967296u, 1000000000000u, (uint64_t)1 << 62 };
     based_model *m = make_model(5, 0.0f, 0);
@@ -303,7 +306,8 @@ static void test_far_positions(void) {
         far->count = places[p] - TOKENS / 2;
         CHECK(based_feed(far, text, 45, NULL, &e) == 0);
         CHECK(based_load(loaded, saved, save(far, saved), NULL, NULL, &e) == 0);
-        CHECK(based_feed(far, text + 45, TOKENS - 45, NULL, &e) == 0 && based_feed(loaded, text + 45, TOKENS - 45, NULL, &e) == 0);
+        CHECK(based_feed(far, text + 45, TOKENS - 45, NULL, &e) == 0);
+        CHECK(based_feed(loaded, text + 45, TOKENS - 45, NULL, &e) == 0);
         CHECK(same_logits(far, loaded) && based_count(loaded) == places[p] + TOKENS / 2);
         for (size_t i = 0; i < VOCAB; i++) worst = fmax(worst, fabs(based_logits(near)[i] - based_logits(far)[i]));
         CHECK(worst < 2e-5);
@@ -327,7 +331,7 @@ static void test_sums_stay_exact(void) {
         }
         for (size_t i = 0; i < n; i++) worst = fmax(worst, fabs(total[i] - exact[i]) / exact[i]);
         CHECK(worst < 1.2e-7);
-        CHECK(fabs(naive - exact[0]) / exact[0] > 1e-6);        /* what a plain sum would have done                         */
+        CHECK(fabs(naive - exact[0]) / exact[0] > 1e-6);        /* what a plain sum would have done */
         random_state = n;
         for (size_t t = 0; t < ADDITIONS; t++) {
             for (size_t i = 0; i < n; i++) x[i] = -3.0f - (float)random_u32() / 2147483648.0f;
@@ -361,15 +365,17 @@ static void test_sums_stay_normal(void) {
 static void test_sampler_goes_on(void) {
     static uint64_t memory[2][64];
     int32_t recent[4] = { -1, -1, -1, -1 };
-    based_sampler a = { .temperature = 1.0f, .top_p = 1.0f, .repeat_penalty = 2.0f, .repeat_last_n = 4, .seed = 3, .vocab = 20 }, b = a;
+    based_sampler a = { .temperature = 1.0f, .top_p = 1.0f, .repeat_penalty = 2.0f, .repeat_last_n = 4, .seed = 3, .vocab = 20 };
+    based_sampler b = a;
     float logits[20] = { 0 };
     based_error e;
     b.seed = 99;
-    CHECK(based_sampler_init(&a, memory[0], sizeof memory[0], &e) == 0 && based_sampler_init(&b, memory[1], sizeof memory[1], &e) == 0);
+    CHECK(based_sampler_init(&a, memory[0], sizeof memory[0], &e) == 0);
+    CHECK(based_sampler_init(&b, memory[1], sizeof memory[1], &e) == 0);
     CHECK(based_sampler_recent(&a, recent) == 0);
     based_sampler_accept(&a, 7);
     CHECK(based_sampler_recent(&a, recent) == 1 && recent[0] == 7 && recent[1] == -1);
-    for (int i = 0; i < 50; i++) based_sampler_accept(&a, based_sample(&a, logits));
+    for (int i = 0; i < 48; i++) based_sampler_accept(&a, based_sample(&a, logits));
     for (int i = 10; i < 15; i++) based_sampler_accept(&a, i);
     CHECK(based_sampler_recent(&a, recent) == 4 && recent[0] == 11 && recent[3] == 14);
     for (size_t i = 0; i < 4; i++) based_sampler_accept(&b, recent[i]), logits[11 + i] = 2.0f;

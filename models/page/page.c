@@ -42,11 +42,17 @@ uint32_t EXPORT(fingerprint)(void) { return hash; }
 double EXPORT(count)(void) { return (double)based_count(session); }
 double EXPORT(parameters)(void) { return (double)based_model_parameters(model); }
 size_t EXPORT(state_bytes)(void) { return based_state_bytes(model); }
-uint32_t EXPORT(layers)(void) { return based_model_config(model)->layers; }
-uint32_t EXPORT(width)(void) { return based_model_config(model)->dim; }
 
-/* What the past would cost a transformer of this shape: a key and a value of `dim` floats, per layer and token. */
-double EXPORT(transformer_bytes)(double tokens) { return tokens * width() * layers() * 2 * sizeof(float); }
+/* What one more token would cost a transformer of this shape: in each layer a key and a value, as wide as the values are. */
+uint32_t EXPORT(transformer_bytes)(void) {
+    const based_config *c = based_model_config(model);
+    uint32_t floats = 0;
+    for (uint32_t i = 0; i < c->layers; i++) {
+        const based_layer *l = based_model_layer(model, i);
+        floats += 2 * (l->kv_heads ? l->kv_heads * l->value_width : c->dim);
+    }
+    return floats * (uint32_t)sizeof(float);
+}
 
 static int out_of_memory(void) {
     const char *why = "the browser has no memory left for this model";
@@ -116,7 +122,43 @@ int EXPORT(tell)(void) {
     if (!based_logits(session)) return -1;
     hash = based_hash(hash, based_logits(session), based_width(model));
     next = based_sample(&sampler, based_logits(session));
-    if ((uint32_t)next == tokenizer.eos || (uint32_t)next == tokenizer.bos) return -1;
+    if ((uint32_t)next == tokenizer.eos || (uint32_t)next == tokenizer.bos) {
+        memset(&decoder, 0, sizeof decoder);
+        return -1;
+    }
     n = based_decode(&tokenizer, &decoder, next, text);
     return (int)n;
+}
+
+/* ---- The past as a file --------------------------------------------------------------------------------------------------
+ * The note is the one that run.c writes, without a generator and recent tokens, so either can go on where the other ended.
+ */
+enum { NOTE = 28 };
+
+size_t EXPORT(save_bytes)(void) { return based_saved_bytes(model, NOTE); }
+
+int EXPORT(save)(void *out, size_t room) {
+    unsigned char note[NOTE] = "run\1";
+    if (next >= 0 && based_step(session, next, &error)) return -1;
+    next = -1;                          /* all that was shown is remembered                                      */
+    memcpy(note + 16, decoder.held, 4);
+    note[20] = decoder.n;
+    note[21] = decoder.started;
+    return based_save(session, note, NOTE, out, room, &error) ? -1 : 0;
+}
+
+int EXPORT(load)(const void *saved, size_t size) {
+    const void *found;
+    size_t n;
+    if (based_load(session, saved, size, &found, &n, &error)) return -1;
+    const unsigned char *note = found;
+    memset(&decoder, 0, sizeof decoder);
+    decoder.started = 1;
+    next = -1;
+    hash = 0;
+    if (n < NOTE || memcmp(note, "run\1", 4) != 0 || note[20] >= sizeof decoder.held) return 0;
+    memcpy(decoder.held, note + 16, 4);
+    decoder.n = note[20];
+    decoder.started = note[21];
+    return 0;
 }

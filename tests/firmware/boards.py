@@ -92,7 +92,7 @@ def build(board, model, options, out, ram):
         places.update(checkpoint=board.outside, checkpoint_end=board.outside + size)
         loader = ["-device", f"loader,file={model},addr={board.outside:#x},force-raw=on"]
     arena = ram - (options.stack + 2) * KIB
-    command(f"{board.tools}gcc", *options.optimise.split(), *STRICT, *board.flags, *LIBRARY, "--oslib=semihost", "--crt0=minimal",
+    command(f"{board.tools}gcc", *STRICT, *options.optimise.split(), *board.flags, *LIBRARY, "--oslib=semihost", "--crt0=minimal",
             f'-DMODEL="{model}"', f'-DPROMPT="{options.prompt}"', f"-DTOKENS={options.tokens}", f"-DARENA={arena}", *sources,
             "-Wl,--gc-sections", *(f"-Wl,--defsym={name}={value:#x}" for name, value in places.items()), "-o", out, "-lm")
     return loader
