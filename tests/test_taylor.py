@@ -180,6 +180,16 @@ def test_merge(chunk, cut, double, tolerance):
     assert far(more, direct.feed(q, k[:, 0], v[:, 0]).astype(np.float64), 10 * condition[0].max()) < tolerance
 
 
+def test_merge_into_nothing():
+    """An empty state that receives another goes on bit for bit like it: what rounding has cut off so far comes along."""
+    kind, q, k, v = numbers({"degree": 2, "chunk": 7}, n=6000)
+    k, v = k[:, 0] + np.float32(0.7), v[:, 0] + np.float32(2)
+    t = Taylor(key_width=5, value_width=7, **kind)
+    long = t.state().absorb(k[:3000], v[:3000])
+    other = t.state().merge(long)
+    assert np.array_equal(long.feed(q[3000:], k[3000:], v[3000:]), other.feed(q[3000:], k[3000:], v[3000:]))
+
+
 def test_many_merges_do_not_add_up():
     """A thousand states merged into one: what rounding cuts off comes along."""
     kind, q, k, v = numbers({"degree": 2, "chunk": 4}, n=8000)
@@ -248,8 +258,8 @@ def test_blocks_too_small():
     """Blocks of the caller that are too small or askew; the error names the bytes that are needed."""
     import ctypes as C
     t, q, k, v = one()
-    _, at = taylor.block(1 << 20)
-    _, scratch = taylor.block(1 << 20)
+    owner, at = taylor.block(1 << 20)
+    other_owner, scratch = taylor.block(1 << 20)
     out, error = C.c_void_p(), based.Error()
     need = t.sizes
 
