@@ -2,7 +2,8 @@
 """Turns a trained model into one checkpoint file for based.c.
 
 The format and the mathematics are written down in based.h, part 7. This file is the bridge: it reads what others wrote
-(HazyResearch/based directories, llama2.c checkpoints, layers of taylor-series-linear-attention, Edifice models), brings every origin into that one form, and checks the result.
+(HazyResearch/based directories, llama2.c checkpoints, layers of taylor-series-linear-attention, Edifice models), brings every
+origin into that one form, and checks the result.
 
     1. the format      header fields, dtypes, the list of tensors in file order, the checksum
     2. writing         one tensor at a time, verified by reading back, put in place by a rename
@@ -782,7 +783,8 @@ class Lucidrains:
         if wide % heads or both % (2 * width) or heads % (both // (2 * width)):
             raise Refused(f"{source.where}: to_q has {wide} rows and to_kv {both}, which does not fit {heads} heads")
         l = LAYER.new(mixer=TAYLOR, flags=NO_RESIDUAL, heads=heads, kv_heads=both // (2 * width), key_width=width,
-                      value_width=width, degree=2, chunk=options.chunk, kernel=DOT, normaliser=CLAMP, normaliser_eps=1e-5, scale=width ** -0.5)
+                      value_width=width, degree=2, chunk=options.chunk, kernel=DOT, normaliser=CLAMP, normaliser_eps=1e-5,
+                      scale=width ** -0.5)
         l.flags |= SHIFT if options.shift else 0
         self.read_projections(l, dim, wide, both)
         if "norm.gamma" in source:
@@ -813,8 +815,8 @@ class Lucidrains:
         if "to_out.0.weight" in source:
             self.plan["layers.0.out.weight"] = source.take("to_out.0.weight", dim, wide)
         elif wide != dim:
-            raise Refused(f"{source.where} does not combine its heads, and their width {wide} is not its input's {dim}: that is "
-                          "no layer that can stand alone; use based.h part 9")
+            raise Refused(f"{source.where} does not combine its heads, and their width {wide} is not its input's {dim}: that "
+                          "is no layer that can stand alone; use based.h part 9")
         else:
             l.flags |= NO_OUT
 
@@ -841,8 +843,8 @@ class Edifice:
         count = sum(bool(re.fullmatch(r"based_block_\d+_attn_q_proj\.kernel", name)) for name in source.shapes)
         mode = options.mode or (count == 1 and "causal")
         if not mode:
-            raise Refused(f"{source.where} has {count} layers that look at the whole window, the future included: --mode window "
-                          "runs it so, --mode causal as what it was not trained to be, in constant memory (its results differ)")
+            raise Refused(f"{source.where} has {count} layers that look at the whole window, the future included: --mode "
+                          "window runs it so, --mode causal as what it was not trained to be, in constant memory (its results differ)")
         if not options.mode:
             self.note("one layer: stepping gives exactly the original's last output (not the ones before); --mode window gives "
                       "all")

@@ -81,7 +81,8 @@ class Taylor:
         check(self.lib.based_taylor_measure(C.byref(self.sizes), C.byref(self.kind), C.byref(error)), error)
         self.owner, at = block(self.sizes.attention)
         self.handle = C.c_void_p()
-        check(self.lib.based_taylor_init(C.byref(self.handle), C.byref(self.kind), at, self.sizes.attention, C.byref(error)), error)
+        check(self.lib.based_taylor_init(C.byref(self.handle), C.byref(self.kind), at, self.sizes.attention, C.byref(error)),
+              error)
         self.scratch, self.scratch_at = block(self.sizes.scratch)
 
     def array(self, x):

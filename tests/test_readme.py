@@ -43,12 +43,12 @@ def workplace(tmp_path):
     torch, rng = pytest.importorskip("torch"), np.random.default_rng(1)
     for name in ("export.py", "models", "based.h", "based.c", "tokenizer.c"):
         (tmp_path / name).symlink_to(ROOT / name)
-    subprocess.run([*CC, "-O2", "-std=c99", "-ffp-contract=off", "-o", tmp_path / "run", *map(ROOT.joinpath, ("run.c", "based.c", "tokenizer.c")),
-                    "-lm"], check=True)
+    sources = map(ROOT.joinpath, ("run.c", "based.c", "tokenizer.c"))
+    subprocess.run([*CC, "-O2", "-std=c99", "-ffp-contract=off", "-o", tmp_path / "run", *sources, "-lm"], check=True)
     (tmp_path / "path" / "to").mkdir(parents=True)
     (tmp_path / "path" / "to" / "based-360m").symlink_to(ROOT / "tests" / "data" / "hazyresearch-tiny")
-    layer = {"to_q.0.weight": rng.normal(size=(32, 12)), "to_kv.0.weight": rng.normal(size=(64, 12)), "to_out.0.weight": rng.normal(size=(12, 32))}
-    torch.save({name: torch.tensor(x, dtype=torch.float32) for name, x in layer.items()}, tmp_path / "layer.pt")
+    shapes = {"to_q.0.weight": (32, 12), "to_kv.0.weight": (64, 12), "to_out.0.weight": (12, 32)}
+    torch.save({name: torch.tensor(np.float32(rng.normal(size=shape))) for name, shape in shapes.items()}, tmp_path / "layer.pt")
     rng.normal(size=(30, 12)).astype("<f4").tofile(tmp_path / "x.f32")
     case = dict(taylor.golden("edifice_based.txt"))["c2 2 2 all 16 16 7"]
     save_file({name: np.float32(x) for name, x in case.items() if "." in name}, tmp_path / "edifice.safetensors")
@@ -69,8 +69,8 @@ def test_the_four_originals(workplace):
         if "based-360m" in commands:                          # the tiny model has no tokenizer to read a prompt with
             commands = re.sub(r'-i ".*?"', '--tokens "3 1 4" --ignore-eos --dump-logits l.f32', commands)
             commands = re.sub(r"-n \d+", "-n 0", commands)
-        printed.append(subprocess.run(["sh", "-ec", commands.replace("python3", shlex.quote(sys.executable)).replace("cc ", " ".join(CC) + " ")],
-                                      cwd=workplace, check=True, capture_output=True, text=True).stdout)
+        commands = commands.replace("python3", shlex.quote(sys.executable)).replace("cc ", " ".join(CC) + " ")
+        printed.append(subprocess.run(["sh", "-ec", commands], cwd=workplace, check=True, capture_output=True, text=True).stdout)
         if "layer.bin" in commands:
             assert np.fromfile(workplace / "y.f32", "<f4").size == 30 * 12
     expected = dict(taylor.golden("edifice_based.txt"))["c2 2 2 all 16 16 7"]["y"][1]
