@@ -79,7 +79,7 @@ install: run $(BUILD)/libbased.a
 
 # ---- Small devices ---------------------------------------------------------------------------------------------------
 # MODEL is any checkpoint; WINDOW (empty: as it is) lets its window layers see at most so many keys, to save RAM.
-MODEL   ?= $(DEMO)
+MODEL   ?= models/stories260K.bin
 WINDOW  ?= 128
 FIRMWARE_FLAGS ?=
 .PHONY: firmware size

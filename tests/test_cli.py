@@ -225,7 +225,7 @@ BAD_USAGE = [
     (["-s", "-1"], ["-s takes"]),
     (["-s", "18446744073709551616"], ["-s takes"]),
     (["-s", "12a"], ["-s takes"]),
-    (["-j", "0"], ["-j takes"]),
+    (["-j", "-1"], ["-j takes"]),
     (["-r", ""], ["-r takes"]),
     (["-n"], ["-n needs a value"]),
     (["--prompt"], ["--prompt needs a value"]),
@@ -256,7 +256,8 @@ BAD_USAGE = [
     (["--tokens", "4294967297"], ['"4294967297"']),
     (["--tokens", "1 " + "9" * 500], ["ids from 0 to 511"]),
     (["-p", "line one\nline two " + "\u65e5" * 100], ["-p takes"]),
-    (["-b"], ["unknown option"]),
+    (["-b", "-i", "text"], ["--bench makes its own text"]),
+    (["--csv"], ["--csv goes with --bench"]),
     (["--state", "x"], ["unknown option"]),
 ]
 
@@ -285,7 +286,7 @@ def test_no_checkpoint():
 
 GOOD_NUMBERS = [["-t", "1.5"], ["-t", "1e-3"], ["-t", ".5"], ["--temp=0.5"], ["-p", "1"], ["-p", "0"], ["-k", "0"],
                 ["-k", "40"], ["-s", "0"], ["-s", "18446744073709551615"], ["--min-p", "0.05"], ["--repeat-penalty", "1.3"],
-                ["--repeat-last-n", "0"], ["--repeat-last-n", "1000"], ["-j", "2"], ["-t", "100"], ["--seed=7"]]
+                ["--repeat-last-n", "0"], ["--repeat-last-n", "1000"], ["-j", "2"], ["-j", "0"], ["-t", "100"], ["--seed=7"]]
 
 
 @pytest.mark.parametrize("args", GOOD_NUMBERS, ids=spread)
@@ -296,10 +297,10 @@ def test_good_numbers(args):
 
 FLAGS = """-i --prompt -f --file --tokens -j --threads -n --predict -t --temp -p --top-p -k --top-k --min-p
 --repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --ignore-eos --save --load --append --branches -m --mode
--y --system-prompt --chat-template -x --perplexity --info --dump-logits
+-y --system-prompt --chat-template -x --perplexity -b --bench --csv --info --dump-logits
 --no-display-prompt -q --quiet -v --verbose -h --help --version""".split()
 DEFAULTS = {"--temp": "1.0", "--top-p": "0.9", "--top-k": "0", "--min-p": "0", "--repeat-penalty": "1.0",
-            "--repeat-last-n": "64", "--predict": "256", "--seed": "the time", "--threads": "1"}
+            "--repeat-last-n": "64", "--predict": "256", "--seed": "the time", "--threads": "0"}
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], [MODEL, "--help"], ["--help", "--nonsense"]], ids=spread)
@@ -656,8 +657,12 @@ def estimate(done):
 def check_perplexity(model, width, ids, text, tmp_path):
     """Compares -x with the formula in float64 over the logits that the same tokens give. ids: the start token first."""
     (tmp_path / "text").write_bytes(text.encode())
-    run(model, "--tokens", spread(ids), "-n", "0", "-q", "--dump-logits", tmp_path / "logits").text()
-    rows = rows_of(tmp_path / "logits", width).astype(np.float64)
+    starts = [i for i, token in enumerate(ids) if token == ids[0]]          # each document begins from nothing
+    rows = []
+    for first, end in zip(starts, [*starts[1:], len(ids)]):
+        run(model, "--tokens", spread(ids[first:end]), "-n", "0", "-q", "--dump-logits", tmp_path / "logits").text()
+        rows.append(rows_of(tmp_path / "logits", width).astype(np.float64))
+    rows, names = np.concatenate(rows), text.count("<|endoftext|>") * len("<|endoftext|>")
     top = rows.max(1, keepdims=True)
     log_p = rows - top - np.log(np.exp(rows - top).sum(1, keepdims=True))
     nats = -log_p[np.arange(len(ids) - 1), ids[1:]]
@@ -666,7 +671,7 @@ def check_perplexity(model, width, ids, text, tmp_path):
     ppl, error, bits = estimate(done)
     assert ppl == pytest.approx(mean, rel=2e-6, abs=1e-4)
     assert error == pytest.approx(mean * nats.std() / math.sqrt(len(nats) - 1), rel=2e-6, abs=1e-5)
-    assert bits == pytest.approx(nats.sum() / math.log(2) / len(text.encode()), abs=1e-4)
+    assert bits == pytest.approx(nats.sum() / math.log(2) / (len(text.encode()) - names), abs=1e-4)
     assert done.err.startswith(b"%d tokens predicted" % (len(ids) - 1))
 
 
