@@ -286,3 +286,13 @@ def test_wrong_partners():
             call()
         assert e.value.status == -5
     assert a.count() == 70 and np.array_equal(a.read(q), t.state().absorb(k, v).read(q))
+
+
+def test_error_table():
+    """What the README quotes from taylor_error.py: at degree 3 and 8, keys of width 8."""
+    import taylor_error
+    quoted = {(0.5, 3): 5, (1.0, 3): 32, (2.0, 3): 75, (0.5, 8): 0.02, (1.0, 8): 3.4, (2.0, 8): 34}
+    for (spread, degree), percent in quoted.items():
+        got = 100 * taylor_error.errors(8, spread, degree)[0]
+        assert abs(got - percent) < 0.06 * percent + 0.005, (spread, degree, got)
+    assert taylor_error.errors(8, 1.0, 3, taylor.through_c)[0] == pytest.approx(taylor_error.errors(8, 1.0, 3)[0], abs=1e-5)
