@@ -1118,7 +1118,8 @@ static const struct kernels avx2_kernels = {
     "avx2", rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, silu_times_avx2, soften_avx2, quantise_avx2
 };
 static const struct kernels avx512_kernels = {
-    "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, silu_times_avx512, soften_avx512, quantise_avx512
+    "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, silu_times_avx512, soften_avx512,
+    quantise_avx512
 };
 
 static const struct kernels *choose_kernels(int flags) {

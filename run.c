@@ -1913,7 +1913,8 @@ static void print_timing(const run *r, const char *test, const timing *t, double
     if (r->o->csv) {
         printf("%s,%.2f,%.2f,%.3f,%.1f\n", test, mean, spread, bandwidth * 1e-9, 100.0 * bandwidth / reads);
     } else {
-        printf("| %-14s | %9.2f | %7.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, 100.0 * bandwidth / reads);
+        printf("| %-14s | %9.2f | %7.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9,
+               100.0 * bandwidth / reads);
     }
     fflush(stdout);
 }
@@ -2025,7 +2026,8 @@ static int bench(run *r) {
             model_name(r, name), based_model_kernels(r->model), threads, threads == 1 ? "" : "s",
             grouped(a, based_model_weight_bytes(r->model)), grouped(b, based_state_bytes(r->model)), reads * 1e-9);
     if (r->o->csv) puts("test,tokens/s,spread,GB/s,% of read speed");
-    else puts("| test           |  tokens/s |  spread |   GB/s | read |\n|----------------|-----------|---------|--------|------|");
+    else puts("| test           |  tokens/s |  spread |   GB/s | read |\n"
+              "|----------------|-----------|---------|--------|------|");
     for (size_t i = 0; i < 3 && rc == DONE; i++) rc = bench_prompt(r, prompts[i], reads, &speed);
     based_reset(r->session);
     for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], reads, speed);

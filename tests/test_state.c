@@ -222,7 +222,8 @@ static void test_damage(void) {
         size_t bit = i < 640 ? i : (random_u32() ^ random_u32() << 12) % (8 * n);
         saved[bit / 8] ^= (unsigned char)(1u << bit % 8);
         refuse(s, saved, n, bit < 192 ? BASED_EFORMAT : BASED_ECHECKSUM,
-               bit < 64 ? "not a saved state" : bit < 96 ? "version" : bit < 128 ? "byte-order" : bit < 192 ? "says" : "checksum does not match");
+               bit < 64 ? "not a saved state" : bit < 96 ? "version" : bit < 128 ? "byte-order"
+               : bit < 192 ? "says" : "checksum does not match");
         saved[bit / 8] ^= (unsigned char)(1u << bit % 8);
     }
     for (size_t i = 0; i < 1000; i++) {                 /* some bytes, anywhere */
@@ -365,7 +366,8 @@ static void test_sums_stay_normal(void) {
 static void test_sampler_goes_on(void) {
     static uint64_t memory[2][64];
     int32_t recent[4] = { -1, -1, -1, -1 };
-    based_sampler a = { .temperature = 1.0f, .top_p = 1.0f, .repeat_penalty = 2.0f, .repeat_last_n = 4, .seed = 3, .vocab = 20 };
+    based_sampler a = { .temperature = 1.0f, .top_p = 1.0f, .repeat_penalty = 2.0f, .repeat_last_n = 4, .seed = 3,
+                        .vocab = 20 };
     based_sampler b = a;
     float logits[20] = { 0 };
     based_error e;
