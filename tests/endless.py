@@ -216,7 +216,7 @@ def main():
             print("no plot: matplotlib is not installed")
     worst = max(error for name, curve in curves.items() if FORGETFUL not in name for _, error in curve)
     print(f"largest error {worst:.1e}, bound {BOUND:.0e}")
-    return worst > BOUND
+    return int(worst > BOUND)
 
 
 if __name__ == "__main__":
