@@ -15,7 +15,7 @@
  * exits, allocates while it runs, or gives other numbers on another machine. Every float operation below happens in an
  * order that the source fixes: sums run in sixteen lanes that any vector unit can hold, and exp is our own.
  *
- * Order: errors, format, arithmetic, the two big kernels, mixers, block, feeding, state, Taylor attention by itself, sampling,
+ * Order: errors, format, arithmetic, kernels, mixers, block, feeding, state, Taylor attention by itself, sampling,
  * operating system.
  */
 #if !defined(BASED_FREESTANDING) && (defined(__unix__) || defined(__APPLE__))
@@ -113,8 +113,6 @@ struct layer {
 struct based_model {
     const based_config *c;
     const struct kernels *k;            /* the instruction set                                                   */
-    const unsigned char *bytes;         /* the checkpoint                                                        */
-    size_t size;
     const void *tokenizer;              /* its section, or NULL                                                  */
     struct matrix embedding, input, head;
     struct norm final_norm;
@@ -1940,8 +1938,6 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     memset(m, 0, need);
     m->c = c;
     m->k = choose_kernels(flags);
-    m->bytes = bytes;
-    m->size = size;
     bind(&cursor, m);
     if (cursor.short_of_bytes || cursor.at != size)
         return fail(e, BASED_EFORMAT, "the header describes %s than the %u bytes there are; the checkpoint is damaged",
