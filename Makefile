@@ -39,9 +39,9 @@ demo: run
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 
 # A unit test includes the source it tests, so that it reaches what is static there.
-$(BUILD)/test_%: tests/test_%.c tests/test.h based.c tokenizer.c based.h
+$(BUILD)/test_%: tests/test_%.c tests/test.h tests/model.h based.c tokenizer.c based.h
 	@mkdir -p $(BUILD)
-	$(CC) $(FLAGS) -g -I. -o $@ $< $(if $(findstring tokenizer,$@),,tokenizer.c) -lm
+	$(CC) $(FLAGS) -g -pthread -I. -o $@ $< $(if $(findstring tokenizer,$@),,tokenizer.c) -lm
 
 unit: $(UNITS)
 	@for t in $(UNITS); do ./$$t || exit 1; done

@@ -467,7 +467,7 @@ static void bind(struct cursor *cur, based_model *m) {
         bind_mlp(cur, m, l);
         l->state = m->state;
         m->state += (size_t)state_floats(c, l->c);
-        l->shift = m->state - c->dim;
+        if (l->c->flags & BASED_SHIFT) l->shift = m->state - c->dim;
         uint64_t slot = slot_floats(l);
         if (slot > m->slot) m->slot = (size_t)slot;
 #ifdef _OPENMP
@@ -2584,7 +2584,8 @@ static int load_fd(struct file *f, int fd, const char *path, based_error *e) {
 }
 
 static int load_file(struct file *f, const char *path, based_error *e) {
-    int status, fd = open(path, O_RDONLY);
+    int status, fd;
+    do fd = open(path, O_RDONLY); while (fd < 0 && errno == EINTR);
     if (fd < 0) return fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
     status = load_fd(f, fd, path, e);
     close(fd);

@@ -1,79 +1,11 @@
 /* test_state.c - the past as bytes: saving, loading, refusing; copies and histories; positions beyond 2^32; sums that stay
- * exact and stay clear of subnormal numbers. The model has every mixer and is made here, so that nothing else is needed.
+ * exact and stay clear of subnormal numbers. The model has every mixer and is that of model.h.
  */
 #include "based.c"
 
-#include "tests/test.h"
+#include "tests/model.h"
 
-enum { VOCAB = 37, TOKENS = 100, MODEL_ROOM = 1 << 20, SAVED_ROOM = 1 << 17 };
-
-static uint64_t random_state = 1;
-
-static uint32_t random_u32(void) {
-    random_state = random_state * 6364136223846793005u + 1442695040888963407u;
-    return (uint32_t)(random_state >> 33);
-}
-
-static void *block_of(size_t n) {
-    void *owned;                                        /* the process ends soon */
-    return aligned(n, &owned);
-}
-
-/* ---- a model with every mixer ---- */
-
-static const based_config small = {
-    .format = BASED_FORMAT, .byte_order = BASED_BYTE_ORDER, .flags = BASED_TIED, .dim = 12, .layers = 4, .vocab = VOCAB,
-    .rows = VOCAB, .final_norm = BASED_NORM_RMS, .final_norm_eps = 1e-5f
-};
-
-static const based_layer layers[] = {
-    { .mixer = BASED_CONV, .norm1 = BASED_NORM_RMS, .norm1_eps = 1e-5f, .heads = 1, .value_width = 12, .taps = 4 },
-    { .mixer = BASED_TAYLOR, .norm1 = BASED_NORM_RMS, .norm1_eps = 1e-5f, .heads = 4, .kv_heads = 2, .key_width = 4,
-      .value_width = 5, .chunk = 6, .degree = 2, .normaliser_eps = 1e-6f, .scale = 0.5f, .rotary = 2, .flags = BASED_SHIFT },
-    { .mixer = BASED_WINDOW, .norm1 = BASED_NORM_RMS, .norm1_eps = 1e-5f, .heads = 2, .kv_heads = 1, .key_width = 4,
-      .value_width = 6, .window = 9, .scale = 0.5f, .rotary = 2 },
-    { .mixer = BASED_TAYLOR, .norm1 = BASED_NORM_RMS, .norm1_eps = 1e-5f, .heads = 1, .kv_heads = 1, .key_width = 3,
-      .value_width = 7, .chunk = 1, .degree = 3, .normaliser_eps = 1e-6f, .scale = 0.6f, .mlp = BASED_SWIGLU, .hidden = 9 }
-};
-
-/* constant: the coefficient of s^0; 0 makes zero keys count for nothing. input: 0, or the width of vectors. */
-static based_model *make_model(uint64_t seed, float constant, uint32_t input) {
-    unsigned char *bytes = block_of(MODEL_ROOM);
-    void *memory = block_of(MODEL_ROOM);
-    based_config *c = (based_config *)(void *)bytes;
-    struct cursor cursor = { bytes, 0, MODEL_ROOM, 0 };
-    based_model *m = memory;
-    based_error e;
-    uint64_t sum;
-    memset(bytes, 0, MODEL_ROOM), memset(memory, 0, MODEL_ROOM);
-    *c = small;
-    memcpy(c->magic, BASED_MAGIC, 8);
-    memcpy(c + 1, layers, sizeof layers);
-    if (input) c->input = input, c->flags = BASED_INPUT_PROJECTION;
-    m->c = c;
-    m->k = choose_kernels(0);
-    bind(&cursor, m);
-    CHECK(!cursor.short_of_bytes && cursor.at < MODEL_ROOM);
-    random_state = seed;
-    for (uint64_t at = align64(sizeof *c + sizeof layers); at < cursor.at; at += 4) {
-        float x = ((float)random_u32() / 1073741824.0f - 1.0f) * 0.5f;
-        memcpy(bytes + at, &x, 4);
-    }
-    for (uint32_t i = 0; i < c->layers; i++)
-        for (size_t h = 0; layers[i].mixer == BASED_TAYLOR && h < layers[i].heads; h++) {
-            float series[] = { constant, 1.0f, 0.5f, 0.1666667f };
-            size_t n = layers[i].degree + 1, at = (size_t)((const unsigned char *)m->layer[i].taylor.c.coefficients - bytes);
-            memcpy(bytes + at + h * n * sizeof(float), series, n * sizeof(float));
-        }
-    c->file_size[0] = (uint32_t)cursor.at;
-    sum = based_checksum(bytes + 32, (size_t)cursor.at - 32);
-    c->checksum[0] = (uint32_t)sum, c->checksum[1] = (uint32_t)(sum >> 32);
-    if (based_model_init(&m, memory, MODEL_ROOM, bytes, (size_t)cursor.at, 0, &e)) {
-        printf("%s\n", e.text);
-        exit(1);
-    }
-    return m;
-}
+enum { TOKENS = 100, SAVED_ROOM = 1 << 17 };
 
 static based_session *start(const based_model *m, uint32_t block) {
     based_error e;
@@ -296,7 +228,7 @@ static void test_forged_numbers(void) {
  * distances. Both sides of 2^31 and 2^32, and far beyond; saved and loaded in the middle of it. */
 static void test_far_positions(void) {
     static const uint64_t places[] = { 2147483648u, 3000000000u, 4294967296u, 1000000000000u, (uint64_t)1 << 62 };
-    based_model *m = make_model(5, 0.0f, 0);
+    based_model *m = make_model((struct wish){ .seed = 5 });
     based_session *near = start(m, 16), *far = start(m, 16), *loaded = start(m, 5);
     based_error e;
     near->count = 36 * 1000;
@@ -390,9 +322,9 @@ static void test_sampler_goes_on(void) {
 }
 
 int main(void) {
-    model = make_model(1, 1.0f, 0);
-    stranger = make_model(2, 1.0f, 0);
-    sighted = make_model(3, 1.0f, 6);
+    model = make_model((struct wish){ .seed = 1, .constant = 1 });
+    stranger = make_model((struct wish){ .seed = 2, .constant = 1 });
+    sighted = make_model((struct wish){ .seed = 3, .constant = 1, .input = 6 });
     for (size_t i = 0; i < TOKENS; i++) text[i] = (int32_t)(random_u32() % VOCAB);
     test_every_split();
     test_bytes_are_the_pasts();
