@@ -21,6 +21,7 @@
 #if !defined(BASED_FREESTANDING) && (defined(__unix__) || defined(__APPLE__))
 #define BASED_POSIX 1
 #define _POSIX_C_SOURCE 200809L         /* sched_yield here, mmap at the end                                     */
+#define _DEFAULT_SOURCE 1               /* syscall, on Linux                                                     */
 #endif
 #include "based.h"
 
@@ -33,6 +34,7 @@
 #endif
 #ifdef BASED_POSIX
 #include <sched.h>
+#include <unistd.h>
 #endif
 
 /* ==== Errors =========================================================================================================
@@ -686,7 +688,12 @@ static void normalise(float *out, const float *x, const struct norm *n, size_t d
  */
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(BASED_FREESTANDING)
 #define BASED_X86 1
+#include <cpuid.h>
 #include <immintrin.h>
+#ifdef __linux__
+#define BASED_AMX 1                     /* only Linux lets a program use them                                    */
+#include <sys/syscall.h>
+#endif
 #elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 #define BASED_DOTPROD 1
 #include <arm_neon.h>
@@ -696,7 +703,7 @@ static void normalise(float *out, const float *x, const struct norm *n, size_t d
 #include <arm_acle.h>
 #endif
 /* n vectors as quantised products want them: groups of 32 columns share a scale; the last group is filled up with zeros.
- * Vectors are packed in eights (fours, ones, if there are fewer), so that the same group of eight lies side by side. */
+ * Vectors are packed in sixteens (fours, ones, if there are fewer), so that the same group of sixteen lies side by side. */
 struct activations {
     const float *x;                     /* (n, cols) as they are                                                 */
     int8_t *q;                          /* (n/pack, groups, pack, 32) round(x / scale)                           */
@@ -704,6 +711,9 @@ struct activations {
     int32_t *offset;                    /* (n/pack, groups, pack) -128 times the sum of q                        */
     size_t n, cols, groups, pack;
 };
+
+/* The size of packs. */
+BODY size_t pack_of(size_t n) { return n < 4 ? 1 : n < 8 ? 4 : 16; }
 
 /* Where group g of vector t is. */
 BODY size_t group_at(const struct activations *a, size_t t, size_t g) {
@@ -721,6 +731,8 @@ struct kernels {
                     size_t from, size_t to);
     /* out = sum_i w[i] rows[i], i ascending, for n rows of `width` floats that lie `stride` apart */
     void (*combine)(float *out, const float *w, const float *rows, size_t n, size_t width, size_t stride);
+    /* y[i] += a[i] * x[i] */
+    void (*add_products)(float *y, const float *a, const float *x, size_t n);
     /* y[i] = silu(gate[i]) * value[i] */
     void (*silu_times)(float *y, const float *gate, const float *value, size_t n);
     /* x[i] = exp(scale * x[i] - max); returns their sum */
@@ -774,7 +786,7 @@ BODY void rows_f32(float *out, size_t out_stride, const float *w, size_t rows, c
 
 /* `width` (a constant to the compiler) neighbouring columns of the sum below, held in registers. */
 BODY void combine_columns(float *out, const float *w, const float *rows, size_t n, size_t stride, const size_t width) {
-    float s[32] = { 0 };
+    float s[64] = { 0 };
     for (size_t i = 0; i < n; i++)
         for (size_t l = 0; l < width; l++) s[l] += w[i] * rows[i * stride + l];
     for (size_t l = 0; l < width; l++) out[l] = s[l];
@@ -798,6 +810,7 @@ BODY void combine_body(float *out, const float *w, const float *rows, size_t n, 
 #ifdef BASED_NARROW
     for (; width - e >= 4; e += 4) combine_four(out + e, w, rows + e, n, stride);
 #endif
+    for (; width - e >= 64; e += 64) combine_columns(out + e, w, rows + e, n, stride, 64);
     for (; width - e >= 32; e += 32) combine_columns(out + e, w, rows + e, n, stride, 32);
     for (; width - e >= 8; e += 8) combine_columns(out + e, w, rows + e, n, stride, 8);
     for (; e < width; e++) combine_columns(out + e, w, rows + e, n, stride, 1);
@@ -859,6 +872,9 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
     target static void combine_##set(float *out, const float *w, const float *rows, size_t n, size_t width,              \
                                      size_t stride) {                                                                    \
         combine_body(out, w, rows, n, width, stride);                                                                    \
+    }                                                                                                                    \
+    target static void add_products_##set(float *y, const float *a, const float *x, size_t n) {                          \
+        for (size_t i = 0; i < n; i++) y[i] += a[i] * x[i];                                                              \
     }                                                                                                                    \
     target static void silu_times_##set(float *y, const float *gate, const float *value, size_t n) {                     \
         for (size_t i = 0; i < n; i++) y[i] = silu(gate[i]) * value[i];                                                  \
@@ -1018,7 +1034,8 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
 TILE_KERNELS(plain, )
 
 static const struct kernels plain_kernels = {
-    "plain", rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, silu_times_plain, soften_plain, quantise_plain
+    "plain", rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, add_products_plain, silu_times_plain,
+    soften_plain, quantise_plain
 };
 
 /* ---- Quantised weights: vector units -------------------------------------------------------------------------------- */
@@ -1032,6 +1049,7 @@ FLOAT_KERNELS(avx512, AVX512)
 typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector, to meet a word of each row         */
 
 #define UNROLL8 _Pragma("GCC unroll 8")
+#define UNROLL16 _Pragma("GCC unroll 16")
 
 /* Eight rows in a register. The byte products want one factor without sign, and no sum of two products may leave 16 bits.
  * 4-bit weights fit as they are; of 8-bit ones take |w| <= 128, and x with the sign of w. */
@@ -1072,25 +1090,34 @@ AVX2 BODY void tile_avx2(float *out, size_t out_stride, const uint32_t *scales, 
     }
 }
 
-/* Sixteen rows in a register; `many` (a constant to the compiler) vectors from t on, all of one pack, against the same
- * weights. */
+/* One group of weights, sixteen rows in a register, four columns in each of eight. */
+AVX512 BODY void load_group(__m512i v[8], const uint32_t *w, const int bits) {
+    const __m512i low = _mm512_set1_epi8(15);
+    for (int c = 0; c < 8 && bits == 8; c++) v[c] = _mm512_loadu_si512(w + 16 * c);
+    for (int c = 0; c < 8 && bits == 4; c += 2) {
+        __m512i two = _mm512_loadu_si512(w + 8 * c);
+        v[c] = _mm512_and_si512(two, low);
+        v[c + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), low);
+    }
+}
+
+/* Its scales. */
+AVX512 BODY __m512 load_scales(const uint32_t *scales) {
+    __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)scales);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+/* Sixteen rows at a time; `many` (a constant to the compiler) vectors from t on, all of one pack, against the same weights. */
 AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
                            const struct activations *x, size_t t, const size_t many, const int bits) {
-    const __m512i low = _mm512_set1_epi8(15);
     size_t groups = x->groups, at = group_at(x, t, 0);
     __m512 y[8];
     for (size_t i = 0; i < many; i++) y[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < groups; g++, at += x->pack) {
         const four_bytes *q = (const four_bytes *)(x->q + at * 32);
         __m512i v[8];
-        __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)(scales + g * 8));
-        __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-        for (int c = 0; c < 8 && bits == 8; c++) v[c] = _mm512_loadu_si512(w + g * 128 + 16 * c);
-        for (int c = 0; c < 8 && bits == 4; c += 2) {
-            __m512i two = _mm512_loadu_si512(w + g * 64 + 8 * c);
-            v[c] = _mm512_and_si512(two, low);
-            v[c + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), low);
-        }
+        __m512 ws = load_scales(scales + g * 8);
+        load_group(v, w + g * (bits == 8 ? 128 : 64), bits);
         UNROLL8 for (size_t i = 0; i < many; i++) {
             __m512i s = _mm512_set1_epi32(bits == 8 ? x->offset[at + i] : x->offset[at + i] / 16);
             __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(x->scale[at + i]));
@@ -1113,19 +1140,114 @@ TILE_KERNELS(avx2, AVX2)
 TILE_KERNELS(avx512, AVX512)
 
 static const struct kernels avx2_kernels = {
-    "avx2", rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, silu_times_avx2, soften_avx2, quantise_avx2
+    "avx2", rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, add_products_avx2, silu_times_avx2, soften_avx2,
+    quantise_avx2
 };
 static const struct kernels avx512_kernels = {
-    "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, silu_times_avx512, soften_avx512,
-    quantise_avx512
+    "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, add_products_avx512, silu_times_avx512,
+    soften_avx512, quantise_avx512
 };
 
+#ifdef BASED_AMX
+#define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")))
+enum { PANEL = 32 };                    /* groups unpacked at a time: they and the sums fit the first-level cache */
+typedef __m512i panel[PANEL][8];        /* weights as bytes with sign                                            */
+
+AVX512 BODY void unpack_panel(panel to, const uint32_t *w, size_t groups, const int bits) {
+    for (size_t g = 0; g < groups; g++) {
+        __m512i v[8];
+        load_group(v, w + g * (bits == 8 ? 128 : 64), bits);
+        for (int c = 0; c < 8; c++) to[g][c] = _mm512_sub_epi8(v[c], _mm512_set1_epi8(bits == 8 ? -128 : 8));
+    }
+}
+
+/* Tile `sum` becomes sixteen vectors times sixteen rows of a group: [t][r]. (Tiles are named by literals.) */
+#define MULTIPLY_TILES(sum, q, w)                                                                                        \
+    do { _tile_zero(sum); _tile_loadd(2, q, 32); _tile_loadd(3, w, 64); _tile_dpbssd(sum, 2, 3); } while (0)
+
+/* y[t] += the sums of a group, scaled. */
+AVX512 BODY void add_scaled(__m512 y[16], const __m512i s[16], const uint32_t *scales, const float *x_scale) {
+    __m512 ws = load_scales(scales);
+    UNROLL16 for (size_t i = 0; i < 16; i++) {
+        __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(x_scale[i]));
+        y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s[i]), scale));
+    }
+}
+
+/* A panel's part of the products of sixteen vectors, of which the first `many` are wanted; `at` is where their groups begin.
+ * While one group is scaled, the tile unit hands out the next and multiplies the one after; and weights that will be needed,
+ * at `ahead`, are asked of memory. */
+AMX BODY void add_panel(float *out, size_t out_stride, size_t many, const uint32_t *scales, panel w, size_t groups,
+                        const struct activations *x, size_t at, int first, const char *ahead) {
+    const int8_t *q = x->q + at * 32;
+    const float *x_scale = x->scale + at;
+    __m512i s[2][16];
+    __m512 y[16];
+    UNROLL16 for (size_t i = 0; i < 16; i++)
+        y[i] = first || i >= many ? _mm512_setzero_ps() : _mm512_loadu_ps(out + i * out_stride);
+    MULTIPLY_TILES(0, q, w[0]);
+    _tile_stored(0, s[0], 64);
+    if (groups > 1) MULTIPLY_TILES(1, q + 512, w[1]);
+    for (size_t g = 0;;) {
+        if (g + 2 < groups) MULTIPLY_TILES(0, q + (g + 2) * 512, w[g + 2]);
+        _tile_stored(1, s[1], 64);
+        _mm_prefetch(ahead + g * 64, _MM_HINT_T1);
+        add_scaled(y, s[0], scales + g * 8, x_scale + g * 16);
+        if (++g == groups) break;
+        if (g + 2 < groups) MULTIPLY_TILES(1, q + (g + 2) * 512, w[g + 2]);
+        _tile_stored(0, s[0], 64);
+        _mm_prefetch(ahead + g * 64, _MM_HINT_T1);
+        add_scaled(y, s[1], scales + g * 8, x_scale + g * 16);
+        if (++g == groups) break;
+    }
+    UNROLL16 for (size_t i = 0; i < 16; i++) if (i < many) _mm512_storeu_ps(out + i * out_stride, y[i]);
+}
+
+AMX BODY void tile_amx(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
+                       size_t from, size_t to, const int bits) {
+    static const struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
+        1, 0, { 0 }, { 64, 64, 32, 64 }, { 16, 16, 16, 8 }      /* sums twice, vectors, weights                      */
+    };
+    panel weights;
+    if (x->pack < 16 || from % 16) {
+        tile_avx512(out, out_stride, scales, w, x, from, to, bits);
+        return;
+    }
+    _tile_loadconfig(&shape);
+    for (size_t g = 0; g < x->groups; g += PANEL) {
+        size_t groups = x->groups - g < PANEL ? x->groups - g : PANEL;
+        unpack_panel(weights, w + g * (bits == 8 ? 128 : 64), groups, bits);
+        for (size_t t = from; t < to; t += 16)
+            add_panel(out + (t - from) * out_stride, out_stride, to - t, scales + g * 8, weights, groups, x, group_at(x, t, g),
+                      g == 0, (const char *)(w + (g + groups) * (bits == 8 ? 128 : 64)) + (t - from) / 16 * groups * 64);
+    }
+    _tile_release();
+}
+
+TILE_KERNELS(amx, AMX)
+
+static const struct kernels amx_kernels = {
+    "amx", rows_f32_avx2, tile_q8_amx, tile_q4_amx, combine_avx512, add_products_avx512, silu_times_avx512,
+    soften_avx512, quantise_avx512
+};
+
+/* The tiles are 8 KB more for the system to save whenever it switches, so Linux wants to be asked, once for a whole process.
+ * Asking again does no harm. */
+static int may_use_amx(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3            /* amx-tile, amx-int8              */
+        && syscall(SYS_arch_prctl, 0x1023, 18) == 0;                                /* ARCH_REQ_XCOMP_PERM, XTILEDATA  */
+}
+#endif
+
 static const struct kernels *choose_kernels(int flags) {
-    if (flags & BASED_PLAIN) return &plain_kernels;
-    if (!(flags & BASED_AVX2) && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) return &avx512_kernels;
-    if (__builtin_cpu_supports("avx2")) return &avx2_kernels;
-    return &plain_kernels;
+    if (flags & BASED_PLAIN || !__builtin_cpu_supports("avx2")) return &plain_kernels;
+    if (flags & BASED_AVX2 || !__builtin_cpu_supports("avx512vnni") || !__builtin_cpu_supports("avx512bw")
+        || !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq")) return &avx2_kernels;
+#ifdef BASED_AMX
+    if (!(flags & BASED_AVX512) && may_use_amx()) return &amx_kernels;
+#endif
+    return &avx512_kernels;
 }
 
 #elif defined(BASED_DOTPROD)
@@ -1166,7 +1288,8 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
 TILE_KERNELS(dotprod, )
 
 static const struct kernels dotprod_kernels = {
-    "dotprod", rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, silu_times_plain, soften_plain, quantise_plain
+    "dotprod", rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, add_products_plain, silu_times_plain,
+    soften_plain, quantise_plain
 };
 
 static const struct kernels *choose_kernels(int flags) {
@@ -1285,7 +1408,7 @@ static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t
                    size_t n, const struct worker *w) {
     based_session *p = w->p;
     struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols, groups(a->cols),
-                               n < 4 ? 1 : n < 8 ? 4 : 8 };
+                               pack_of(n) };
     size_t count = (rows + 15) / 16;
     if (a->dtype != BASED_F32) {
         p->m->k->quantise(&act, share(n * act.groups, w, 0), share(n * act.groups, w, 1));
@@ -1328,18 +1451,17 @@ static void mix_conv(const struct layer *l, const struct worker *w, size_t n) {
     size_t channels = l->c->value_width, past = l->c->taps - 1;
     size_t from = share(channels, w, 0), many = share(channels, w, 1) - from;
     const float *taps = l->taps + from;
+    const struct kernels *k = w->p->m->k;
     for (size_t r = 0; r < n; r++) {
         const struct row *row = &w->p->row[r];
         float *ring = state_of(row, l) + from, *y = w->p->y + r * channels + from;
         const float *u = w->p->u + r * 2 * channels + from, *gate = u + channels;
         size_t oldest = past ? (size_t)(row->t % past) : 0;
-        for (size_t e = 0; e < many; e++) y[e] = l->taps_bias ? l->taps_bias[from + e] : 0.0f;
-        for (size_t i = 0; i < past; i++) {
-            const float *tap = taps + i * channels, *v = ring + (oldest + i) % past * channels;
-            for (size_t e = 0; e < many; e++) y[e] += tap[e] * v[e];
-        }
-        for (size_t e = 0; e < many; e++) y[e] += taps[past * channels + e] * u[e];
-        w->p->m->k->silu_times(y, y, gate, many);
+        if (l->taps_bias) memcpy(y, l->taps_bias + from, many * sizeof *y);
+        else memset(y, 0, many * sizeof *y);
+        for (size_t i = 0; i < past; i++) k->add_products(y, taps + i * channels, ring + (oldest + i) % past * channels, many);
+        k->add_products(y, taps + past * channels, u, many);
+        k->silu_times(y, y, gate, many);
         if (past) memcpy(ring + oldest * channels, u, many * sizeof *u);
     }
 }
@@ -2017,7 +2139,7 @@ int based_tokenizer_open(based_tokenizer *t, const based_model *m, based_error *
 
 /* Lays out a session: with memory NULL it only counts. */
 static uint64_t lay_out(based_session *s, const based_model *m, uint64_t block, unsigned char *memory) {
-    uint64_t at = 0, q_groups = (block < 4 ? block : (block + 7) / 8 * 8) * groups(m->widest_q);
+    uint64_t at = 0, q_groups = (block < 4 ? block : (block + 15) / 16 * 16) * groups(m->widest_q);
     struct { float **where; uint64_t n; } part[] = {
         { &s->x, block * m->c->dim }, { &s->xn, block * m->c->dim }, { &s->xs, block * m->c->dim },
         { &s->u, block * align16(m->widest_in) }, { &s->y, block * m->widest_mid },
@@ -2528,7 +2650,6 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
-#include <unistd.h>
 #else
 #include <stdio.h>
 #endif
@@ -2615,11 +2736,12 @@ static void name_file(const char *path, based_error *e) {
     fail(e, inner.status, "%s: %s", path, inner.text);
 }
 
-/* BASED_KERNELS=plain or avx2 in the environment holds back newer instructions, for tests and comparisons. */
+/* BASED_KERNELS=plain, avx2 or avx512vnni in the environment holds back newer instructions, for tests and comparisons. */
 static int kernel_flags(void) {
     const char *wish = getenv("BASED_KERNELS");
-    if (wish && strcmp(wish, "plain") == 0) return BASED_PLAIN;
-    return wish && strcmp(wish, "avx2") == 0 ? BASED_AVX2 : 0;
+    if (!wish) return 0;
+    if (strcmp(wish, "plain") == 0) return BASED_PLAIN;
+    return strcmp(wish, "avx2") == 0 ? BASED_AVX2 : strcmp(wish, "avx512vnni") == 0 ? BASED_AVX512 : 0;
 }
 
 based_model *based_open(const char *path, int flags, based_error *e) {

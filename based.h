@@ -66,7 +66,8 @@ typedef struct based_model based_model;
 enum based_open_flags {                 /* of based_open and based_model_init                                    */
     BASED_NO_CHECKSUM = 1,              /* trust the weights' bytes                                              */
     BASED_PLAIN = 2,                    /* use only the portable kernels                                         */
-    BASED_AVX2 = 4                      /* on x86-64, nothing newer than AVX2; neither flag ever changes a bit   */
+    BASED_AVX2 = 4,                     /* on x86-64, nothing newer than AVX2                                    */
+    BASED_AVX512 = 8                    /* nor than AVX-512 VNNI (AMX); no flag ever changes a bit               */
 };
 
 /* Maps the checkpoint at `path` read-only and checks it whole: header, sizes, checksum. Returns NULL on failure.

@@ -41,7 +41,7 @@
 #endif
 
 enum { DONE = 0, BAD_INPUT = 1, BAD_USAGE = 2, INTERRUPTED = 130 };     /* exit statuses                             */
-enum { BLOCK = 64 };                                                    /* tokens of a prompt computed together      */
+enum { BLOCK = 128 };                                                   /* tokens of a prompt computed together      */
 enum { ROWS_BYTES = 1 << 24 };                                          /* memory for the logits of a block, at most */
 enum { FLUSH_BYTES = 12 };                                              /* what based_decode_flush may write         */
 enum { NUMBER_BYTES = 24 };                                             /* a 64-bit number, sign, space, zero        */

@@ -116,17 +116,18 @@ echo
 here=$(uname -m)
 make -s run >"$work/log" 2>&1 || { cat "$work/log"; exit 1; }
 cp run "$work/run"
-row "$here, make" "$work/run"
-for k in plain avx2; do row "$here, $k instructions only" env BASED_KERNELS=$k "$work/run"; done
+newest=$(grep -qs amx_int8 /proc/cpuinfo && echo ", AMX")
+row "$here, make$newest" "$work/run"
+for k in plain avx2 avx512vnni; do row "$here, $k instructions only" env BASED_KERNELS=$k "$work/run"; done
 for j in 2 3 4; do row "$here, $j threads" "$work/run" -j $j; done
 gcc -O2 $flags -c based.c -o "$work/based.o" && gcc -O2 $flags -c tokenizer.c -o "$work/tokenizer.o"
 for b in $(seq 64); do          # the only line of the program that knows how many tokens of a prompt go together
-    sed "s/enum { BLOCK = 64 }/enum { BLOCK = $b }/" run.c >"$work/run$b.c"
+    sed "s/enum { BLOCK = 128 }/enum { BLOCK = $b }/" run.c >"$work/run$b.c"
     gcc -O0 $flags -I. -o "$work/run$b" "$work/run$b.c" "$work/based.o" "$work/tokenizer.o" -lm || exit 1
     values "$work/run$b" >"$work/got" 2>&1
     cmp -s "$work/got" "$work/want" || { blocks="${blocks:-} $b"; break; }
 done
-if [ -z "${blocks:-}" ] && grep -q 'enum { BLOCK = 64 }' run.c; then
+if [ -z "${blocks:-}" ] && grep -q 'enum { BLOCK = 128 }' run.c; then
     passed=$((passed + 1)); printf '%-44s same\n' "$here, prompts in blocks of 1, 2, ... 64"
 else
     failed=$((failed + 1)); printf '%-44s DIFFERENT\n' "$here, prompts in blocks of${blocks:- any size: not tried}"

@@ -95,8 +95,9 @@ static void test_norms(void) {
 
 /* ---- kernels: every instruction set gives the bits of the plain one ---- */
 
-static void test_kernels_agree(const struct kernels *k) {
-    enum { COLS = 77, GROUPS = 3, N = 19, ROWS = 16, PACKED = 24 };
+/* n vectors in packs, the last of which is not full; more groups than an AMX panel holds, and an odd number of them. */
+static void test_kernels_agree(const struct kernels *k, size_t n) {
+    enum { COLS = 1110, GROUPS = 35, N = 43, ROWS = 16, PACKED = 48 };
     static float x[N * COLS], w[ROWS * COLS], a[N * ROWS], b[N * ROWS], scale[2][PACKED * GROUPS];
     static int8_t q[2][PACKED * GROUPS * 32];
     static int32_t offset[2][PACKED * GROUPS];
@@ -106,20 +107,22 @@ static void test_kernels_agree(const struct kernels *k) {
     for (size_t i = 0; i < COUNT(words); i++) words[i] = random_u32() ^ random_u32() << 7;
     words[3] = 0x0101ff01u;
     for (size_t i = 0; i < COUNT(scales); i++) scales[i] = 0x3c003c10u + (random_u32() & 0x00ff00ffu);
-    struct activations one = { x, q[0], scale[0], offset[0], N, COLS, GROUPS, 8 };
-    struct activations two = { x, q[1], scale[1], offset[1], N, COLS, GROUPS, 8 };
-    plain->quantise(&one, 0, N * GROUPS), k->quantise(&two, 0, 5), k->quantise(&two, 5, N * GROUPS);
+    struct activations one = { x, q[0], scale[0], offset[0], n, COLS, GROUPS, pack_of(n) };
+    struct activations two = { x, q[1], scale[1], offset[1], n, COLS, GROUPS, pack_of(n) };
+    plain->quantise(&one, 0, n * GROUPS), k->quantise(&two, 0, 5), k->quantise(&two, 5, n * GROUPS);
     CHECK(memcmp(q[0], q[1], sizeof q[0]) == 0 && memcmp(scale[0], scale[1], sizeof scale[0]) == 0);
     CHECK(memcmp(offset[0], offset[1], sizeof offset[0]) == 0);
-    plain->tile_q8(a, ROWS, scales, words, &one, 0, N), k->tile_q8(b, ROWS, scales, words, &one, 0, N);
+    plain->tile_q8(a, ROWS, scales, words, &one, 0, n), k->tile_q8(b, ROWS, scales, words, &one, 0, n);
     CHECK(memcmp(a, b, sizeof a) == 0);
-    plain->tile_q4(a, ROWS, scales, words, &one, 3, N), k->tile_q4(b, ROWS, scales, words, &one, 3, N);
+    plain->tile_q4(a, ROWS, scales, words, &one, 0, n), k->tile_q4(b, ROWS, scales, words, &one, 0, n);
+    CHECK(memcmp(a, b, sizeof a) == 0);
+    plain->tile_q4(a, ROWS, scales, words, &one, 2, n), k->tile_q4(b, ROWS, scales, words, &one, 2, n);
     CHECK(memcmp(a, b, sizeof a) == 0);
     for (size_t rows = 1; rows <= ROWS; rows++) {
         plain->rows_f32(a, ROWS, w, rows, &one), k->rows_f32(b, ROWS, w, rows, &one);
         CHECK(memcmp(a, b, sizeof a) == 0);
     }
-    for (size_t width = 1; width <= COLS; width++) {
+    for (size_t width = 1; width <= 200; width++) {
         plain->combine(a, x, w, ROWS, width, COLS), k->combine(b, x, w, ROWS, width, COLS);
         CHECK(memcmp(a, b, width * sizeof *a) == 0);
     }
@@ -127,6 +130,8 @@ static void test_kernels_agree(const struct kernels *k) {
     float p = plain->soften(a, 100, 3.0f), s = k->soften(b, 100, 3.0f);
     CHECK(p == s && memcmp(a, b, sizeof a) == 0);
     plain->silu_times(a, x, w, 101), k->silu_times(b, x, w, 101);
+    CHECK(memcmp(a, b, 101 * sizeof *a) == 0);
+    plain->add_products(a, x, w, 101), k->add_products(b, x, w, 101);
     CHECK(memcmp(a, b, 101 * sizeof *a) == 0);
 }
 
@@ -459,9 +464,9 @@ int main(void) {
     test_norms();
     test_quantised_definition(8);
     test_quantised_definition(4);
-    test_kernels_agree(&plain_kernels);
-    test_kernels_agree(choose_kernels(BASED_AVX2));
-    test_kernels_agree(choose_kernels(0));
+    static const int sets[] = { 0, BASED_AVX512, BASED_AVX2, BASED_PLAIN };
+    for (size_t i = 0; i < COUNT(sets); i++)
+        for (size_t n = 3; n <= 43; n += 4) test_kernels_agree(choose_kernels(sets[i]), n);
     test_features();
     load_stories();
     test_truncation();

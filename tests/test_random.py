@@ -164,7 +164,7 @@ def test_every_block_size(random_model, index):
         assert same_bits(Session(model, block).feed_last(tokens), expected[-1]), block
 
 
-NO_CHECKSUM, PLAIN, AVX2 = 1, 2, 4                        # flags of based_open
+NO_CHECKSUM, PLAIN, AVX2, AVX512 = 1, 2, 4, 8             # flags of based_open
 
 
 def test_every_instruction_set(random_model):
@@ -172,7 +172,7 @@ def test_every_instruction_set(random_model):
         path, rng = random_model(seed, dtype="mixed"), np.random.default_rng(seed)
         x = reference.random_input(rng, reference.read(path), 60)
         expected = Session(Model(path), 64).feed(x)
-        for flags in (PLAIN, AVX2, PLAIN | NO_CHECKSUM):
+        for flags in (PLAIN, AVX2, AVX512, PLAIN | NO_CHECKSUM):
             assert same_bits(Session(Model(path, flags), 64).feed(x), expected), (seed, flags)
 
 
