@@ -79,6 +79,23 @@ static void catch_signals(void) {
 #endif
 }
 
+/* A checkpoint is mapped, not copied. If its file is cut off while it is in use, or its disk goes away, reading it raises a
+ * signal, after which nothing can go on: all that is left is to say so. */
+#if defined(RUN_POSIX)
+static void on_lost_bytes(int number) {
+    static const char line[] = "run: the checkpoint cannot be read any more; was its file cut off while it was in use?\n";
+    ssize_t written = write(STDERR_FILENO, line, sizeof line - 1);
+    (void)number, (void)written;
+    _exit(BAD_INPUT);
+}
+#endif
+
+static void catch_lost_bytes(void) {
+#if defined(RUN_POSIX)
+    signal(SIGBUS, on_lost_bytes);
+#endif
+}
+
 /* Seconds since some moment in the past, never running backwards where the system can promise it. */
 static double seconds(void) {
 #if defined(RUN_POSIX) || defined(__wasi__)
@@ -1000,6 +1017,17 @@ static int end_text(run *r) {
     return flush_text();
 }
 
+/* The name under which a file is written until it is complete, or NULL if it must be written in place. The caller frees it. */
+static int temporary_name(const char *path, char **name) {
+    size_t bytes = strlen(path) + sizeof ".tmp";
+    *name = NULL;
+    if (!may_be_replaced(path)) return DONE;
+    *name = malloc(bytes);
+    if (!*name) return out_of_memory("a file name");
+    snprintf(*name, bytes, "%s.tmp", path);
+    return DONE;
+}
+
 /* ---------------------------------------------------------------------------------------------------------------------
  * The dump of logits. It appears under its name only when it is complete.
  */
@@ -1011,13 +1039,8 @@ static int dump_failed(run *r) {
 }
 
 static int open_dump(run *r) {
-    const char *path = r->o->dump, *ending = ".tmp";
-    if (may_be_replaced(path)) {
-        size_t bytes = strlen(path) + strlen(ending) + 1;
-        r->dump.temporary = malloc(bytes);
-        if (!r->dump.temporary) return out_of_memory("a file name");
-        snprintf(r->dump.temporary, bytes, "%s%s", path, ending);
-    }
+    const char *path = r->o->dump;
+    TRY(temporary_name(path, &r->dump.temporary));
     r->dump.file = fopen(r->dump.temporary ? r->dump.temporary : path, "wb");
     return r->dump.file ? DONE : dump_failed(r);
 }
@@ -1295,9 +1318,8 @@ static int save_failed(const char *path, const char *temporary) {
 
 /* Writes all of a past, or nothing: under another name first, then renamed. */
 static int write_past(const past *p, const char *path) {
-    size_t bytes = strlen(path) + sizeof ".tmp";
-    char *temporary = may_be_replaced(path) ? malloc(bytes) : NULL;
-    if (temporary) snprintf(temporary, bytes, "%s.tmp", path);
+    char *temporary;
+    TRY(temporary_name(path, &temporary));
     FILE *file = fopen(temporary ? temporary : path, "wb");
     int rc = DONE;
     if (!file) {
@@ -2130,6 +2152,7 @@ int main(int argc, char **argv) {
     memset(&r, 0, sizeof r);
     r.o = &o;
     use_plain_bytes();
+    catch_lost_bytes();
     o.stops = calloc((size_t)argc + 1, sizeof *o.stops);
     int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
     if (rc == DONE) rc = do_job(&r);

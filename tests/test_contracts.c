@@ -2,7 +2,8 @@
  * pages that nobody may touch, against the one and then against the other; what is promised to be read only is read-only
  * memory. A step outside is a crash of this test.
  */
-#define _GNU_SOURCE                     /* MAP_ANONYMOUS */
+#define _POSIX_C_SOURCE 200809L         /* as based.c, which is not the first to include something here */
+#define _DEFAULT_SOURCE 1
 #include <sys/mman.h>
 
 #include "based.c"
@@ -273,8 +274,8 @@ static void test_failed_sampler(void) {
 }
 
 int main(void) {
-    static const uint32_t blocks[] = { 1, 2, 3, 5, 8, 9, 33, 64 };
-    static const int kernels[] = { 0, BASED_AVX2, BASED_PLAIN };
+    static const uint32_t blocks[] = { 1, 2, 3, 5, 8, 9, 33, 128 };
+    static const int kernels[] = { 0, BASED_AVX512, BASED_AVX2, BASED_PLAIN };
     based_model *m[3], *sighted = make_model((struct wish){ .seed = 4, .constant = 1, .input = INPUT });
     for (uint32_t dtype = 0; dtype < 3; dtype++) m[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype });
     for (size_t i = 0; i < TOKENS; i++) text[i] = (int32_t)(random_u32() % VOCAB);

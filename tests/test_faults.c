@@ -2,7 +2,8 @@
  * left. Each time the caller gets an error line, and nothing is left allocated, open or mapped. Reads come in pieces, are
  * interrupted, or end early. And once a session exists, nothing is asked of the system any more.
  */
-#define _POSIX_C_SOURCE 200809L
+#define _POSIX_C_SOURCE 200809L         /* as based.c, which is not the first to include something here */
+#define _DEFAULT_SOURCE 1
 #include <errno.h>
 #include <fcntl.h>
 #include <stdint.h>
@@ -14,7 +15,8 @@
 
 static unsigned long calls, fail_at;                    /* calls made; which of them fails, counted from 1 */
 static int fail_errno, no_maps;                         /* why; every mmap fails, so that files are read */
-static enum { WHOLE, PIECES, INTERRUPTED, SHRUNK } reading;
+static int reading;                                     /* how */
+enum { WHOLE, PIECES, INTERRUPTED, SHRUNK };
 static long owned_blocks, open_files, live_maps;         /* what the library holds */
 
 static int fails(void) {

@@ -2,7 +2,8 @@
  * one session. The workers are threads made here, walking through the same code as those of OpenMP: a race detector cannot
  * see how OpenMP's own threads begin and end, but it sees these (see .ci/run).
  */
-#define _POSIX_C_SOURCE 200809L
+#define _POSIX_C_SOURCE 200809L         /* as based.c, which is not the first to include something here */
+#define _DEFAULT_SOURCE 1
 #include <pthread.h>
 
 #include "based.c"
