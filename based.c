@@ -2782,7 +2782,7 @@ based_session *based_session_new(const based_model *m, uint32_t block, based_err
     void *owned = NULL;
     size_t need = based_session_bytes(m, block);
     void *memory = need ? aligned(need, &owned) : NULL;
-    if (need && !memory) return no_memory("a session", need, e), NULL;
+    if (need && !owned) return no_memory("a session", need, e), NULL;
     if (based_session_init(&s, m, memory, need, block, e)) return free(owned), NULL;
     s->owned = owned;
     return s;

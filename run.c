@@ -560,7 +560,7 @@ static int take_flag(options *o, int argc, char **argv, int *i) {
         if (*i + 1 >= argc) return fail(BAD_USAGE, "%s needs a value: %s", name, f->takes);
         text = argv[++*i];
     }
-    return set_value(o, f, name, text);
+    return set_value(o, f, name, text ? text : "");
 }
 
 static int take_checkpoint(options *o, const char *path) {
