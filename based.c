@@ -534,6 +534,13 @@ static int arithmetic_is_strict(void) {
 #define BODY static inline
 #endif
 
+/* Asks for memory that will be read soon: what processors foresee by themselves ends where a page does. */
+#ifdef __GNUC__
+#define PREFETCH(p) __builtin_prefetch(p)
+#else
+#define PREFETCH(p) ((void)(p))
+#endif
+
 /* Without vector registers, sixteen sums at a time would live in memory. There, the bodies under BASED_NARROW take them
  * four at a time: the same additions in the same order, so the same bits. */
 #if !defined(BASED_NARROW) && (defined(__arm__) || defined(__riscv)) && !defined(__ARM_NEON) && !defined(__riscv_vector)
@@ -744,18 +751,26 @@ struct kernels {
 /* ---- Float weights ------------------------------------------------------------------------------------------------ */
 
 #ifndef BASED_NARROW
-/* Four rows at a time; a row alone would wait for its own additions. */
-BODY void dot4(float out[4], const float *w, size_t stride, const float *x, size_t n) {
+/* Four rows at a time; a row alone would wait for its own additions. fresh: these rows have not been read before, and the four
+ * after them are next. */
+BODY void dot4(float out[4], const float *w, size_t stride, const float *x, size_t n, const int fresh) {
     float s0[LANES] = { 0 }, s1[LANES] = { 0 }, s2[LANES] = { 0 }, s3[LANES] = { 0 };
     const float *w1 = w + stride, *w2 = w1 + stride, *w3 = w2 + stride;
     size_t i = 0;
-    for (; n - i >= LANES; i += LANES)
+    for (; n - i >= LANES; i += LANES) {
+        if (fresh) {
+            PREFETCH(w + 4 * stride + i);
+            PREFETCH(w1 + 4 * stride + i);
+            PREFETCH(w2 + 4 * stride + i);
+            PREFETCH(w3 + 4 * stride + i);
+        }
         for (size_t l = 0; l < LANES; l++) {
             s0[l] += w[i + l] * x[i + l];
             s1[l] += w1[i + l] * x[i + l];
             s2[l] += w2[i + l] * x[i + l];
             s3[l] += w3[i + l] * x[i + l];
         }
+    }
     for (size_t l = 0; i < n; l++, i++) {
         s0[l] += w[i] * x[i];
         s1[l] += w1[i] * x[i];
@@ -776,7 +791,8 @@ BODY void rows_f32(float *out, size_t out_stride, const float *w, size_t rows, c
             float *y = out + t * out_stride + r;
 #ifndef BASED_NARROW
             if (rows - r >= 4) {
-                dot4(y, w + r * cols, cols, x->x + t * cols, cols);
+                if (t == 0) dot4(y, w + r * cols, cols, x->x, cols, 1);
+                else dot4(y, w + r * cols, cols, x->x + t * cols, cols, 0);
                 continue;
             }
 #endif
@@ -1048,6 +1064,7 @@ FLOAT_KERNELS(avx512, AVX512)
 
 typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector, to meet a word of each row         */
 
+enum { FAR = 4 };                       /* groups of weights that are asked for ahead                            */
 #define UNROLL8 _Pragma("GCC unroll 8")
 #define UNROLL16 _Pragma("GCC unroll 16")
 
@@ -1064,6 +1081,7 @@ AVX2 BODY void tile_avx2(float *out, size_t out_stride, const uint32_t *scales, 
             const __m256i *word = (const __m256i *)(const void *)(w + g * (bits == 8 ? 128 : 64));
             __m256i s[2];
             s[0] = s[1] = _mm256_set1_epi32(bits == 8 ? 0 : x->offset[at] / 16);
+            for (int c = 0; c < bits && t == 0; c++) PREFETCH(w + (g + FAR) * (bits == 8 ? 128 : 64) + 16 * c);
             for (int c = 0; c < 8; c++) {
                 __m256i four = _mm256_set1_epi32(q[c]), v, pairs;
                 for (int h = 0; h < 2; h++) {
@@ -1118,6 +1136,7 @@ AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales
         __m512i v[8];
         __m512 ws = load_scales(scales + g * 8);
         load_group(v, w + g * (bits == 8 ? 128 : 64), bits);
+        for (int c = 0; c < bits && t == 0; c++) PREFETCH(w + (g + FAR) * (bits == 8 ? 128 : 64) + 16 * c);
         UNROLL8 for (size_t i = 0; i < many; i++) {
             __m512i s = _mm512_set1_epi32(bits == 8 ? x->offset[at + i] : x->offset[at + i] / 16);
             __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(x->scale[at + i]));
@@ -1191,12 +1210,12 @@ AMX BODY void add_panel(float *out, size_t out_stride, size_t many, const uint32
     for (size_t g = 0;;) {
         if (g + 2 < groups) MULTIPLY_TILES(0, q + (g + 2) * 512, w[g + 2]);
         _tile_stored(1, s[1], 64);
-        _mm_prefetch(ahead + g * 64, _MM_HINT_T1);
+        PREFETCH(ahead + g * 64);
         add_scaled(y, s[0], scales + g * 8, x_scale + g * 16);
         if (++g == groups) break;
         if (g + 2 < groups) MULTIPLY_TILES(1, q + (g + 2) * 512, w[g + 2]);
         _tile_stored(0, s[0], 64);
-        _mm_prefetch(ahead + g * 64, _MM_HINT_T1);
+        PREFETCH(ahead + g * 64);
         add_scaled(y, s[1], scales + g * 8, x_scale + g * 16);
         if (++g == groups) break;
     }
