@@ -36,6 +36,7 @@
 #include <io.h>
 #elif (defined(__unix__) || defined(__APPLE__)) && !defined(__wasi__)
 #define RUN_POSIX 1
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
@@ -1895,7 +1896,7 @@ static int inform(run *r) {
  * Job 5: how fast is it? Reading a prompt, writing after texts of several lengths, many texts at once; and beside each how
  * much of the memory's speed is used, since a token cannot be written faster than its weights can be read.
  */
-enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 262144, PATIENCE = 120 };
+enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 262144, PATIENCE = 600 };
 
 typedef struct {                                        /* seconds of each repetition                                */
     double each[REPEATS];
@@ -1903,21 +1904,32 @@ typedef struct {                                        /* seconds of each repet
     double readings;                                    /* of all weights, in each                                   */
 } timing;
 
-/* How fast this machine reads memory with as many threads as the model uses, in bytes per second: a block as large as the
- * weights (1 GB at most) is searched for a byte that is not there, which the C library does at full speed. */
+/* Two ways to have every line of a block travel to the processor: one word of each, whose addresses are known beforehand; and a
+ * search for a byte that is not there, which the C library does with the widest instructions there are. */
+static int read_lines(const unsigned char *p, size_t n) {
+    int found = 0;
+    for (size_t i = 0; i < n; i += 64) found |= p[i];
+    return found >> 1;
+}
+
+static int search(const unsigned char *p, size_t n) { return memchr(p, 2, n) != NULL; }
+
+/* How fast this machine reads a block as large as the weights, with as many threads as the model uses, in bytes per second: the
+ * best of both ways and several repetitions. A smaller block would be read from a cache that the weights do not fit into. */
 static double read_speed(uint64_t bytes, int threads) {
-    size_t n = bytes < (1u << 30) ? (size_t)bytes : (size_t)1 << 30, part = n / (size_t)threads;
-    char *block = malloc(n);
+    size_t n = (size_t)bytes, part = n / (size_t)threads;
+    unsigned char *block = bytes <= SIZE_MAX ? malloc(n) : NULL;
     double best = 0.0;
     int found = 0;
     if (!block) return 0.0;
     memset(block, 1, n);
     for (int repeat = 0; repeat < 2 * REPEATS; repeat++) {
+        int (*way)(const unsigned char *, size_t) = repeat % 2 ? search : read_lines;
         double begun = seconds(), spent;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
 #endif
-        for (int i = 0; i < threads; i++) found |= memchr(block + (size_t)i * part, 2, part) != NULL;
+        for (int i = 0; i < threads; i++) found |= way(block + (size_t)i * part, part);
         spent = seconds() - begun;
         if (spent > 0.0 && (double)n / spent > best) best = (double)n / spent;
     }
@@ -1925,18 +1937,43 @@ static double read_speed(uint64_t bytes, int threads) {
     return found ? 0.0 : best;
 }
 
+/* The most memory this process ever had, in bytes; 0 where the system does not tell. */
+static uint64_t peak_memory(void) {
+#ifdef RUN_POSIX
+    struct rusage used;
+    if (getrusage(RUSAGE_SELF, &used) == 0) {
+#ifdef __APPLE__
+        return (uint64_t)used.ru_maxrss;
+#else
+        return (uint64_t)used.ru_maxrss * 1024;
+#endif
+    }
+#endif
+    return 0;
+}
+
+/* What is measured, in full, for the file and for people. */
+typedef struct {
+    const char *model;
+    int      threads;
+    uint64_t weights, state, memory;                    /* bytes: read per token, of a session, of the process       */
+    double   reads;                                     /* bytes per second                                          */
+} benched;
+
 /* One line of the table. */
-static void print_timing(const run *r, const char *test, const timing *t, double reads) {
-    double mean = 0.0, spread = 0.0, weights = (double)based_model_weight_bytes(r->model), bandwidth;
+static void print_timing(const run *r, const char *test, const timing *t, const benched *b) {
+    double mean = 0.0, spread = 0.0, bandwidth, share;
     for (int i = 0; i < REPEATS; i++) mean += t->tokens / t->each[i] / REPEATS;
     for (int i = 0; i < REPEATS; i++) spread += (t->tokens / t->each[i] - mean) * (t->tokens / t->each[i] - mean);
     spread = sqrt(spread / (REPEATS - 1));
-    bandwidth = mean / t->tokens * t->readings * weights;
+    bandwidth = mean / t->tokens * t->readings * (double)b->weights;
+    share = b->reads > 0.0 ? 100.0 * bandwidth / b->reads : 0.0;
     if (r->o->csv) {
-        printf("%s,%.2f,%.2f,%.3f,%.1f\n", test, mean, spread, bandwidth * 1e-9, 100.0 * bandwidth / reads);
+        printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model, based_model_kernels(r->model), b->threads,
+               (unsigned long long)b->weights, (unsigned long long)b->state, (unsigned long long)b->memory, b->reads * 1e-9, test,
+               mean, spread, bandwidth * 1e-9, share);
     } else {
-        printf("| %-14s | %9.2f | %7.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9,
-               100.0 * bandwidth / reads);
+        printf("| %-14s | %9.2f | %7.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, share);
     }
     fflush(stdout);
 }
@@ -1959,7 +1996,7 @@ static int feed_any(run *r, uint64_t n) {
     return DONE;
 }
 
-static int bench_prompt(run *r, uint64_t n, double reads, double *speed) {
+static int bench_prompt(run *r, uint64_t n, const benched *b, double *speed) {
     timing t = { { 0 }, (double)n, ceil((double)n / BLOCK) };
     char name[32];
     for (int i = 0; i < REPEATS; i++) {
@@ -1971,11 +2008,11 @@ static int bench_prompt(run *r, uint64_t n, double reads, double *speed) {
         *speed = t.tokens / t.each[i];
     }
     snprintf(name, sizeof name, "pp%llu", (unsigned long long)n);
-    print_timing(r, name, &t, reads);
+    print_timing(r, name, &t, b);
     return DONE;
 }
 
-static int bench_depth(run *r, uint64_t depth, double reads, double prompt_speed) {
+static int bench_depth(run *r, uint64_t depth, const benched *b, double prompt_speed) {
     timing t = { { 0 }, DECODED, DECODED };
     char name[32];
     double wait = ((double)depth - (double)based_count(r->session)) / prompt_speed;
@@ -1995,12 +2032,12 @@ static int bench_depth(run *r, uint64_t depth, double reads, double prompt_speed
         }
         t.each[i] = seconds() - begun;
     }
-    if (rc == DONE) print_timing(r, name, &t, reads);
+    if (rc == DONE) print_timing(r, name, &t, b);
     return rc;
 }
 
 /* `many` texts, one token of each at a time. */
-static int bench_batch(run *r, based_session **all, size_t many, double reads) {
+static int bench_batch(run *r, based_session **all, size_t many, const benched *b) {
     timing t = { { 0 }, (double)many * BATCH_STEPS, BATCH_STEPS };
     int32_t ids[BATCH_MOST];
     char name[32];
@@ -2015,11 +2052,11 @@ static int bench_batch(run *r, based_session **all, size_t many, double reads) {
         t.each[i] = seconds() - begun;
     }
     snprintf(name, sizeof name, "tg%d x %zu", BATCH_STEPS, many);
-    print_timing(r, name, &t, reads);
+    print_timing(r, name, &t, b);
     return DONE;
 }
 
-static int bench_batches(run *r, double reads) {
+static int bench_batches(run *r, const benched *b) {
     based_session *all[BATCH_MOST] = { r->session };
     based_error e;
     int rc = DONE;
@@ -2029,31 +2066,46 @@ static int bench_batches(run *r, double reads) {
             if (!all[have]) rc = fail(BAD_INPUT, "%s", e.text);
             else based_set_threads(all[have], based_threads(r->session));
         }
-        if (rc == DONE) rc = bench_batch(r, all, many, reads);
+        if (rc == DONE) rc = bench_batch(r, all, many, b);
     }
     for (size_t i = 1; i < BATCH_MOST; i++) based_session_free(all[i]);
     return rc;
 }
 
+static void print_head(const run *r, const benched *b) {
+    char weights[GROUPED_BYTES], state[GROUPED_BYTES], memory[GROUPED_BYTES];
+    if (r->o->csv) {
+        puts("model,kernels,threads,weight bytes,state bytes,peak memory,read GB/s,test,tokens/s,spread,GB/s,% of read speed");
+        return;
+    }
+    printf("%s, %s kernels, %d thread%s: %s bytes of weights per token, %s bytes of state, %s bytes of memory at most with one "
+           "session, memory read at %.1f GB/s\n\n"
+           "| test           |  tokens/s |  spread |   GB/s | read |\n"
+           "|----------------|-----------|---------|--------|------|\n",
+           b->model, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s", grouped(weights, b->weights),
+           grouped(state, b->state), grouped(memory, b->memory), b->reads * 1e-9);
+}
+
 static int bench(run *r) {
     static const uint64_t prompts[] = { 128, 512, 2048 }, depths[] = { 0, 1024, 16384, DEEPEST };
-    char name[65], a[GROUPED_BYTES], b[GROUPED_BYTES];
-    double reads, speed = 1.0;
-    int rc = DONE, threads;
+    double speed = 1.0;
+    int rc = DONE;
+    benched b;
+    char name[65];
     TRY(open_session(r, 0));
-    threads = based_threads(r->session);
-    reads = read_speed(based_model_weight_bytes(r->model), threads);
     catch_signals();
-    fprintf(stderr, "%s, %s kernels, %d thread%s: %s bytes of weights per token, %s bytes of state, memory read at %.1f GB/s\n",
-            model_name(r, name), based_model_kernels(r->model), threads, threads == 1 ? "" : "s",
-            grouped(a, based_model_weight_bytes(r->model)), grouped(b, based_state_bytes(r->model)), reads * 1e-9);
-    if (r->o->csv) puts("test,tokens/s,spread,GB/s,% of read speed");
-    else puts("| test           |  tokens/s |  spread |   GB/s | read |\n"
-              "|----------------|-----------|---------|--------|------|");
-    for (size_t i = 0; i < 3 && rc == DONE; i++) rc = bench_prompt(r, prompts[i], reads, &speed);
+    b.model = model_name(r, name);
+    b.threads = based_threads(r->session);
+    b.weights = based_model_weight_bytes(r->model);
+    b.state = based_state_bytes(r->model);
+    TRY(feed_any(r, BLOCK));                            /* touches all that a session will ever touch                */
+    b.memory = peak_memory();
+    b.reads = read_speed(b.weights, b.threads);
+    print_head(r, &b);
+    for (size_t i = 0; i < 3 && rc == DONE; i++) rc = bench_prompt(r, prompts[i], &b, &speed);
     based_reset(r->session);
-    for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], reads, speed);
-    if (rc == DONE) rc = bench_batches(r, reads);
+    for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], &b, speed);
+    if (rc == DONE) rc = bench_batches(r, &b);
     return rc == DONE ? flush_text() : rc;
 }
 

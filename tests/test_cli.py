@@ -2,6 +2,7 @@
 
     python3 -m pytest tests/test_cli.py            RUN="qemu-aarch64 ./run" names another program to test
 """
+import csv
 import fcntl
 import json
 import math
@@ -1029,3 +1030,23 @@ def test_a_short_run_on_a_terminal_is_plain():
 
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__, "-q"]))
+
+
+# ---- --bench
+
+
+def test_bench(random_model):
+    """Every test has its row, and what does not depend on time is right."""
+    model = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=40, vocab=40, flags=1, dtype=1)
+    rows = list(csv.DictReader(run(model, "-b", "--csv", "-j", "1").text().decode().splitlines()))
+    assert [row["test"] for row in rows] == ["pp128", "pp512", "pp2048", "tg128 @ 0", "tg128 @ 1024", "tg128 @ 16384",
+                                             "tg128 @ 262144", "tg16 x 1", "tg16 x 4", "tg16 x 16", "tg16 x 64"]
+    info = run(model, "--info").text().decode().replace(",", "")
+    for row in rows:
+        assert f" {row['weight bytes']} bytes of weights are read" in info
+        assert f" {row['state bytes']} bytes of one session" in info
+        assert int(row["peak memory"]) > int(row["state bytes"]) and float(row["read GB/s"]) > 0 and row["threads"] == "1"
+        assert float(row["tokens/s"]) > 0 and float(row["spread"]) >= 0
+        share = 100 * float(row["GB/s"]) / float(row["read GB/s"])
+        assert abs(float(row["% of read speed"]) - share) <= 0.1 + 0.01 * share
+    assert run(model, "-b", "-j", "1").text().count(b"\n|") == 2 + len(rows)
