@@ -24,6 +24,7 @@ help:
 	@echo 'make test      build and run every test (Python packages go into $(BUILD)/venv)'
 	@echo 'make unit      the C tests only: needs no Python'
 	@echo 'make reproduce the same bits on every compiler, instruction set and (emulated) machine: a table'
+	@echo 'make coverage  how much of the code the tests reach (-v in COVERAGE_FLAGS: what they do not)'
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
 	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
@@ -55,7 +56,10 @@ $(BUILD)/venv/ready: tests/requirements.txt
 test: run $(UNITS) $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/run_tests.py $(UNITS)
 
-.PHONY: reproduce endless
+.PHONY: coverage reproduce endless
+coverage: $(BUILD)/venv/ready
+	$(BUILD)/venv/bin/python tests/coverage.py $(COVERAGE_FLAGS)
+
 reproduce: run $(BUILD)/venv/ready
 	PYTHON=$(BUILD)/venv/bin/python tests/reproduce.sh
 

@@ -43,10 +43,10 @@ values() {
         text=$prompt n=40 more=20
         [ "$(wc -c <"$m")" -gt 4000000 ] && text=$short n=4 more=3
         "$@" "$m" --tokens "$text" -t 0 -n $n --ignore-eos -v --save "$work/state" 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
-        local logits=$(sed -n 's/^logits #//p' "$work/err") state=$(sha256sum <"$work/state" | cut -c 1-16)
+        local logits=$(sed -n 's/^logits #\([0-9a-f]*\).*/\1/p' "$work/err") state=$(sha256sum <"$work/state" | cut -c 1-16)
         [ -f "$work/first-$name" ] || cp "$work/state" "$work/first-$name"
         "$@" "$m" --load "$work/first-$name" -t 0 -n $more --ignore-eos -v 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
-        echo "$name $logits $state $(sed -n 's/^logits #//p' "$work/err")"
+        echo "$name $logits $state $(sed -n 's/^logits #\([0-9a-f]*\).*/\1/p' "$work/err")"
     done
 }
 
@@ -160,6 +160,16 @@ END
 # Without dynamic tiering, because the engine of node 20 now and then dies of it when the program has ended.
 machine "WebAssembly (node)" "clang-14 lld wasi-libc libclang-rt-14-dev-wasm32 nodejs" "node --no-warnings --no-wasm-dynamic-tiering $work/wasi.mjs" \
     clang-14 --target=wasm32-wasi -O2
+
+# Windows. The server of wine stays for all runs, and ends by itself.
+wine=$(command -v wine64 || echo /usr/lib/wine/wine64)
+if [ -x "$wine" ]; then
+    export WINEPREFIX=$work/prefix WINEDEBUG=-all
+    { "${wine%/*}/wineserver64" -p20; "$wine" wineboot -i; } >"$work/log" 2>&1
+    printf '#!/bin/sh\nprogram=$1.exe\nshift\nexec "%s" "$program" "$@"\n' "$wine" >"$work/windows"
+    chmod +x "$work/windows"
+fi
+machine "Windows (wine)" "gcc-mingw-w64-x86-64 wine64" "$work/windows" x86_64-w64-mingw32-gcc -O2 -static
 
 # ---- A past saved on a big-endian machine is continued here. (The other way round is in every row above.)
 if command -v s390x-linux-gnu-gcc >/dev/null && command -v qemu-s390x >/dev/null; then

@@ -1,0 +1,99 @@
+"""The library as its users get it: what it asks of the C library, that it has no variables, and that C++ can use it."""
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CC = shlex.split(os.environ.get("CC", "cc"))
+CXX = shlex.split(os.environ.get("CXX", "c++"))
+MODEL = ROOT / "models" / "stories260K.bin"
+
+
+def symbols(directory, source, *flags):
+    """[(kind, name)] of an object file, as nm tells them."""
+    out = directory / "out.o"
+    subprocess.run([*CC, "-std=c99", "-O2", "-ffp-contract=off", "-fno-pic", "-fno-pie", *flags, "-c", ROOT / source, "-o", out],
+                   check=True)
+    lines = subprocess.run(["nm", out], check=True, capture_output=True, text=True).stdout.splitlines()
+    return [tuple(line.split()[-2:]) for line in lines]
+
+
+@pytest.mark.parametrize("source", ["based.c", "tokenizer.c"])
+def test_the_core_asks_for_nothing(source, tmp_path):
+    """No heap, no files, no printing: only bytes and two functions of numbers, neither of which can change a logit."""
+    allowed = {"memcpy", "memmove", "memset", "memcmp", "strlen", "sqrtf", "log", "based_tokenizer_init",
+               "__cpu_model", "__cpu_features2", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
+    names = {name for kind, name in symbols(tmp_path, source, "-DBASED_FREESTANDING") if kind == "U"}
+    assert names <= allowed
+
+
+@pytest.mark.parametrize("source", ["based.c", "tokenizer.c"])
+def test_there_are_no_variables(source, tmp_path):
+    assert [name for kind, name in symbols(tmp_path, source) if kind in "bBdDcC"] == []
+
+
+def test_names(tmp_path):
+    """What the library adds to a program begins with based_."""
+    for source in ("based.c", "tokenizer.c"):
+        names = [name for kind, name in symbols(tmp_path, source) if kind.isupper() and kind != "U"]
+        assert names and all(name.startswith("based_") for name in names)
+
+
+PROGRAM = r"""
+#include "based.h"
+#include <cstdio>
+#include <memory>
+#include <string>
+#include <vector>
+
+static std::string story(const based_model *model, const std::string &prompt, int tokens) {
+    based_error e;
+    based_tokenizer t;
+    std::unique_ptr<based_session, void (*)(based_session *)> s(based_session_new(model, 16, &e), based_session_free);
+    if (!s || based_tokenizer_open(&t, model, &e)) return e.text;
+    std::vector<int32_t> ids(based_encode_bound(&t, prompt.size()));
+    std::vector<uint64_t> scratch(based_encode_scratch(&t, prompt.size()) / 8 + 1);
+    int64_t n = based_encode(&t, prompt.data(), prompt.size(), BASED_ADD_BOS, ids.data(), scratch.data(), &e);
+    if (n < 0 || based_feed(s.get(), ids.data(), static_cast<size_t>(n), nullptr, &e)) return e.text;
+    based_sampler sampler = based_sampler();
+    sampler.top_p = sampler.repeat_penalty = 1.0f;
+    sampler.vocab = t.size;
+    std::vector<uint64_t> memory(based_sampler_bytes(&sampler) / 8 + 1);
+    if (based_sampler_init(&sampler, memory.data(), memory.size() * 8, &e)) return e.text;
+    based_decoder decoder = based_decoder();
+    std::vector<char> text(based_decode_bound(&t));
+    std::string all;
+    for (size_t i = 0; i < static_cast<size_t>(n); i++) all.append(text.data(), based_decode(&t, &decoder, ids[i], text.data()));
+    for (int i = 0; i < tokens; i++) {
+        int32_t id = based_sample(&sampler, based_logits(s.get()));
+        all.append(text.data(), based_decode(&t, &decoder, id, text.data()));
+        if (based_step(s.get(), id, &e)) return e.text;
+    }
+    return all;
+}
+
+int main(int argc, char **argv) {
+    based_error e;
+    std::unique_ptr<based_model, void (*)(based_model *)> model(based_open(argc > 1 ? argv[1] : "", 0, &e), based_close);
+    std::puts(model ? story(model.get(), "The big dog", 40).c_str() : e.text);
+}
+"""
+
+
+@pytest.mark.skipif(not shutil.which(CXX[0]), reason="no C++ compiler")
+@pytest.mark.parametrize("std", ["c++11", "c++17"])
+def test_a_program_in_cxx(std, tmp_path):
+    (tmp_path / "story.cc").write_text(PROGRAM)
+    objects = []
+    for source in ("based.c", "tokenizer.c"):
+        objects.append(tmp_path / f"{source}.o")
+        subprocess.run([*CC, "-std=c99", "-O2", "-ffp-contract=off", "-c", ROOT / source, "-o", objects[-1]], check=True)
+    subprocess.run([*CXX, f"-std={std}", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-pedantic", "-Werror", f"-I{ROOT}",
+                    "-o", tmp_path / "story", tmp_path / "story.cc", *objects, "-lm"], check=True)
+    story = subprocess.run([tmp_path / "story", MODEL], check=True, capture_output=True).stdout
+    plain = subprocess.run([ROOT / "run", MODEL, "-t", "0", "-n", "40", "-i", "The big dog"], check=True, capture_output=True)
+    assert story == plain.stdout and len(story) > 80
