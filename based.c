@@ -106,6 +106,7 @@ struct layer {
     struct matrix up, down;             /* of the MLP                                                            */
     struct matrix gate;                 /* (heads, dim) value gates                                              */
     const float *taps, *taps_bias;      /* (taps, channels), (channels)                                          */
+    const float *key_mean;              /* (kv_heads, key_width) or NULL: taken off every key                    */
     const uint32_t *turns;              /* (rotary, 2) 64-bit fractions of a turn per token, low word first      */
     struct based_taylor taylor;         /* the attention of one key/value head, with the coefficients of all     */
     size_t state;                       /* where the layer's state begins in a session, in floats                */
@@ -193,7 +194,7 @@ static uint64_t monomials(uint64_t d, uint64_t p, uint64_t cap) {
 /* What a taylor layer computes for each of its key/value heads; coefficients come later. */
 static based_taylor_kind kind_of(const based_layer *l) {
     based_taylor_kind t = { l->key_width, l->value_width, l->kv_heads ? l->heads / l->kv_heads : 1, l->degree, l->kernel,
-                            l->normaliser, l->chunk, l->scale, l->normaliser_eps, NULL };
+                            l->normaliser, l->chunk, l->window, l->scale, l->normaliser_eps, NULL };
     return t;
 }
 
@@ -205,9 +206,12 @@ static uint64_t count_features(const based_taylor_kind *t, uint64_t cap) {
     return n;
 }
 
+/* Tokens that may be yet to join the sums. */
+static size_t slots(const based_taylor_kind *t) { return (size_t)t->window + t->chunk; }
+
 /* Floats of the sums of one key/value head, and of the tokens that are yet to join them. */
 static uint64_t sums_floats(const based_taylor_kind *t, uint64_t features) {
-    return features * (U64(t->value_width) + 2 + (t->value_width + 1) / 2) + t->chunk * (U64(t->key_width) + t->value_width);
+    return features * (U64(t->value_width) + 2 + (t->value_width + 1) / 2) + slots(t) * (U64(t->key_width) + t->value_width);
 }
 
 static uint32_t query_width(const based_layer *l) { return l->heads * l->key_width; }
@@ -278,6 +282,13 @@ static int check_config(const based_config *c, based_error *e) {
     return BASED_OK;
 }
 
+/* exp(s) next to the polynomial of another kernel, or a constant added to a sum in units of its largest weight, would mean
+ * nothing. */
+static int window_fits(const based_taylor_kind *t) {
+    return !t->window || (t->kernel == BASED_DOT && t->normaliser == BASED_ADD && t->normaliser_eps == 0.0f);
+}
+#define NO_WINDOW "a window beside the sums needs kernel 0, normaliser 0 and normaliser_eps 0"
+
 static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
     uint32_t taylor = l->mixer == BASED_TAYLOR;
     const struct field fields[] = {
@@ -285,7 +296,7 @@ static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
         FIELD(l, key_width, 1, BASED_MAX_HIDDEN / (l->heads ? l->heads : 1)),
         FIELD(l, value_width, 1, BASED_MAX_HIDDEN / (l->heads ? l->heads : 1)),
         FIELD(l, taps, 0, 0), FIELD(l, rotary, 0, l->key_width / 2),
-        FIELD(l, window, !taylor, taylor ? 0 : BASED_MAX_WINDOW),
+        FIELD(l, window, !taylor, BASED_MAX_WINDOW),
         FIELD(l, chunk, taylor, taylor ? BASED_MAX_CHUNK : 0),
         FIELD(l, degree, taylor, taylor ? BASED_MAX_DEGREE : 0),
         FIELD(l, kernel, 0, taylor ? BASED_DIAGONAL : 0), FIELD(l, normaliser, 0, taylor ? BASED_ONE : 0)
@@ -299,6 +310,8 @@ static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
     if (taylor && count_features(&kind, BASED_MAX_FEATURES) > BASED_MAX_FEATURES)
         return fail(e, BASED_EFORMAT, "layer %u: degree %u of width %u has more than %u features", i, U64(l->degree),
                     U64(l->key_width), U64(BASED_MAX_FEATURES));
+    if (taylor && !window_fits(&kind))
+        return fail(e, BASED_EFORMAT, "layer %u: %s", i, NO_WINDOW);
     if (!is_finite(l->scale) || !is_finite(l->normaliser_eps))
         return fail(e, BASED_EFORMAT, "layer %u: scale or normaliser_eps is not a number", i);
     return BASED_OK;
@@ -315,7 +328,7 @@ static int check_conv(const based_layer *l, uint64_t i, based_error *e) {
 
 static int check_layer(const based_config *c, const based_layer *l, uint64_t i, based_error *e) {
     const struct field fields[] = {
-        FIELD(l, mixer, 0, BASED_WINDOW), FIELD(l, flags, 0, 511),
+        FIELD(l, mixer, 0, BASED_WINDOW), FIELD(l, flags, 0, 2047),
         FIELD(l, norm1, 0, BASED_NORM_L2), FIELD(l, norm2, 0, BASED_NORM_L2), FIELD(l, mlp, 0, BASED_GELU),
         FIELD(l, hidden, l->mlp != 0, l->mlp ? BASED_MAX_HIDDEN : 0),
         FIELD(l, in_dtype, 0, BASED_Q4), FIELD(l, out_dtype, 0, BASED_Q4), FIELD(l, up_dtype, 0, BASED_Q4),
@@ -325,6 +338,8 @@ static int check_layer(const based_config *c, const based_layer *l, uint64_t i, 
     if (status) return status;
     if (!is_finite(l->norm1_eps) || !is_finite(l->norm2_eps))
         return fail(e, BASED_EFORMAT, "layer %u: norm1_eps or norm2_eps is not a number", i);
+    if ((l->flags & BASED_KEY_MEAN) && l->mixer != BASED_TAYLOR)
+        return fail(e, BASED_EFORMAT, "layer %u: only taylor layers take a mean off their keys", i);
     if (l->mixer == BASED_CONV) status = check_conv(l, i, e);
     else if (l->mixer != BASED_MIXER_NONE) status = check_attention(l, i, e);
     if (status) return status;
@@ -417,6 +432,7 @@ static void bind_mixer(struct cursor *cur, based_model *m, struct layer *l) {
         if (c->flags & BASED_TAPS_BIAS) m->parameters += c->value_width;
     }
     if (c->rotary) l->turns = take(cur, U64(c->rotary) * 8);
+    if (c->flags & BASED_KEY_MEAN) l->key_mean = take_floats(cur, key_width(c));
     if (c->mixer == BASED_TAYLOR) l->taylor.c.coefficients = take_floats(cur, U64(c->heads) * (c->degree + 1));
     if (c->flags & BASED_VALUE_GATES) l->gate = take_matrix(cur, m, c->heads, dim, BASED_F32, 0);
     if (!(c->flags & BASED_NO_OUT))
@@ -436,9 +452,9 @@ static void bind_mlp(struct cursor *cur, based_model *m, struct layer *l) {
     m->widest_mid = max_u32(m->widest_mid, c->hidden);
 }
 
-/* Scratch of one taylor head at work: the features of a whole chunk of keys, or of one query, and their weights. */
+/* Scratch of one taylor head at work: the features of a whole chunk of keys or of one query, the weights of keys, a query. */
 static uint64_t scratch_floats(const based_taylor_kind *t, uint64_t features) {
-    return features * (t->chunk > 1 ? t->chunk : 1) + t->chunk + t->key_width;
+    return features * t->chunk + slots(t) + t->key_width;
 }
 
 /* Scratch of any head; window needs one weight per key. */
@@ -742,8 +758,8 @@ struct kernels {
     void (*add_products)(float *y, const float *a, const float *x, size_t n);
     /* y[i] = silu(gate[i]) * value[i] */
     void (*silu_times)(float *y, const float *gate, const float *value, size_t n);
-    /* x[i] = exp(scale * x[i] - max); returns their sum */
-    float (*soften)(float *x, size_t n, float scale);
+    /* x[i] = exp(scale * x[i] - *top), *top the largest scale * x[i] or what it was, if that is more; returns their sum */
+    float (*soften)(float *x, size_t n, float scale, float *top);
     /* groups from .. to - 1 of all vectors: x -> q, scale, offset */
     void (*quantise)(const struct activations *a, size_t from, size_t to);
 };
@@ -832,11 +848,12 @@ BODY void combine_body(float *out, const float *w, const float *rows, size_t n, 
     for (; e < width; e++) combine_columns(out + e, w, rows + e, n, stride, 1);
 }
 
-BODY float soften_body(float *x, size_t n, float scale) {
-    float top = -FLT_MAX;
+BODY float soften_body(float *x, size_t n, float scale, float *top) {
+    float most = *top;
     for (size_t i = 0; i < n; i++) x[i] *= scale;
-    for (size_t i = 0; i < n; i++) top = x[i] > top ? x[i] : top;
-    for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - top);
+    for (size_t i = 0; i < n; i++) most = x[i] > most ? x[i] : most;
+    for (size_t i = 0; i < n; i++) x[i] = exponential(x[i] - most);
+    *top = most;
     return sum(x, n);
 }
 
@@ -895,7 +912,9 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
     target static void silu_times_##set(float *y, const float *gate, const float *value, size_t n) {                     \
         for (size_t i = 0; i < n; i++) y[i] = silu(gate[i]) * value[i];                                                  \
     }                                                                                                                    \
-    target static float soften_##set(float *x, size_t n, float scale) { return soften_body(x, n, scale); }               \
+    target static float soften_##set(float *x, size_t n, float scale, float *top) {                                      \
+        return soften_body(x, n, scale, top);                                                                            \
+    }                                                                                                                    \
     target static void quantise_##set(const struct activations *a, size_t from, size_t to) { quantise_body(a, from, to); }
 
 ROWS_KERNEL(plain, )
@@ -1502,19 +1521,19 @@ static void window_head(const struct layer *l, based_session *p, size_t n, size_
         for (size_t i = 0; i < dk; i++) keys[i * window + at] = key[i];
         memcpy(values + at * dv, v, dv * sizeof *v);
         for (size_t h = head * group; h < (head + 1) * group; h++) {
-            float *y = p->y + r * inner + h * dv, total;
+            float *y = p->y + r * inner + h * dv, top = -FLT_MAX, total;
             k->combine(weights, q + h * dk, keys, dk, seen, window);
-            total = k->soften(weights, seen, c->scale);
+            total = k->soften(weights, seen, c->scale, &top);
             k->combine(y, weights, values, seen, dv, dv);
             for (size_t e = 0; e < dv; e++) y[e] /= total;
         }
     }
 }
 
-/* The features of n vectors at once: x (width, n), one column per vector, becomes phi (features, n).
+/* The features of n vectors at once: x (width, stride), one column per vector, becomes phi (features, n).
  * Monomials of degree p that begin with x_i are x_i times those of degree p - 1 that begin with x_i or later, and these
  * are the last ones in lexicographic order: every feature costs one multiplication, and no index table exists. */
-static void features(float *phi, const float *x, size_t n, const based_taylor_kind *c) {
+static void features(float *phi, const float *x, size_t n, size_t stride, const based_taylor_kind *c) {
     size_t width = c->key_width;
     float *next = phi + n;
     for (size_t j = 0; j < n; j++) phi[j] = 1.0f;
@@ -1528,7 +1547,7 @@ static void features(float *phi, const float *x, size_t n, const based_taylor_ki
                 many = 1;
             }
             for (size_t f = 0; f < many; f++, next += n)
-                for (size_t j = 0; j < n; j++) next[j] = parent[f * n + j] * x[i * n + j];
+                for (size_t j = 0; j < n; j++) next[j] = parent[f * n + j] * x[i * stride + j];
         }
     }
 }
@@ -1570,33 +1589,36 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
     }
 }
 
-/* taylor. State per key/value head, with D = features and C = chunk:
- *     S (D, value_width)   sum of phi(k) v^T over all complete chunks
+/* taylor. State per key/value head, with D = features, C = chunk and N = window + C:
+ *     S (D, value_width)   sum of phi(k) v^T over the chunks that have joined
  *     z (D)                sum of phi(k) over them; z[0], the number of tokens, is filled in from an integer
- *     K (key_width, C)     keys of the chunk under way, one column per token
- *     V (C, value_width)   its values
+ *     K (key_width, N)     keys of the tokens that have not, the oldest first, one column per token
+ *     V (N, value_width)   their values
  *     L (D, value_width/2) what S has lost to rounding, two bfloat16 to a word
  *     l (D)                what z has lost
  * Adding token by token to S would lose low bits once S is large. So the last few tokens are kept as they are, their
  * weights w(q, k) evaluated directly (the same polynomial), and join S together, so that S is only written once per chunk.
  * What the rounding of that sum cuts off is kept and comes along the next time. With both, the error does not grow with
  * the text (tests/endless.py measures it); without L it does, and is seen after some hundred thousand tokens.
+ *
+ * With a window, the last tokens stay in K and V that much longer, and what they weigh there is exp(s), exactly: softmax
+ * attention nearby, joined by what the polynomial makes of the rest under one denominator.
  */
 struct taylor_state {
     float *s, *z, *k, *v, *lost, *lost_z;
     uint64_t count;                     /* tokens absorbed                                                       */
-    size_t pending;                     /* how many of them are in K and V, at most C                            */
+    size_t pending;                     /* how many of them are in K and V, at most N                            */
 };
 
-/* The state that begins at `base`. C tokens may be pending: they join the sums when the next one comes. */
+/* The state that begins at `base`. N tokens may be pending: C of them join the sums when the next one comes. */
 static struct taylor_state taylor_state(float *base, const struct based_taylor *t, uint64_t count, size_t pending) {
-    size_t d = t->features, dk = t->c.key_width, dv = t->c.value_width, chunk = t->c.chunk;
+    size_t d = t->features, dk = t->c.key_width, dv = t->c.value_width;
     struct taylor_state s;
     s.s = base;
     s.z = s.s + d * dv;
     s.k = s.z + d;
-    s.v = s.k + chunk * dk;
-    s.lost = s.v + chunk * dv;
+    s.v = s.k + slots(&t->c) * dk;
+    s.lost = s.v + slots(&t->c) * dv;
     s.lost_z = s.lost + d * ((dv + 1) / 2);
     s.count = count;
     s.pending = pending;
@@ -1661,19 +1683,49 @@ static void count_sums(struct taylor_state *s) {
     s->lost_z[0] = 0.0f;
 }
 
-/* One token more; a full chunk joins the sums first. scratch: (D, C). */
+/* The oldest chunk joins the sums, and the tokens after it move up. scratch: (D, C). */
+static void join(struct taylor_state *s, const struct based_taylor *t, float *scratch) {
+    size_t chunk = t->c.chunk, dv = t->c.value_width, many = slots(&t->c);
+    features(scratch, s->k, chunk, many, &t->c);
+    add_to_sums(s, t, scratch, s->v, chunk);
+    s->pending -= chunk;
+    count_sums(s);
+    for (size_t i = 0; i < t->c.key_width; i++)
+        memmove(s->k + i * many, s->k + i * many + chunk, s->pending * sizeof(float));
+    memmove(s->v, s->v + chunk * dv, s->pending * dv * sizeof(float));
+}
+
+/* One token more. scratch: (D, C). */
 static void absorb(struct taylor_state *s, const struct based_taylor *t, const float *k, const float *v, float *scratch) {
-    size_t chunk = t->c.chunk, dv = t->c.value_width, at;
-    if (s->pending == chunk) {
-        features(scratch, s->k, chunk, &t->c);
-        add_to_sums(s, t, scratch, s->v, chunk);
-        s->pending = 0;
-        count_sums(s);
-    }
+    size_t many = slots(&t->c), dv = t->c.value_width, at;
+    if (s->pending == many) join(s, t, scratch);
     at = s->pending++;
-    for (size_t i = 0; i < t->c.key_width; i++) s->k[i * chunk + at] = k[i];
+    for (size_t i = 0; i < t->c.key_width; i++) s->k[i * many + at] = k[i];
     memcpy(s->v + at * dv, v, dv * sizeof *v);
     s->count++;
+}
+
+/* The weights of the pending tokens; returns their sum. With a window they are exp(s), and all weights are counted in units of
+ * exp(top), so that none overflows: also those in y and *z, what the sums have given. They do not count if they add up to zero
+ * or less, as those of a polynomial may where exp is small. */
+static float weigh_pending(float *weights, const struct taylor_state *s, const struct based_taylor *t, const float *q,
+                           const float *a, float *y, float *z) {
+    float top = *z > 0.0f ? 0.0f : -FLT_MAX, total;
+    if (!t->c.window) {
+        kernel_weights(weights, q, s->k, s->pending, t->c.chunk, a, t);
+        return sum(weights, s->pending);
+    }
+    t->k->combine(weights, q, s->k, t->c.key_width, s->pending, slots(&t->c));
+    total = t->k->soften(weights, s->pending, 1.0f, &top);
+    if (*z > 0.0f) {
+        float unit = exponential(-top);
+        for (size_t e = 0; e < t->c.value_width; e++) y[e] *= unit;
+        *z *= unit;
+    } else {
+        memset(y, 0, t->c.value_width * sizeof *y);
+        *z = 0.0f;
+    }
+    return total;
 }
 
 /* y = sum over all of the past, the pending tokens included, of w(q, k) v / N, with the coefficients of head `head`. */
@@ -1682,28 +1734,28 @@ static void read_taylor(float *y, const struct taylor_state *s, const struct bas
     const based_taylor_kind *c = &t->c;
     const float *a = c->coefficients + head * (c->degree + 1);
     size_t dk = c->key_width, dv = c->value_width, f = 0;
-    float *psi = scratch, *weights = psi + t->features, *scaled = weights + c->chunk, z, part[32];
+    float *psi = scratch, *weights = psi + t->features, *scaled = weights + slots(c), z, total, part[32];
     for (size_t i = 0; i < dk; i++) scaled[i] = q[i] * c->scale;
-    features(psi, scaled, 1, c);
+    features(psi, scaled, 1, 1, c);
     for (uint32_t p = 0; p <= c->degree; p++) {
         size_t many = c->kernel == BASED_DIAGONAL && p ? dk : (size_t)monomials(dk, p, BASED_MAX_FEATURES);
         for (size_t end = f + many; f < end; f++) psi[f] *= a[p] * t->multiplicity[f];
     }
     t->k->combine(y, psi, s->s, t->features, dv, dv);
     z = dot(psi, s->z, t->features);
-    kernel_weights(weights, scaled, s->k, s->pending, c->chunk, a, t);
+    total = weigh_pending(weights, s, t, scaled, a, y, &z);
     for (size_t e = 0; e < dv; e += 32) {
         size_t width = dv - e < 32 ? dv - e : 32;
         t->k->combine(part, weights, s->v + e, s->pending, width, dv);
         for (size_t i = 0; i < width; i++) y[e + i] += part[i];
     }
-    divide(y, dv, z + sum(weights, s->pending), c);
+    divide(y, dv, z + total, c);
 }
 
 /* In a session, the position says how many tokens are pending: each chunk is full before it joins the sums. */
 static struct taylor_state taylor_head_state(const struct row *r, const struct layer *l, size_t head) {
     const based_taylor_kind *c = &l->taylor.c;
-    size_t pending = r->t ? (size_t)((r->t - 1) % c->chunk) + 1 : 0;
+    size_t pending = r->t > c->window ? c->window + (size_t)((r->t - c->window - 1) % c->chunk) + 1 : (size_t)r->t;
     return taylor_state(state_of(r, l) + head * (size_t)sums_floats(c, l->taylor.features), &l->taylor, r->t, pending);
 }
 
@@ -1735,9 +1787,12 @@ static void taylor_head(const struct layer *l, based_session *p, size_t n, size_
 static void mix_attention(const struct layer *l, const struct worker *w, size_t n) {
     const based_layer *c = l->c;
     based_session *p = w->p;
-    for (size_t r = share(n, w, 0); c->rotary && r < share(n, w, 1); r++)
-        rotate(p->u + r * in_rows(c), c->heads + c->kv_heads, l, p->row[r].t);     /* q's and k's lie side by side       */
-    if (c->rotary) meet(w);
+    for (size_t r = share(n, w, 0); r < share(n, w, 1); r++) {
+        float *q = p->u + r * in_rows(c), *k = q + query_width(c);
+        rotate(q, c->heads + c->kv_heads, l, p->row[r].t);              /* q's and k's lie side by side                      */
+        for (size_t i = 0; l->key_mean && i < key_width(c); i++) k[i] -= l->key_mean[i];
+    }
+    if (c->rotary || l->key_mean) meet(w);
     for (size_t h = share(c->kv_heads, w, 0); h < share(c->kv_heads, w, 1); h++) {
         float *scratch = p->slot + (p->m->slots > 1 ? h * p->m->slot : 0);
         if (c->mixer == BASED_WINDOW) window_head(l, p, n, h, scratch);
@@ -1985,7 +2040,7 @@ int based_feed_window(based_session *s, const float *x, size_t n, float *out, ba
         return fail(e, BASED_EINVAL, "a window of %u inputs, but the session was made for blocks of 1 to %u", U64(n),
                     U64(s->block));
     for (uint32_t i = 0; i < m->c->layers; i++)
-        if (m->layer[i].c->mixer == BASED_CONV || m->layer[i].c->mixer == BASED_WINDOW)
+        if (m->layer[i].c->mixer == BASED_CONV || m->layer[i].c->window)
             return fail(e, BASED_EINVAL, "layer %u mixes by a convolution or a sliding window, which only look back", U64(i));
     based_reset(s);
     enter(s, x, n);
@@ -2353,7 +2408,7 @@ static int check_kind(const based_taylor_kind *c, based_error *e) {
     const struct field fields[] = {
         FIELD(c, key_width, 1, BASED_MAX_HIDDEN), FIELD(c, value_width, 1, BASED_MAX_HIDDEN),
         FIELD(c, group, 1, BASED_MAX_HEADS), FIELD(c, degree, 1, BASED_MAX_DEGREE), FIELD(c, kernel, 0, BASED_DIAGONAL),
-        FIELD(c, normaliser, 0, BASED_ONE), FIELD(c, chunk, 1, BASED_MAX_CHUNK)
+        FIELD(c, normaliser, 0, BASED_ONE), FIELD(c, chunk, 1, BASED_MAX_CHUNK), FIELD(c, window, 0, BASED_MAX_WINDOW)
     };
     for (size_t i = 0; i < COUNT(fields); i++)
         if (fields[i].value < fields[i].low || fields[i].value > fields[i].high)
@@ -2361,6 +2416,7 @@ static int check_kind(const based_taylor_kind *c, based_error *e) {
                         U64(fields[i].low), U64(fields[i].high));
     if (!is_finite(c->scale) || !is_finite(c->normaliser_eps))
         return fail(e, BASED_EINVAL, "Taylor attention: scale or normaliser_eps is not a number");
+    if (!window_fits(c)) return fail(e, BASED_EINVAL, "Taylor attention: %s", NO_WINDOW);
     return BASED_OK;
 }
 
@@ -2461,7 +2517,8 @@ void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, co
 /* The sums receive -phi(k) v^T, wherever the pair itself is. */
 int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v, based_error *e) {
     if (!s->sums.count) return fail(e, BASED_EINVAL, "nothing can be taken off an empty state");
-    features(s->scratch, k, 1, &s->t->c);
+    if (s->t->c.window) return fail(e, BASED_EINVAL, "nothing can be taken off a state with a window");
+    features(s->scratch, k, 1, 1, &s->t->c);
     for (size_t f = 0; f < s->t->features; f++) s->scratch[f] = -s->scratch[f];
     add_to_sums(&s->sums, s->t, s->scratch, v, 1);
     s->sums.count--;
@@ -2504,7 +2561,7 @@ int based_taylor_merge(based_taylor_state *dst, const based_taylor_state *src, b
     count_sums(&dst->sums);
     for (size_t j = 0; j < from->pending; j++) {
         float *key = dst->scratch + (size_t)scratch_floats(c, dst->t->features) - c->key_width;
-        for (size_t i = 0; i < c->key_width; i++) key[i] = from->k[i * c->chunk + j];
+        for (size_t i = 0; i < c->key_width; i++) key[i] = from->k[i * slots(c) + j];
         absorb(&dst->sums, dst->t, key, from->v + j * c->value_width, dst->scratch);
     }
     return BASED_OK;

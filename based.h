@@ -108,9 +108,9 @@ int based_feed(based_session *s, const int32_t *tokens, size_t n, float *logits,
 int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, based_error *e);
 
 /* Full attention: resets s, then feeds n vectors (n <= block) of which each sees all others, those after it too, in every
- * taylor layer; layers of other mixers are refused (BASED_EINVAL). Inputs that should be masked are left out. The window
- * becomes the past: what is fed to s afterwards looks back on it. This is how models with flag BIDIRECTIONAL run; every other
- * way to feed them is refused. */
+ * taylor layer; layers of other mixers, or with a window, are refused (BASED_EINVAL). Inputs that should be masked are left
+ * out. The window becomes the past: what is fed to s afterwards looks back on it. This is how models with flag BIDIRECTIONAL
+ * run; every other way to feed them is refused. */
 int based_feed_window(based_session *s, const float *x, size_t n, float *out, based_error *e);
 
 /* One token for each of n different sessions over one model, computed together so that the weights are read once for
@@ -293,6 +293,7 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *                                                           k (kv_heads*key_width), v (kv_heads*value_width)
  *            (taps), (taps.bias)      [conv_width, channels], [channels]   conv; the last tap multiplies the present
  *            (turns)                  [rotary] uint64       rotary > 0: 2^64 * frequency / 2 pi of each pair
+ *            (key_mean)               [kv_heads, key_width] if flag KEY_MEAN (taylor)
  *            (coefficients)           [heads, degree + 1]   taylor: of s^0, s^1, ... (1/p! for the Taylor series)
  *            (gate.weight)            [heads, dim]          if flag VALUE_GATES
  *            (out.weight, (out.bias)) [dim, inner]          unless flag NO_OUT; inner = heads*value_width
@@ -327,6 +328,10 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *     taylor   q, k, v = in(x);  w(q, k) = sum_p coefficient[p] (scale q.k)^p;  y = sum w(q, k) v / N(sum w(q, k))
  *              kernel DIAGONAL instead: w(q, k) = coefficient[0] + sum_i sum_{p >= 1} coefficient[p] (scale q_i k_i)^p
  *              N(z): ADD z + eps; CLAMP max(z, eps); RAW z, where 0/0 gives 0 and x/0 gives +-FLT_MAX; ONE 1
+ *              window > 0 (kernel DOT, ADD, eps 0): the newest keys have w(q, k) = exp(scale q.k) instead. These are all but
+ *              those that have joined the sums: the oldest `chunk` of them do each time there are window + chunk and one more
+ *              comes. If the weights of the keys in the sums add up to 0 or less, these keys are left out
+ *              KEY_MEAN: k - key_mean (after rotary) is used in k's place
  *     window   q, k, v = in(x);  softmax(scale q.k) v over the last `window` keys, the present included
  *              query head h uses key/value head h * kv_heads / heads
  *     rotary   pair i is (i, i + key_width/2), i < rotary; both q and k are turned by the angle t * frequency[i]
@@ -398,7 +403,7 @@ enum based_normaliser { BASED_ADD = 0, BASED_CLAMP = 1, BASED_RAW = 2, BASED_ONE
 
 enum based_layer_flags {
     BASED_IN_BIAS = 1, BASED_OUT_BIAS = 2, BASED_TAPS_BIAS = 4, BASED_UP_BIAS = 8, BASED_DOWN_BIAS = 16,
-    BASED_VALUE_GATES = 32, BASED_SHIFT = 64, BASED_NO_OUT = 128, BASED_NO_RESIDUAL = 256
+    BASED_VALUE_GATES = 32, BASED_SHIFT = 64, BASED_NO_OUT = 128, BASED_NO_RESIDUAL = 256, BASED_KEY_MEAN = 1024
 };
 
 struct based_layer {                    /* offset; fields that a mixer does not use are zero                     */
@@ -413,7 +418,7 @@ struct based_layer {                    /* offset; fields that a mixer does not 
     uint32_t key_width;                 /*  32  of one head; taylor: the feature width (conv: 0)                 */
     uint32_t value_width;               /*  36  of one head (conv: the channels)                                 */
     uint32_t taps;                      /*  40  conv: width of the kernel, the present included                  */
-    uint32_t window;                    /*  44  window: visible keys, the present included                       */
+    uint32_t window;                    /*  44  window: visible keys, the present included; taylor: see below    */
     uint32_t chunk;                     /*  48  taylor: tokens kept as keys and values before they join the sums */
     uint32_t degree;                    /*  52  taylor: highest power                                            */
     uint32_t kernel;                    /*  56  taylor: based_kernel                                             */
@@ -501,6 +506,7 @@ typedef struct based_taylor_kind {
     uint32_t normaliser;                /* based_normaliser: ADD, CLAMP, RAW or ONE                              */
     uint32_t chunk;                     /* tokens kept as they are until they join the sums together, 1 to
                                            BASED_MAX_CHUNK; 16 is good                                           */
+    uint32_t window;                    /* the newest pairs, so many at least, weigh exp(scale q.k); 0: none     */
     float    scale;                     /* of q.k, usually 1/sqrt(key_width)                                     */
     float    normaliser_eps;            /* of ADD and CLAMP                                                      */
     const float *coefficients;          /* (group, degree + 1) of s^0, s^1, ..., copied; NULL: 1/p!              */
@@ -540,8 +546,8 @@ void based_taylor_read(const based_taylor_state *s, const float *q, size_t n, fl
 /* Absorbs a pair and reads, n times: bit for bit the same as absorb and read in turn. */
 void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, const float *v, size_t n, float *y);
 
-/* Takes one pair off again, as if it had not been absorbed, up to rounding. BASED_EINVAL if the state is empty; whether the
- * pair was ever absorbed cannot be known. */
+/* Takes one pair off again, as if it had not been absorbed, up to rounding. BASED_EINVAL if the state is empty, or if there is
+ * a window; whether the pair was ever absorbed cannot be known. */
 int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v, based_error *e);
 
 /* dst becomes what src is; dst receives all that src holds, besides its own, up to rounding. Both must have been begun with the

@@ -41,6 +41,7 @@ MLP_NONE, SWIGLU, GELU = 0, 1, 2
 DOT, DIAGONAL = 0, 1
 ADD, CLAMP, RAW, ONE = 0, 1, 2, 3
 IN_BIAS, OUT_BIAS, TAPS_BIAS, UP_BIAS, DOWN_BIAS, VALUE_GATES, SHIFT, NO_OUT, NO_RESIDUAL = (1 << i for i in range(9))
+KEY_MEAN = 1024
 
 CONFIG_FIELDS = """magic:8s format:I byte_order:I file_size:Q checksum:Q flags:I dim:I layers:I vocab:I rows:I input:I
     embedding_dtype:I head_dtype:I final_norm:I final_norm_eps:f tokenizer_bytes:I context:I name:64s reserved:112s"""
@@ -207,6 +208,8 @@ def tensors(config, layers):
             yield from linear(name + "in", rows, dim, l.in_dtype, l.flags & IN_BIAS)
             if l.rotary:
                 yield Tensor(name + "turns", (l.rotary,), U64)
+            if l.flags & KEY_MEAN:
+                yield Tensor(name + "key_mean", (l.kv_heads, l.key_width), F32)
             if l.mixer == TAYLOR:
                 yield Tensor(name + "coefficients", (l.heads, l.degree + 1), F32)
             if l.flags & VALUE_GATES:
@@ -400,7 +403,7 @@ def verify(path, tokenizer, fetch):
 def parameters(config, layers):
     """Trained numbers: every tensor but the tables that follow from the configuration."""
     return sum(math.prod(t.shape) for t in tensors(config, layers)
-               if t.name.rsplit(".", 1)[-1] not in ("turns", "coefficients"))
+               if t.name.rsplit(".", 1)[-1] not in ("turns", "coefficients", "key_mean"))
 
 
 def state_floats(config, l):
@@ -411,7 +414,8 @@ def state_floats(config, l):
     else:
         features = math.comb(l.degree + l.key_width, l.degree)
     floats = {CONV: (l.taps - 1) * l.value_width, WINDOW: l.window * ring,
-              TAYLOR: l.kv_heads * features * (l.value_width + 2 + (l.value_width + 1) // 2) + l.chunk * ring}.get(l.mixer, 0)
+              TAYLOR: l.kv_heads * features * (l.value_width + 2 + (l.value_width + 1) // 2)
+              + (l.window + l.chunk) * ring}.get(l.mixer, 0)
     return floats + (config.dim if l.flags & SHIFT else 0)
 
 
@@ -979,6 +983,165 @@ def open_llama(path, options, note):
     return config, layers, plan
 
 
+# ---- Softmax attention on constant memory. A layer keeps its last keys as they are and weights them exp(s). What an older key
+#      is worth, exp(s) too, is told by a polynomial of s, fitted to what the heads of this model do on some text.
+
+def encoded(tokenizer, text):
+    """The ids of a text as llama2.c merges them, after the begin token: characters, then the best neighbours, again and again."""
+    apart = set(tokenizer.specials) | set(tokenizer.byte_id)
+    ids = {token: i for i, token in reversed(list(enumerate(tokenizer.tokens))) if i not in apart}
+    text_ids = []
+    for character in text:
+        piece = character.encode("utf-8")
+        text_ids += [ids[piece]] if piece in ids else [tokenizer.byte_id[byte] for byte in piece]
+    while True:
+        pairs = {pair: ids.get(tokenizer.tokens[pair[0]] + tokenizer.tokens[pair[1]]) for pair in zip(text_ids, text_ids[1:])}
+        known = [pair for pair, whole in pairs.items() if whole is not None]
+        if not known:
+            return [tokenizer.bos] + text_ids
+        best = max(known, key=lambda pair: tokenizer.scores[pairs[pair]])
+        at, merged = 0, []
+        while at < len(text_ids):
+            both = tuple(text_ids[at:at + 2]) == best
+            merged.append(pairs[best] if both else text_ids[at])
+            at += 2 if both else 1
+        text_ids = merged
+
+
+def attention_inputs(layers, tensor, tokens):
+    """What the heads of every layer of a llama2.c model see of a text: [(q, k, v)], each [n, heads, width], q and k turned by
+    their positions. tensor: the arrays by name."""
+    def normed(x, weight, eps):
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+    def turned(x, turns):
+        angle = (np.arange(len(x), dtype=np.uint64)[:, None] * turns).astype(np.float64) * (2 * math.pi / 2**64)
+        (a, b), cos, sin = np.split(x, 2, axis=-1), np.cos(angle)[:, None], np.sin(angle)[:, None]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x, seen = tensor["embedding"][tokens], []
+    for i, l in enumerate(layers):
+        w = {name: tensor[f"layers.{i}.{name}"] for name in ("norm1.weight", "in.weight", "turns", "out.weight", "norm2.weight",
+                                                             "up.weight", "down.weight")}
+        parts = (normed(x, w["norm1.weight"], l.norm1_eps) @ w["in.weight"].T).reshape(len(x), -1, l.key_width)
+        q, k, v = np.split(parts, [l.heads, l.heads + l.kv_heads], axis=1)
+        q, k = turned(q, w["turns"]), turned(k, w["turns"])
+        seen.append((q, k, v))
+        y = np.stack([softmax_weights(l.scale * q[:, h] @ k[:, g].T, np.arange(len(x)))[0] @ v[:, g]
+                      for h, g in shared_heads(l)], axis=1)
+        x = x + y.reshape(len(x), -1) @ w["out.weight"].T
+        gate, value = np.split(normed(x, w["norm2.weight"], l.norm2_eps) @ w["up.weight"].T, 2, axis=1)
+        x = x + gate / (1 + np.exp(-gate)) * value @ w["down.weight"].T
+    return seen
+
+
+def shared_heads(l):
+    """(query head, key/value head) for each query head."""
+    return [(h, h * l.kv_heads // l.heads) for h in range(l.heads)]
+
+
+def softmax_weights(scores, queries):
+    """(weights, log of the denominator [n, 1]) of causal attention; queries: the positions of the rows."""
+    scores = np.where(np.arange(scores.shape[1]) <= queries[:, None], scores, -np.inf)
+    top = scores.max(1, keepdims=True)
+    weights = np.exp(scores - top)
+    total = weights.sum(1, keepdims=True)
+    return weights / total, top + np.log(total)
+
+
+class Fit:
+    """The polynomials of one layer, fitted by least squares: with them in place of exp(s) for the keys that have joined the
+    sums, the outputs of each head over some texts differ least from softmax attention's. To first order that difference is
+    the sum over those keys of (w(s) - exp(s)) (v - y) / Z, with softmax's denominator Z and output y. Where Z is very small,
+    any polynomial is much too large; it counts there as if Z were exp(-LIMIT)."""
+    LIMIT, EVERY = 30.0, 4                                # one in so many queries is enough
+
+    def __init__(self, l, texts):
+        """texts: (q, k, v) of each, as attention_inputs returns them."""
+        self.layer, self.texts = l, texts
+        self.mean = np.stack([np.concatenate([k[:, g] for _, k, _ in texts]).mean(0) for g in range(l.kv_heads)])
+        self.equations = [self.equations_of(h, g) for h, g in shared_heads(l)]
+
+    def scores(self, h, g):
+        """For each text: positions of queries, their scores with all keys, which of these have joined the sums by then, values."""
+        l = self.layer
+        for q, k, v in self.texts:
+            at = np.arange(l.window + l.chunk, len(q), self.EVERY)
+            joined = (at - l.window) // l.chunk * l.chunk
+            yield at, l.scale * q[at, h] @ (k[:, g] - self.mean[g]).T, np.arange(len(k)) < joined[:, None], v[:, g]
+
+    def equations_of(self, h, g):
+        """(lowest score, highest score, A, b): normal equations in the Chebyshev polynomials over that range."""
+        low = min(s.min(initial=0, where=old) for _, s, old, _ in self.scores(h, g))
+        high = max(s.max(initial=0, where=old) for _, s, old, _ in self.scores(h, g))
+        a, b = 0, 0
+        for at, s, old, v in self.scores(h, g):
+            weights, log_z = softmax_weights(s, at)
+            y, around = weights @ v, np.concatenate([v, np.ones((len(v), 1))], 1)
+
+            def difference(w, factor):                    # sum of w (v - y) over the keys that have joined, times factor
+                total = (w * old) @ around
+                return ((total[:, :-1] - total[:, -1:] * y) * factor).reshape(-1)
+            t, columns = (2 * s - low - high) * (old / (high - low)), []
+            basis, following = np.ones_like(t), t
+            for _ in range(self.layer.degree + 1):
+                columns.append(difference(basis, np.exp(np.minimum(-log_z, self.LIMIT))))
+                basis, following = following, 2 * t * following - basis
+            columns = np.stack(columns, 1)
+            a = a + columns.T @ columns
+            b = b + columns.T @ difference(weights, np.exp(np.minimum(0, log_z + self.LIMIT)))
+        return low, high, a, b
+
+    def coefficients(self, degree):
+        """[heads, degree + 1], of s^0, s^1, ...; degree: that of the layer, or less."""
+        rows, n = [], degree + 1
+        for low, high, a, b in self.equations:
+            size = np.sqrt(np.diag(a))[:n] + 1e-300
+            solved = np.linalg.solve(a[:n, :n] / size / size[:, None] + 1e-9 * np.eye(n), b[:n] / size) / size
+            powers = np.polynomial.Chebyshev(solved, domain=[low, high]).convert(kind=np.polynomial.Polynomial).coef
+            rows.append(np.pad(powers, (0, n - len(powers))))
+        return np.array(rows, np.float32)
+
+
+def open_checkpoint(saved):
+    """A llama2.c model that is a checkpoint of based.c already, to be changed."""
+    return saved.config, saved.layers, {t.name: lambda name=t.name: saved[name] for t in saved.placed}
+
+
+def read_documents(config, tokenizer, path):
+    """The tokens of each document of a text. It is cut at begin tokens, as `run -x` does, and where it is longer than what the
+    model was trained on."""
+    tokenizer = tokenizer_of(tokenizer) if tokenizer else None
+    if not tokenizer or tokenizer.kind != SCORES:
+        raise Refused("--calibrate needs the model's tokenizer: --tokenizer FILE")
+    try:
+        with open(path, encoding="utf-8") as f:
+            documents = (" " + f.read()).split(tokenizer.tokens[tokenizer.bos].decode("utf-8"))
+    except UnicodeDecodeError as e:
+        raise Refused(f"{path} is not UTF-8: {e}") from None
+    texts = [encoded(tokenizer, document) for document in documents]
+    return [text[at:at + config.context] for text in texts for at in range(0, len(text), config.context)]
+
+
+def to_constant_memory(config, layers, plan, tokenizer, options, note):
+    """Softmax attention becomes a window and sums: changes layers and plan."""
+    if any(l.mixer != WINDOW or l.norm1 != NORM_RMS or l.norm2 != NORM_RMS or l.mlp != SWIGLU or l.flags
+           or 2 * l.rotary != l.key_width or l.key_width != l.value_width for l in layers) or config.input:
+        raise Refused("--taylor-degree replaces the softmax attention of llama2.c models, which this is not")
+    slots = options.window + options.chunk
+    texts = [text for text in read_documents(config, tokenizer, options.calibrate) if len(text) > slots]
+    if not texts:
+        raise Refused(f"{options.calibrate} holds no text of more than {slots} tokens, beyond the window")
+    tensor = {name: load() if name.endswith("turns") else np.asarray(load(), np.float64) for name, load in plan.items()}
+    seen = [attention_inputs(layers, tensor, text) for text in progress(texts, "reading", "text")]
+    for i, l in progress(list(enumerate(layers)), "fitting", "layer"):
+        l.mixer, l.flags, l.window, l.chunk, l.degree = TAYLOR, KEY_MEAN, options.window, options.chunk, options.taylor_degree
+        fit = Fit(l, [text[i] for text in seen])
+        plan[f"layers.{i}.key_mean"] = lambda fit=fit: fit.mean.astype(np.float32)
+        plan[f"layers.{i}.coefficients"] = lambda fit=fit, l=l: fit.coefficients(l.degree)
+    note(f"fitted to {sum(map(len, texts)):,} tokens of {options.calibrate}")
+
+
 RELEASED = {"n_head": 16, "vocab_size": 50257, "layer_norm_epsilon": 1e-5, "rotary_emb_fraction": 1,
             "mixer": {"l_max": 2048},
             "alt_mixer": {"feature_dim": 16, "num_heads": 16, "feature_map": {"input_dim": 16}}}
@@ -1298,6 +1461,16 @@ def section(tok):
     return b"".join(np.asarray(part, dtype="<u4").tobytes() for part in parts) + b"".join(tok.tokens)
 
 
+def tokenizer_of(data):
+    """A SCORES tokenizer read back from its section."""
+    words = np.frombuffer(data, "<u4", int.from_bytes(data[:4], "little"))
+    _, kind, flags, size, bos, eos, unknown, entries, specials = (int(word) for word in words[:9])
+    tables = np.split(words[12:], np.cumsum([256, specials, size + 1, entries]))
+    text, start = data[4 * len(words):], tables[2]
+    return Tokenizer(kind, [text[a:b] for a, b in zip(start, start[1:])], flags, bos, eos, unknown, tables[0].tolist(),
+                     tables[1].tolist(), scores=tables[4].view("<f4").tolist())
+
+
 def choose_tokenizer(options, beside, vocab, note):
     """The bytes of the tokenizer section: of --tokenizer, or beside the weights, or GPT-2's if the vocabulary is; b'' else."""
     path = options.tokenizer or (os.path.join(beside, "tokenizer.json") if beside else "")
@@ -1367,13 +1540,14 @@ def inspect(path):
     print(f"  parameters {parameters(c, layers):,}, tokenizer {human(c.tokenizer_bytes) if c.tokenizer_bytes else 'none'}, "
           f"state of a session {human(4 * sum(state_floats(c, l) for l in layers))}")
     print("\nlayer mixer  heads  kv  key value  mixer's own                                   norms        mlp")
-    flags = "in.bias out.bias taps.bias up.bias down.bias value-gates shift no-out no-residual".split()
+    flags = "in.bias out.bias taps.bias up.bias down.bias value-gates shift no-out no-residual - key-mean".split()
     for i, l in enumerate(layers):
         own = {MIXER_NONE: "", CONV: f"{l.taps} taps",
                WINDOW: f"{l.window} keys, rotary {l.rotary}, scale {l.scale:.6g}",
                TAYLOR: f"degree {l.degree} {name_of(l.kernel, ('dot', 'diagonal'))}, scale {l.scale:.6g}, divide "
                        f"{name_of(l.normaliser, ('add', 'clamp', 'raw', 'one'))} {l.normaliser_eps:g}"
-                       f"{f', rotary {l.rotary}' if l.rotary else ''}"}.get(l.mixer, "?")
+                       f"{f', rotary {l.rotary}' if l.rotary else ''}{f', last {l.window} keys exact' if l.window else ''}"
+               }.get(l.mixer, "?")
         print(f"{i:5} {name_of(l.mixer, ('none', 'conv', 'taylor', 'window')):6}"
               f"{l.heads:6}{l.kv_heads:4}{l.key_width:5}{l.value_width:6}  {own:44}  {name_of(l.norm1, norms) + '/' + name_of(l.norm2, norms):11}  "
               f"{name_of(l.mlp, ('none', 'swiglu', 'gelu'))} {l.hidden or ''}"
@@ -1388,7 +1562,7 @@ def inspect(path):
 
 def convert(options, note):
     """Exports options.source, or random weights, to options.out, and says so; returns the exit status."""
-    beside = opened = None
+    beside = opened = saved = None
     if options.random:
         origin = options.random
         config, layers, plan = open_random(options.random, options, note)
@@ -1403,10 +1577,12 @@ def convert(options, note):
             config, layers, plan = open_based(beside, options, note)
         else:
             with open(origin, "rb") as f:
-                if f.read(8) == MAGIC:
-                    raise Refused(f"{origin} is a checkpoint of based.c already; --inspect shows what it contains")
-            opened = open_tensors(origin, options, note)
-            config, layers, plan = opened or open_llama(origin, options, note)
+                ours = f.read(8) == MAGIC
+            if ours and not options.taylor_degree:
+                raise Refused(f"{origin} is a checkpoint of based.c already; --inspect shows what it contains")
+            saved = Checkpoint(origin) if ours else None
+            opened = None if ours else open_tensors(origin, options, note)
+            config, layers, plan = opened or (open_checkpoint(saved) if ours else open_llama(origin, options, note))
     unused = [name for name in OF_TENSORS if getattr(options, name)]
     if unused and not opened:
         raise Refused(f"--{unused[0]} belongs to layers of taylor-series-linear-attention and Edifice models, which {origin} "
@@ -1418,7 +1594,9 @@ def convert(options, note):
     stem = os.path.splitext(os.path.basename(os.path.abspath(origin)))[0]
     title = options.name or stem + (" (random)" if options.random else "")
     config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
-    tokenizer = choose_tokenizer(options, beside, config.vocab, note) if config.rows else b""
+    tokenizer = saved.tokenizer if saved else choose_tokenizer(options, beside, config.vocab, note) if config.rows else b""
+    if options.taylor_degree:
+        to_constant_memory(config, layers, plan, tokenizer, options, note)
     if os.path.isdir(options.out):
         raise Refused(f"{options.out} is a directory; expected the name of the file to write")
     write(options.out, config, layers, tokenizer, lambda name: plan[name]())
@@ -1455,6 +1633,11 @@ def arguments(argv):
     group.add_argument("--degree", type=count, metavar="P", help="Edifice: taylor_order (2)")
     group.add_argument("--shift", action="store_true", help="lucidrains: made with shift_tokens=True")
     group.add_argument("--prefix", metavar="TEXT", help="use the tensors whose names begin so")
+    group = parser.add_argument_group("a llama2.c model, or a checkpoint of one, on constant memory")
+    group.add_argument("--taylor-degree", type=count, metavar="P", help="softmax attention for the last --window tokens, and a "
+                       "polynomial of this degree instead of exp for all before them")
+    group.add_argument("--calibrate", metavar="TEXT", help="the text to fit the polynomials to, a few thousand words of the "
+                       "kind the model will read; documents are separated by the begin token, such as <s>")
     parser.add_argument("--name", metavar="TEXT", help="what the checkpoint calls itself (default: from SOURCE)")
     parser.add_argument("--random", metavar="SHAPE", help="write random weights: based-360m, based-1b or a config.json")
     parser.add_argument("--seed", type=int, default=1, help="of --random (1)")
@@ -1466,7 +1649,11 @@ def arguments(argv):
                      f"{(' with --inspect', ' (OUT.bin) with --random', ' (SOURCE OUT.bin)')[expected]}, got {len(options.files)}")
     if options.chunk > 1024:
         parser.error(f"--chunk {options.chunk} is above 1024")
-    if (options.degree or 1) > 12:
+    if options.taylor_degree and not (options.window and options.calibrate):
+        parser.error("--taylor-degree needs --window and --calibrate")
+    if options.calibrate and not options.taylor_degree:
+        parser.error("--calibrate needs --taylor-degree")
+    if max(options.degree or 1, options.taylor_degree or 1) > 12:
         parser.error(f"--degree {options.degree} is above 12")
     if options.seed < 0:
         parser.error(f"--seed {options.seed} is negative")

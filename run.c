@@ -1807,8 +1807,9 @@ static void inform_layers(const based_layer *l, uint32_t first, uint32_t last) {
     if (l->mixer == BASED_CONV) {
         snprintf(shape, sizeof shape, "%u channels, %u taps", (unsigned)l->value_width, (unsigned)l->taps);
     } else if (l->mixer == BASED_TAYLOR) {
-        snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, degree %u", heads, (unsigned)l->key_width,
-                 (unsigned)l->value_width, (unsigned)l->degree);
+        int n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, degree %u", heads, (unsigned)l->key_width,
+                         (unsigned)l->value_width, (unsigned)l->degree);
+        if (l->window) snprintf(shape + n, sizeof shape - (size_t)n, ", last %u tokens exact", (unsigned)l->window);
     } else if (l->mixer == BASED_WINDOW) {
         snprintf(shape, sizeof shape, "%s of %u, last %u tokens", heads, (unsigned)l->key_width,
                  (unsigned)l->window);

@@ -39,6 +39,7 @@ struct wish {
     float constant;                                     /* coefficient of s^0; 0 makes zero keys count for nothing */
     uint32_t input;                                     /* 0, or the width of vectors */
     uint32_t dtype;                                     /* of all matrices */
+    uint32_t window;                                    /* of the last layer, whose keys then have a mean */
 };
 
 /* Random bits make good weights, but no good scales. */
@@ -70,6 +71,7 @@ static inline based_model *make_model(struct wish wish) {
         l[i].in_dtype = l[i].out_dtype = wish.dtype;
         if (l[i].mlp) l[i].up_dtype = l[i].down_dtype = wish.dtype;
     }
+    if (wish.window) l[3].window = wish.window, l[3].normaliser_eps = 0.0f, l[3].flags |= BASED_KEY_MEAN;
     if (wish.input) c->input = wish.input, c->flags = BASED_INPUT_PROJECTION;
     m->c = c;
     m->k = choose_kernels(0);

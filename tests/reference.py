@@ -113,6 +113,8 @@ def read(path):
             l.taps_bias = vector(inner) if l.flags & 4 else 0
         if l.rotary:
             l.turns = np.frombuffer(section(8 * l.rotary), "<u8")
+        if l.flags & 1024:
+            l.key_mean = vector(l.kv_heads, l.key_width)
         if l.mixer == 2:
             l.coefficients = vector(l.heads, l.degree + 1)
         if l.flags & 32:
@@ -199,12 +201,24 @@ def divided(l, total, z):
         return total
 
 
+def with_window(l, score, w, past):
+    """The weights of Taylor attention, w, with exp(score) where keys have not joined the sums; each row in units of its own."""
+    t = np.arange(len(w))[:, None]
+    joined = past & (np.arange(len(w)) < np.maximum(t - l.window, 0) // l.chunk * l.chunk)
+    old = np.where(joined, w, 0)
+    old = np.where(old.sum(1, keepdims=True) > 0, old, 0)
+    top = np.maximum(np.where(past & ~joined, score, -np.inf).max(1, keepdims=True), np.where(old.any(1, keepdims=True), 0, -np.inf))
+    return old * np.exp(-top) + np.where(past & ~joined, np.exp(np.minimum(score - top, 0)), 0)
+
+
 def attention(l, q, k, v, first):
     """Taylor or window; q [n, heads*key_width], k, v likewise for the kv heads. Returns [n, heads, value_width]."""
     n = len(q)
     q, k, v = q.reshape(n, l.heads, -1), k.reshape(n, l.kv_heads, -1), v.reshape(n, l.kv_heads, -1)
     if l.rotary:
         q, k = turned(q, l.turns, first), turned(k, l.turns, first)
+    if l.flags & 1024:
+        k = k - l.key_mean
     y = np.zeros((n, l.heads, l.value_width))
     past = np.tril(np.ones((n, n), bool))
     past[:l.both_ways, :l.both_ways] = True
@@ -225,6 +239,8 @@ def attention(l, q, k, v, first):
                 score = l.scale * qh[:, None, :] * kh[None, :, :]
                 w = a[0] + sum(a[p] * (score ** p).sum(-1) for p in range(1, l.degree + 1))
             w = np.where(past, w, 0)
+            if l.window:
+                w = with_window(l, score, w, past)
             y[:, h] = divided(l, w @ vh, w.sum(1, keepdims=True))
     return y
 
@@ -340,6 +356,10 @@ def random_config(rng, **overrides):
                 l.normaliser_eps = {0: pick(1e-12, 1e-6), 1: pick(1e-5, 0.75)}.get(l.normaliser, 0.0)
                 l.scale = 0.2 / l.key_width if l.kernel else float(rng.uniform(0.3, 1) / math.sqrt(l.key_width))
                 l.rotary = int(pick(0, 0, l.key_width // 2, 1))
+                if not l.kernel and chance(0.3):
+                    l.normaliser, l.normaliser_eps, l.window = export.ADD, 0.0, int(pick(1, 5, 16, 33))
+                    l.degree = 4 if l.degree == 4 else 2    # even: a sum of weights of both signs may come near zero
+                l.flags |= export.KEY_MEAN if chance(0.3) else 0
             if chance(0.2) and dim % l.heads == 0:
                 l.value_width = dim // l.heads
         else:

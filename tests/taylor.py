@@ -24,7 +24,7 @@ GOLDEN = HERE / "data" / "golden"
 ADD, CLAMP, RAW, ONE = range(4)
 DOT, DIAGONAL = range(2)
 FLT_MAX = float(np.finfo(np.float32).max)
-NAMES = "key_width value_width group degree kernel normaliser chunk".split()
+NAMES = "key_width value_width group degree kernel normaliser chunk window".split()
 
 
 class Sizes(C.Structure):

@@ -131,10 +131,10 @@ static void test_sampling(void) {
 
 /* ---- Taylor attention by itself ---- */
 
-static void test_attention(uint32_t kernel, uint32_t chunk) {
+static void test_attention(uint32_t kernel, uint32_t chunk, uint32_t window) {
     enum { DK = 5, DV = 3, GROUP = 2, N = 20 };
     based_taylor_kind kind = { .key_width = DK, .value_width = DV, .group = GROUP, .degree = 3, .kernel = kernel,
-                               .chunk = chunk, .scale = 0.4f };
+                               .chunk = chunk, .window = window, .scale = 0.4f };
     based_taylor_sizes sizes;
     CHECK(based_taylor_measure(&sizes, &kind, &e) == 0);
     size_t attention = round64(sizes.attention), state = round64(sizes.state), scratch = round64(sizes.scratch);
@@ -150,7 +150,7 @@ static void test_attention(uint32_t kernel, uint32_t chunk) {
     based_taylor_absorb(a, k, v, N);
     based_taylor_read(a, q, N, y);
     based_taylor_feed(a, q, k, v, N, y);
-    CHECK(based_taylor_subtract(a, k, v, &e) == 0 && based_taylor_copy(b, a, &e) == 0);
+    CHECK(based_taylor_subtract(a, k, v, &e) == (window ? BASED_EINVAL : 0) && based_taylor_copy(b, a, &e) == 0);
     CHECK(based_taylor_merge(b, a, &e) == 0);
     based_taylor_reset(a);
     let_go(memory, attention), let_go(states[0], state), let_go(states[1], state), let_go(work, scratch);
@@ -277,7 +277,7 @@ int main(void) {
     static const uint32_t blocks[] = { 1, 2, 3, 5, 8, 9, 33, 128 };
     static const int kernels[] = { 0, BASED_AVX512, BASED_AVX2, BASED_PLAIN };
     based_model *m[3], *sighted = make_model((struct wish){ .seed = 4, .constant = 1, .input = INPUT });
-    for (uint32_t dtype = 0; dtype < 3; dtype++) m[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype });
+    for (uint32_t dtype = 0; dtype < 3; dtype++) m[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5 });
     for (size_t i = 0; i < TOKENS; i++) text[i] = (int32_t)(random_u32() % VOCAB);
     for (size_t i = 0; i < COUNT(vectors); i++) vectors[i] = (float)random_u32() / 2147483648.0f - 0.5f;
     for (against_the_end = 0; against_the_end < 2; against_the_end++) {
@@ -287,7 +287,8 @@ int main(void) {
                 test_feeding(sighted, blocks[b], kernels[k]);
             }
         test_sampling();
-        test_attention(BASED_DOT, 4), test_attention(BASED_DOT, 1), test_attention(BASED_DIAGONAL, 16);
+        test_attention(BASED_DOT, 4, 0), test_attention(BASED_DOT, 1, 0), test_attention(BASED_DIAGONAL, 16, 0);
+        test_attention(BASED_DOT, 4, 3);
     }
     test_failed_calls(m[0], m[1], sighted);
     test_failed_attentions();

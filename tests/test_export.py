@@ -88,6 +88,50 @@ def test_llama_sizes(capsys, tmp_path):
         fails(capsys, rf"{len(bad):,} bytes.*{len(data):,}", source, tmp_path / "out.bin")
 
 
+STORIES = Path(based.ROOT) / "models" / "stories260K.bin"
+STORY = Path(__file__).parent / "golden" / "stories260K-greedy.txt"
+
+
+def constant(tmp_path, source=STORIES, text=STORY.read_bytes()):
+    """Arguments that put a model on constant memory, fitted to one story."""
+    (tmp_path / "text.txt").write_bytes(text)
+    return source, "--taylor-degree", 4, "--window", 32, "--calibrate", tmp_path / "text.txt", tmp_path / "out.bin"
+
+
+def test_constant_memory(capsys, tmp_path):
+    """Softmax becomes a window and a polynomial. As the reference computes it; while nothing has joined the sums, as before; and
+    then nearer to what it was than the same keys alone are, on a story that was not fitted to."""
+    status, _, stderr = run(capsys, *constant(tmp_path))
+    assert status == 0 and "fitted to" in stderr
+    m = reference.read(tmp_path / "out.bin")
+    assert all((l.mixer, l.window, l.chunk, l.degree) == (export.TAYLOR, 32, 16, 4) for l in m.layer)
+    before, after = based.Model(STORIES), based.Model(tmp_path / "out.bin")
+    tokens = before.encode((STORY.parent / "stories260K-big-dog.txt").read_bytes())[:400]
+    exact, got = based.Session(before).feed(tokens), based.Session(after).feed(tokens)
+    assert np.abs(got[:48] - exact[:48]).max() < 1e-4
+    assert np.abs(got - reference.run(m, tokens)).max() < 1e-3
+    alone = reference.read(tmp_path / "out.bin")
+    for l in alone.layer:
+        l.coefficients = l.coefficients * 0
+    off, off_alone = (np.square(y[48:] - exact[48:]).mean() for y in (got, reference.run(alone, tokens)))
+    assert off < 0.75 * off_alone
+
+
+def test_constant_memory_tokens():
+    """The text that polynomials are fitted to becomes the tokens that the runtime makes of it."""
+    saved, text = export.Checkpoint(STORIES), STORY.read_text(encoding="utf-8") + " Zo\u00eb \u2603 said:\n\"42!\""
+    assert export.encoded(export.tokenizer_of(saved.tokenizer), " " + text) == based.Model(STORIES).encode(text.encode()).tolist()
+
+
+def test_constant_memory_refused(capsys, tmp_path):
+    fails(capsys, "no text of more than 48 tokens", *constant(tmp_path, text=b"Once upon a time."))
+    fails(capsys, "not UTF-8", *constant(tmp_path, text=b"\xff"))
+    source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5), (24, 40, 2, 4, 4, 30, 12))
+    fails(capsys, "tokenizer", *constant(tmp_path, source))
+    source = reference.random_checkpoint(np.random.default_rng(1), tmp_path / "random.bin", mixers=[export.CONV])
+    fails(capsys, "which this is not", *constant(tmp_path, source))
+
+
 @pytest.mark.parametrize("data, pattern", [
     (b"", "nothing this program can read"), (b"hello world, this is no checkpoint", "nothing this program can read"),
     (b"24ka" + bytes([2, 0, 0, 0]) + bytes(300), "version 2"), (bytes(100), "nothing this program can read"),

@@ -185,7 +185,7 @@ def test_direction_is_not_mistaken(capsys, tmp_path):
 
 def test_window_refuses(random_model):
     vectors = {"input": 12, "flags": export.INPUT_PROJECTION, "rows": 0, "vocab": 0}
-    taylor_only = Model(random_model(3, mixers=[export.TAYLOR] * 2, **vectors))
+    taylor_only = Model(random_model(7, mixers=[export.TAYLOR] * 2, **vectors))
     x = np.random.default_rng(0).standard_normal((9, 12))
     session = Session(taylor_only, 8)
     session.feed(x)
@@ -196,7 +196,9 @@ def test_window_refuses(random_model):
     assert session.count() == 9 and same_bits(session.logits(), before)
     for mixer in (export.CONV, export.WINDOW):
         with pytest.raises(based.BasedError, match="layer 1 .* only look back"):
-            Session(Model(random_model(4, mixers=[export.TAYLOR, mixer], **vectors)), 16).feed_window(x)
+            Session(Model(random_model(5, mixers=[export.TAYLOR, mixer], **vectors)), 16).feed_window(x)
+    with pytest.raises(based.BasedError, match="layer 0 .* only look back"):
+        Session(Model(random_model(3, mixers=[export.TAYLOR], layer={"window": 1}, **vectors)), 16).feed_window(x)
     with pytest.raises(based.BasedError, match="tokens"):
         Session(Model(random_model(5, input=0, rows=20, vocab=20, flags=1)), 16).feed_window(x)
 
@@ -205,7 +207,7 @@ def test_window_refuses(random_model):
 def test_window_is_full_attention(random_model, seed):
     """Random layers (grouped heads, rotary, biases, chunks, threads) against the reference."""
     path = random_model(seed, mixers=[export.TAYLOR] * 2, input=12, flags=12, rows=0, vocab=0,
-                        layer={"normaliser": 0, "normaliser_eps": 1e-6, "degree": 2, "kernel": 0})
+                        layer={"normaliser": 0, "normaliser_eps": 1e-6, "degree": 2, "kernel": 0, "window": 0})
     x = np.random.default_rng(seed).standard_normal((50, 12)).astype(np.float32)
     expected = reference.run(reference.read(path), x)
     got = Session(Model(path), 64).feed_window(x)
@@ -217,7 +219,7 @@ def test_window_is_full_attention(random_model, seed):
 def test_window_is_the_past(random_model, seed):
     """What is fed after a window looks back on all of it, token by token."""
     path = random_model(seed, mixers=[export.TAYLOR] * 2, input=12, flags=export.INPUT_PROJECTION, rows=0, vocab=0,
-                        layer={"normaliser": 0, "normaliser_eps": 1e-6, "degree": 2, "kernel": 0})
+                        layer={"normaliser": 0, "normaliser_eps": 1e-6, "degree": 2, "kernel": 0, "window": 0})
     x = np.random.default_rng(seed).standard_normal((50, 12)).astype(np.float32)
     m, session = reference.read(path), Session(Model(path), 32)
     for l in m.layer:

@@ -324,7 +324,7 @@ static void test_sampler_goes_on(void) {
 int main(void) {
     model = make_model((struct wish){ .seed = 1, .constant = 1 });
     stranger = make_model((struct wish){ .seed = 2, .constant = 1 });
-    sighted = make_model((struct wish){ .seed = 3, .constant = 1, .input = 6 });
+    sighted = make_model((struct wish){ .seed = 3, .constant = 1, .input = 6, .window = 5 });
     for (size_t i = 0; i < TOKENS; i++) text[i] = (int32_t)(random_u32() % VOCAB);
     test_every_split();
     test_bytes_are_the_pasts();

@@ -235,10 +235,45 @@ def test_nothing_absorbed(normaliser):
     assert not t.state().read(q).any()
 
 
+@pytest.mark.parametrize("window, chunk", [(1, 1), (8, 5), (20, 16), (100, 3)])
+def test_window(window, chunk):
+    """The newest pairs weigh exp(s), the others what the polynomial says; a copy and a merge into nothing go on alike."""
+    kind, q, k, v = numbers({"degree": 2, "normaliser_eps": 0.0, "window": window, "chunk": chunk})
+    t = Taylor(key_width=5, value_width=7, **kind)
+    scores = kind["scale"] * q[:, 0].astype(np.float64) @ k[:, 0].T
+    past, at = np.tri(70, dtype=bool), np.arange(70)
+    joined = at < (np.maximum(at - window, 0) // chunk * chunk)[:, None]
+    weights = past * np.where(joined, 1 + scores + scores ** 2 / 2, np.exp(scores))
+    state, half = t.state(), t.state().absorb(k[:35, 0], v[:35, 0])
+    got = state.feed(q, k[:, 0], v[:, 0])
+    assert far(got[:, 0], weights @ v[:, 0] / weights.sum(1, keepdims=True)) < SINGLE
+    for twin in (t.state().merge(half), t.state()):
+        if not twin.count():
+            twin.copy_from(half)
+        assert np.array_equal(twin.feed(q[35:], k[35:, 0], v[35:, 0]), got[35:])
+
+
+def test_window_largest_numbers():
+    """Scores of some hundreds, of either sign, near and far: exp of none of them overflows, and a sum of weights that is not above
+    zero does not count."""
+    kind, q, k, v = numbers({"degree": 1, "normaliser_eps": 0.0, "window": 8, "chunk": 4, "scale": 60.0})
+    t = Taylor(key_width=5, value_width=7, **kind)
+    y = t.state().feed(q, k[:, 0], v[:, 0])
+    scores = 60.0 * q[:, 0].astype(np.float64) @ k[:, 0].T
+    assert scores.max() > 400 and scores.min() < -400 and np.isfinite(y).all()
+    joined = np.arange(70) < (np.maximum(np.arange(70) - 8, 0) // 4 * 4)[:, None]
+    old = (1 + scores) * joined
+    out = old.sum(1) <= 0
+    near = np.where(np.tri(70, dtype=bool) & ~joined, scores, -np.inf)
+    near = np.exp(near - near.max(1, keepdims=True))
+    assert out[12:].any() and not out[12:].all()
+    assert far(y[out, 0], (near @ v[:, 0] / near.sum(1, keepdims=True))[out]) < 1e-4
+
+
 # ---- What is refused
 
 @pytest.mark.parametrize("field, value", [("degree", 0), ("degree", 13), ("key_width", 0), ("value_width", 0), ("group", 0),
-                                          ("group", 4097), ("kernel", 2), ("normaliser", 4), ("chunk", 0), ("chunk", 1025),
+                                          ("group", 4097), ("kernel", 2), ("normaliser", 4), ("chunk", 0), ("chunk", 1025), ("window", (1 << 20) + 1),
                                           ("key_width", (1 << 20) + 1), ("scale", math.inf), ("normaliser_eps", math.nan)])
 def test_fields_out_of_range(field, value):
     with pytest.raises(based.BasedError) as e:
@@ -276,6 +311,19 @@ def test_blocks_too_small():
     assert begin(at + 4, need.state, scratch, need.scratch)[0] == -5 and begin(None, need.state, scratch, need.scratch)[0] == -5
     init = t.lib.based_taylor_init(C.byref(out), C.byref(t.kind), at, need.attention - 1, C.byref(error))
     assert init == -4 and str(need.attention) in error.text.decode()
+
+
+@pytest.mark.parametrize("field, value", [("kernel", DIAGONAL), ("normaliser", CLAMP), ("normaliser_eps", 1e-6)])
+def test_window_beside_something_else(field, value):
+    with pytest.raises(based.BasedError, match="window") as e:
+        Taylor(**{"key_width": 4, "value_width": 4, "window": 4, field: value})
+    assert e.value.status == -5
+
+
+def test_nothing_leaves_a_window():
+    t, _, k, v = one(window=4, normaliser_eps=0.0)
+    with pytest.raises(based.BasedError, match="window"):
+        t.state().absorb(k, v).subtract(k[0], v[0])
 
 
 def test_wrong_partners():

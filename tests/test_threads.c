@@ -124,7 +124,7 @@ static void test_all_workers(void) {}
 #endif
 
 int main(void) {
-    for (uint32_t dtype = 0; dtype < 3; dtype++) models[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype });
+    for (uint32_t dtype = 0; dtype < 3; dtype++) models[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5 });
     models[3] = make_model((struct wish){ .seed = 4, .constant = 1, .input = INPUT });
     for (size_t i = 0; i < COUNT(text); i++) text[i] = (int32_t)(random_u32() % VOCAB);
     for (size_t i = 0; i < COUNT(vectors); i++) vectors[i] = (float)random_u32() / 2147483648.0f - 0.5f;
