@@ -23,6 +23,7 @@ help:
 	@echo 'make demo      build it and let a model tell a story'
 	@echo 'make test      build and run every test (Python packages go into $(BUILD)/venv)'
 	@echo 'make unit      the C tests only: needs no Python'
+	@echo 'make fuzz      throw hostile bytes at every reader, FUZZ_SECONDS=60 each (clang, libFuzzer)'
 	@echo 'make reproduce the same bits on every compiler, instruction set and (emulated) machine: a table'
 	@echo 'make coverage  how much of the code the tests reach (-v in COVERAGE_FLAGS: what they do not)'
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
@@ -59,6 +60,32 @@ test: run $(UNITS) $(BUILD)/venv/ready
 .PHONY: coverage reproduce endless
 coverage: $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/coverage.py $(COVERAGE_FLAGS)
+
+# ---- Fuzzing: tests/README.md tells what it has found ------------------------------------------------------------------
+FUZZERS := $(patsubst tests/fuzz/%.c,%,$(filter-out %/main.c,$(wildcard tests/fuzz/*.c)))
+FUZZ_SECONDS ?= 60
+FUZZ_CC ?= clang-14
+FUZZ_FLAGS ?= -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all
+fuzz_sources = tests/fuzz/$1.c $(if $(filter state checkpoint options,$1),tokenizer.c) $(if $(filter options,$1),based.c)
+fuzz_depends := tests/fuzz/fuzz.h tests/fuzz/text.h tests/sections.h tests/model.h based.c tokenizer.c run.c based.h
+
+$(BUILD)/fuzz_%: tests/fuzz/%.c $(fuzz_depends)
+	@mkdir -p $(BUILD)
+	$(FUZZ_CC) -std=c11 -O2 -g -ffp-contract=off -I. $(FUZZ_FLAGS) -o $@ $(call fuzz_sources,$*) -lm
+# The same without libFuzzer, by any compiler: replays what was found, and random mutants.
+$(BUILD)/replay_%: tests/fuzz/%.c tests/fuzz/main.c $(fuzz_depends)
+	@mkdir -p $(BUILD)
+	$(CC) -std=c11 -ffp-contract=off $(CFLAGS) -g -I. -o $@ $(call fuzz_sources,$*) tests/fuzz/main.c -lm
+
+# Seeds go into the corpus, which grows in $(BUILD)/fuzz from run to run; what breaks a target stays in $(BUILD)/fuzz, too.
+.PHONY: fuzz $(FUZZERS:%=fuzz-%)
+fuzz: $(FUZZERS:%=fuzz-%)
+$(FUZZERS:%=fuzz-%): fuzz-%: $(BUILD)/fuzz_%
+	@mkdir -p $(BUILD)/fuzz/$*
+	@$< --seeds $(BUILD)/fuzz/$*
+	$< -max_total_time=$(FUZZ_SECONDS) -max_len=32768 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
+	    -artifact_prefix=$(BUILD)/fuzz/$*- $(BUILD)/fuzz/$* $(wildcard tests/fuzz/found/$*)
+# ---- End of fuzzing ----------------------------------------------------------------------------------------------------
 
 reproduce: run $(BUILD)/venv/ready
 	PYTHON=$(BUILD)/venv/bin/python tests/reproduce.sh

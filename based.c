@@ -258,6 +258,15 @@ static int is_finite(float x) {
 #define FIELD(c, name, low, high) { #name, (c)->name, low, high }
 #define COUNT(a) (sizeof(a) / sizeof(a)[0])
 
+/* What this version has no name for must be zero: a later one may mean something by it. */
+static int check_reserved(const uint32_t *word, size_t n, const char *where, uint64_t layer, based_error *e) {
+    for (size_t i = 0; i < n; i++)
+        if (word[i])
+            return fail(e, BASED_EFORMAT, "%s %u: a reserved field is %u, expected 0; the checkpoint is damaged or from a "
+                        "later version", where, layer, U64(word[i]));
+    return BASED_OK;
+}
+
 static int check_config(const based_config *c, based_error *e) {
     const struct field fields[] = {
         FIELD(c, flags, 0, BASED_TIED | BASED_HEAD_BIAS | BASED_INPUT_PROJECTION | BASED_BIDIRECTIONAL),
@@ -267,6 +276,8 @@ static int check_config(const based_config *c, based_error *e) {
         FIELD(c, embedding_dtype, 0, BASED_Q4), FIELD(c, head_dtype, 0, BASED_Q4)
     };
     int status = check_fields(fields, COUNT(fields), "header", 0, e);
+    if (status) return status;
+    status = check_reserved(c->reserved, COUNT(c->reserved), "header", 0, e);
     if (status) return status;
     if (c->name[63]) return fail(e, BASED_EFORMAT, "header: the name is not terminated");
     if (!is_finite(c->final_norm_eps)) return fail(e, BASED_EFORMAT, "header: final_norm_eps is not a number");
@@ -321,7 +332,17 @@ static int check_conv(const based_layer *l, uint64_t i, based_error *e) {
     const struct field fields[] = {
         FIELD(l, heads, 1, 1), FIELD(l, kv_heads, 0, 0), FIELD(l, key_width, 0, 0),
         FIELD(l, value_width, 1, BASED_MAX_HIDDEN), FIELD(l, taps, 1, BASED_MAX_TAPS), FIELD(l, window, 0, 0),
-        FIELD(l, chunk, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0)
+        FIELD(l, chunk, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0), FIELD(l, kernel, 0, 0),
+        FIELD(l, normaliser, 0, 0)
+    };
+    return check_fields(fields, COUNT(fields), "layer", i, e);
+}
+
+static int check_no_mixer(const based_layer *l, uint64_t i, based_error *e) {
+    const struct field fields[] = {
+        FIELD(l, heads, 0, 0), FIELD(l, kv_heads, 0, 0), FIELD(l, key_width, 0, 0), FIELD(l, value_width, 0, 0),
+        FIELD(l, taps, 0, 0), FIELD(l, window, 0, 0), FIELD(l, chunk, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0),
+        FIELD(l, kernel, 0, 0), FIELD(l, normaliser, 0, 0)
     };
     return check_fields(fields, COUNT(fields), "layer", i, e);
 }
@@ -341,7 +362,9 @@ static int check_layer(const based_config *c, const based_layer *l, uint64_t i, 
     if ((l->flags & BASED_KEY_MEAN) && l->mixer != BASED_TAYLOR)
         return fail(e, BASED_EFORMAT, "layer %u: only taylor layers take a mean off their keys", i);
     if (l->mixer == BASED_CONV) status = check_conv(l, i, e);
-    else if (l->mixer != BASED_MIXER_NONE) status = check_attention(l, i, e);
+    else if (l->mixer == BASED_MIXER_NONE) status = check_no_mixer(l, i, e);
+    else status = check_attention(l, i, e);
+    if (!status) status = check_reserved(l->reserved, COUNT(l->reserved), "layer", i, e);
     if (status) return status;
     if (l->mixer != BASED_MIXER_NONE && (l->flags & BASED_NO_OUT) && inner_width(l) != c->dim)
         return fail(e, BASED_EFORMAT, "layer %u: no out projection, but its width is %u and dim is %u", i,
@@ -859,7 +882,8 @@ BODY float soften_body(float *x, size_t n, float scale, float *top) {
 
 /* x -> 8 bits, a group of 32 columns. The maximum is taken over the bits, which are in the order of the numbers once the
  * sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all the way, which
- * compilers vectorise. A NaN or an infinity gives something, the same everywhere. */
+ * compilers vectorise. A NaN makes the scale, and so all that is computed with it, a NaN: its own bits are not the same
+ * everywhere. An infinity counts as 3e38. */
 BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x) {
     int32_t bits[32], top = 0, total = 0;
     float high, inverse;
@@ -877,7 +901,7 @@ BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *
     }
     for (size_t l = 0; l < 32; l++) q[l] = (int8_t)bits[l];
     for (size_t l = 0; l < 32; l++) total += bits[l];
-    *scale = high / 127.0f;
+    *scale = top > 0x7f800000 ? (float)NAN : high / 127.0f;
     *offset = -128 * total;
 }
 
@@ -2080,14 +2104,18 @@ int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, ba
 
 size_t based_model_bytes(const void *bytes, size_t size, based_error *e) {
     const based_config *c = bytes;
-    uint64_t n;
+    uint64_t n, floats = 0;
     if (check_header(bytes, size, e)) return 0;
     n = sizeof(based_model) + U64(c->layers) * sizeof(struct layer);
     for (uint32_t i = 0; i < c->layers; i++) {
         const based_layer *l = (const based_layer *)(c + 1) + i;
         based_taylor_kind kind = kind_of(l);
-        if (l->mixer == BASED_TAYLOR) n += count_features(&kind, BASED_MAX_FEATURES) * sizeof(float);
+        uint64_t features = l->mixer == BASED_TAYLOR ? count_features(&kind, BASED_MAX_FEATURES) : 0;
+        n += features * sizeof(float);
+        floats += state_floats(c, l) + (features ? scratch_floats(&kind, features) : l->window);
     }
+    if (floats > SIZE_MAX / 8)          /* size_t holds what a session has of state and scratch                      */
+        return fail(e, BASED_ENOMEM, "a session needs %u bytes, more than this machine can address", 4 * floats), 0;
     if (n > SIZE_MAX) return fail(e, BASED_ENOMEM, "the model needs %u bytes, more than this machine can address", n), 0;
     return (size_t)n;
 }
@@ -2148,6 +2176,73 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     }
     *out = m;
     return BASED_OK;
+}
+
+/* ---- Are the weights numbers? ------------------------------------------------------------------------------------- */
+
+struct census {
+    const char *name, *part;            /* where the first one was that is no number                                 */
+    uint64_t layer, of, bad, all;       /* layers: from 1, 0 for none; numbers there, how many are bad, bad anywhere  */
+};
+
+static void report_bad(struct census *c, uint64_t layer, const char *name, const char *part, uint64_t of, uint64_t bad) {
+    if (bad && !c->all) c->name = name, c->part = part, c->layer = layer, c->of = of, c->bad = bad;
+    c->all += bad;
+}
+
+static void look_at(struct census *c, uint64_t layer, const char *name, const char *part, const float *x, uint64_t n) {
+    uint64_t bad = 0;
+    for (uint64_t i = 0; x && i < n; i++) bad += is_finite(x[i]) ? 0 : 1;
+    report_bad(c, layer, name, part, n, bad);
+}
+
+/* A bfloat16 is the upper half of a float. */
+static uint64_t is_bad_scale(uint32_t half) {
+    return (half & 0x7f80u) == 0x7f80u ? 1 : 0;
+}
+
+static void look_at_matrix(struct census *c, uint64_t layer, const char *name, const struct matrix *a) {
+    uint64_t words = a->scales ? U64(tiles(a->rows)) * groups(a->cols) * 8 : 0, bad = 0;
+    for (uint64_t i = 0; i < words; i++) bad += is_bad_scale(a->scales[i]) + is_bad_scale(a->scales[i] >> 16);
+    report_bad(c, layer, name, " scales", 2 * words, bad);
+    look_at(c, layer, name, "", a->data, U64(a->rows) * a->cols);
+    look_at(c, layer, name, ".bias", a->bias, a->rows);
+}
+
+static void look_at_norm(struct census *c, uint64_t layer, const char *name, const struct norm *a, uint32_t dim) {
+    look_at(c, layer, name, "", a->weight, dim);
+    look_at(c, layer, name, ".bias", a->bias, dim);
+}
+
+static void look_at_layer(struct census *c, uint64_t i, const struct layer *l, uint32_t dim) {
+    look_at_norm(c, i, "norm1", &l->norm1, dim);
+    look_at_matrix(c, i, "in", &l->in);
+    look_at(c, i, "taps", "", l->taps, U64(l->c->taps) * l->c->value_width);
+    look_at(c, i, "taps", ".bias", l->taps_bias, l->c->value_width);
+    if (l->c->mixer == BASED_TAYLOR)
+        look_at(c, i, "coefficients", "", l->taylor.c.coefficients, U64(l->c->heads) * (l->c->degree + 1));
+    look_at_matrix(c, i, "gate", &l->gate);
+    look_at_matrix(c, i, "out", &l->out);
+    look_at_norm(c, i, "norm2", &l->norm2, dim);
+    look_at_matrix(c, i, "up", &l->up);
+    look_at_matrix(c, i, "down", &l->down);
+}
+
+int based_check_weights(const based_model *m, based_error *e) {
+    struct census c = { NULL, NULL, 0, 0, 0, 0 };
+    uint32_t dim = m->c->dim;
+    look_at_matrix(&c, 0, "embedding", &m->embedding);
+    look_at_matrix(&c, 0, "input", &m->input);
+    for (uint32_t i = 0; i < m->c->layers; i++) look_at_layer(&c, U64(i) + 1, &m->layer[i], dim);
+    look_at_norm(&c, 0, "final_norm", &m->final_norm, dim);
+    if (m->head.data != m->embedding.data || m->head.scales != m->embedding.scales) look_at_matrix(&c, 0, "head", &m->head);
+    else look_at(&c, 0, "head", ".bias", m->head.bias, m->c->rows);
+    if (!c.all) return BASED_OK;
+    if (c.layer)
+        return fail(e, BASED_EFORMAT, "layer %u, %s%s: %u of the %u numbers are NaN or infinite, %u in all; export the model "
+                    "again, or train it again", c.layer - 1, c.name, c.part, c.bad, c.of, c.all);
+    return fail(e, BASED_EFORMAT, "%s%s: %u of the %u numbers are NaN or infinite, %u in all; export the model again, or train "
+                "it again", c.name, c.part, c.bad, c.of, c.all);
 }
 
 /* Everything but the tokenizer's text is 4-byte words; a tokenizer says itself how many words it begins with. */

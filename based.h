@@ -86,6 +86,10 @@ uint64_t            based_model_parameters(const based_model *m);   /* weights, 
 uint64_t            based_model_weight_bytes(const based_model *m); /* bytes read to produce one token            */
 const char         *based_model_kernels(const based_model *m);      /* the instruction set in use: "avx2", ...    */
 
+/* Looks at all floats and scales of the weights, which nothing else does: BASED_EFORMAT if one is a NaN or infinite, and e says
+ * where the first of them is and how many there are. Reads the whole checkpoint once. */
+int                 based_check_weights(const based_model *m, based_error *e);
+
 /* ---------------------------------------------------------------------------------------------------------------------
  * 3. Sessions. A session holds the state (all that the past determines) and scratch memory, in one block whose size is
  *    known beforehand and never grows. Sessions over one model are independent; each is used by one thread at a time.

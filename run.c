@@ -261,7 +261,8 @@ typedef struct {
     int64_t     predict, top_k, repeat_last_n, threads, branches;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
-    int         chat, has_seed, ignore_eos, info, bench, csv, no_display_prompt, quiet, verbose, help, version;
+    int         chat, has_seed, ignore_eos, no_checksum, info, check, bench, csv, no_display_prompt, quiet, verbose, help;
+    int         version;
 } options;
 
 enum kind { SWITCH, TEXT, TEXTS, WHOLE, REAL, SEED, MODE };
@@ -298,6 +299,10 @@ static const flag flags[] = {
     {'j', "threads", "N", PROMPT, WHOLE, AT(threads), 0, 1024, "0",
      "Compute with N threads; the result is the same for any number. 0 chooses by the size of the model and the "
      "processors there are", "a number of threads from 0 to 1024", NULL},
+
+    {0, "no-checksum", NULL, PROMPT, SWITCH, AT(no_checksum), 0, 0, NULL,
+     "Open the checkpoint without comparing its checksum: at once, where the file is known to be whole, or to see what is left "
+     "of a damaged one", NULL, NULL},
 
     {'n', "predict", "N", SAMPLING, WHOLE, AT(predict), -1, 9e18, "256",
      "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the end of the text or Ctrl-C: the "
@@ -359,6 +364,9 @@ static const flag flags[] = {
      "With --bench: comma-separated values instead of a table", NULL, NULL},
     {0, "info", NULL, MEASURING, SWITCH, AT(info), 0, 0, NULL,
      "Say what this checkpoint is: its layers, parameters and sizes", NULL, NULL},
+    {0, "check", NULL, MEASURING, SWITCH, AT(check), 0, 0, NULL,
+     "Check all of this checkpoint, each weight too, and say in one line whether it is sound (status 0) or what is wrong first "
+     "(status 1)", NULL, NULL},
     {0, "dump-logits", "FILE", MEASURING, TEXT, AT(dump), 0, 0, NULL,
      "Write the logits after every token read, row after row, as little-endian float32", "the name of a file", NULL},
     {0, "vectors", "FILE", MEASURING, TEXT, AT(vectors), 0, 0, NULL,
@@ -611,6 +619,9 @@ static int check_options(const options *o) {
     }
     if (o->info && (sources > 0 || o->dump)) {
         return fail(BAD_USAGE, "--info only describes the checkpoint; leave the text options away");
+    }
+    if (o->check && (sources > 0 || o->dump || o->info || o->bench || o->save || o->load || o->chat || o->branches)) {
+        return fail(BAD_USAGE, "--check only checks the checkpoint; leave the other work away");
     }
     if (o->bench && (sources > 0 || o->dump || o->info || o->vectors)) {
         return fail(BAD_USAGE, "--bench makes its own text; leave the text options away");
@@ -1147,7 +1158,7 @@ static int step(run *r, int32_t id) {
 
 static int open_model(run *r) {
     based_error e;
-    r->model = based_open(r->o->checkpoint, 0, &e);
+    r->model = based_open(r->o->checkpoint, r->o->no_checksum ? BASED_NO_CHECKSUM : 0, &e);
     if (!r->model) return fail(BAD_INPUT, "%s", e.text);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
     if (r->has_tokenizer && based_tokenizer_open(&r->tokenizer, r->model, &e) != BASED_OK) {
@@ -1874,8 +1885,8 @@ static int inform(run *r) {
     const based_config *c = based_model_config(r->model);
     char name[65], number[GROUPED_BYTES];
     printf("%-12s %s\n", "name", model_name(r, name));
-    printf("%-12s %u, checksum %08x%08x is right\n", "format", (unsigned)c->format,
-           (unsigned)c->checksum[1], (unsigned)c->checksum[0]);
+    printf("%-12s %u, checksum %08x%08x is %s\n", "format", (unsigned)c->format,
+           (unsigned)c->checksum[1], (unsigned)c->checksum[0], r->o->no_checksum ? "not compared" : "right");
     printf("%-12s %s (%s)\n", "parameters", grouped(number, based_model_parameters(r->model)),
            matrix_dtype(r));
     printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim, (unsigned)c->layers,
@@ -1890,6 +1901,16 @@ static int inform(run *r) {
     inform_table(r, c->layers);
     putchar('\n');
     inform_sizes(r, c);
+    return flush_text();
+}
+
+/* Opening has checked all but the weights themselves. */
+static int check(const run *r) {
+    char number[GROUPED_BYTES];
+    based_error e;
+    if (based_check_weights(r->model, &e) != BASED_OK) return fail(BAD_INPUT, "%s: %s", r->o->checkpoint, e.text);
+    printf("%s is sound: header, sizes, %s%s and %s parameters\n", r->o->checkpoint, r->o->no_checksum ? "" : "checksum, ",
+           r->has_tokenizer ? "tokenizer" : "no tokenizer", grouped(number, based_model_parameters(r->model)));
     return flush_text();
 }
 
@@ -2176,6 +2197,7 @@ static int do_job(run *r) {
     TRY(open_model(r));
     if (r->o->vectors) return turn_vectors(r);
     if (r->o->info) return inform(r);
+    if (r->o->check) return check(r);
     if (r->o->bench) return bench(r);
     return r->o->perplexity ? measure(r) : r->o->chat ? chat(r) : generate(r);
 }

@@ -166,6 +166,28 @@ static void test_quantised_definition(int bits) {
     }
 }
 
+/* A NaN stays one, whatever its bits are, which no standard says; an infinity counts as a large number. */
+static void test_quantised_nan(const struct kernels *k) {
+    static float x[64], y[16];
+    static int8_t q[64];
+    static uint32_t words[256], scales[16];
+    float scale[2];
+    int32_t offset[2];
+    struct activations a = { x, q, scale, offset, 1, 64, 2, 1 };
+    const uint32_t none[] = { 0x7fc00000u, 0xffc00000u, 0x7f800001u, 0xff800001u };
+    for (size_t i = 0; i < 16; i++) scales[i] = 0x3f803f80u;
+    for (size_t i = 0; i < COUNT(none); i++) {
+        fill(x, 64);
+        memcpy(&x[40], &none[i], 4);
+        k->quantise(&a, 0, 2);
+        k->tile_q8(y, 16, scales, words, &a, 0, 1);
+        CHECK(scale[0] == scale[0] && scale[1] != scale[1] && y[0] != y[0] && y[15] != y[15]);
+    }
+    x[40] = (float)INFINITY;
+    k->quantise(&a, 0, 2);
+    CHECK(scale[1] == 3e38f / 127.0f && q[40] == 127 && q[41] == 0);
+}
+
 /* ---- the Taylor features ---- */
 
 static void test_features(void) {
@@ -296,7 +318,10 @@ static void test_extreme_fields(void) {
         { sizeof(based_config) + offsetof(based_layer, kv_heads), 3, "cannot share" },
         { sizeof(based_config) + offsetof(based_layer, scale), 0x7fc00000u, "not a number" },
         { sizeof(based_config) + offsetof(based_layer, mixer), 9, "layer 0: mixer is 9" },
-        { sizeof(based_config) + offsetof(based_layer, window), 0, "window is 0, expected 1" }
+        { sizeof(based_config) + offsetof(based_layer, window), 0, "window is 0, expected 1" },
+        { sizeof(based_config) + offsetof(based_layer, mixer), BASED_MIXER_NONE, "layer 0: heads is 8, expected 0 to 0" },
+        { offsetof(based_config, reserved), 1, "header 0: a reserved field is 1" },
+        { sizeof(based_config) + sizeof(based_layer) - 4, 7, "layer 0: a reserved field is 7" }
     };
     for (size_t i = 0; i < COUNT(table); i++) {
         memcpy(scratch + table[i].at, &table[i].value, 4);
@@ -306,6 +331,59 @@ static void test_extreme_fields(void) {
         memcpy(scratch + table[i].at, file_bytes + table[i].at, 4);
     }
     CHECK(opens(scratch, file_size, 0, &e) == 0);
+}
+
+/* Every float and every scale counts, and the message says where the first one is that is no number. */
+static void test_check_weights(void) {
+    static const struct { const char *says; uint32_t bits; } bad[] = {
+        { "embedding: 1 of the 32768 numbers are NaN", 0x7fc00000u }, { "layer 0, in: 1 of the 8192 numbers", 0xff800000u },
+        { "layer 4, down: 1 of the 11008 numbers", 0x7f800001u }, { "final_norm: 1 of the 64 numbers", 0x7f800000u }
+    };
+    based_error e;
+    based_model *m = NULL;
+    memcpy(scratch, file_bytes, file_size);
+    CHECK(based_model_init(&m, model_memory, 1 << 20, scratch, file_size, 0, &e) == 0);
+    CHECK(based_check_weights(m, &e) == BASED_OK);
+    const float *places[] = {
+        m->embedding.data + 77, m->layer[0].in.data + 8191, m->layer[4].down.data, m->final_norm.weight + 1
+    };
+    uint32_t kept;
+    for (size_t i = 0; i < COUNT(bad); i++) {
+        size_t at = (size_t)((const unsigned char *)places[i] - scratch);
+        memcpy(&kept, scratch + at, 4), memcpy(scratch + at, &bad[i].bits, 4);
+        CHECK(based_check_weights(m, &e) == BASED_EFORMAT);
+        if (!strstr(e.text, bad[i].says)) printf("\"%s\" does not say \"%s\"\n", e.text, bad[i].says);
+        CHECK(strstr(e.text, bad[i].says) != NULL && strstr(e.text, ", 1 in all") != NULL);
+        memcpy(scratch + at, &kept, 4);
+    }
+    for (size_t at = (size_t)((const unsigned char *)m->embedding.data - scratch), i = 0; i < 3; i++)
+        memcpy(scratch + at + 4 * i, &bad[0].bits, 4);
+    memcpy(scratch + ((const unsigned char *)m->layer[2].norm2.weight - scratch), &bad[1].bits, 4);
+    CHECK(based_check_weights(m, &e) == BASED_EFORMAT);
+    CHECK_TEXT(e.text, "embedding: 3 of the 32768 numbers are NaN or infinite, 4 in all; export the model again, or train it "
+               "again");
+}
+
+/* The largest sums that the maxima allow are more than 32 bits can count. */
+static void test_session_beyond_addresses(void) {
+    enum { HEADER = sizeof(based_config) + sizeof(based_layer) };
+    unsigned char *header = aligned_block(HEADER);
+    based_config *c = (based_config *)(void *)header;
+    based_layer *l = (based_layer *)(void *)(c + 1);
+    based_error e = { 0, "" };
+    *c = (based_config){ .format = BASED_FORMAT, .byte_order = BASED_BYTE_ORDER, .dim = 1, .layers = 1, .rows = 1, .vocab = 1,
+                         .file_size = { HEADER } };
+    *l = (based_layer){ .mixer = BASED_TAYLOR, .heads = 1, .kv_heads = 1, .key_width = 12, .value_width = BASED_MAX_HIDDEN,
+                        .chunk = 1, .degree = 12 };
+    memcpy(c->magic, BASED_MAGIC, 8);
+    size_t need = based_model_bytes(header, HEADER, &e);
+    if (SIZE_MAX > UINT32_MAX) CHECK(need > 4 * 2704156);
+    else CHECK(need == 0 && e.status == BASED_ENOMEM && strstr(e.text, "more than this machine can address"));
+    l->key_width = 13;
+    CHECK(based_model_bytes(header, HEADER, &e) > 0 || e.status == BASED_ENOMEM);
+    l->key_width = 20;
+    CHECK(based_model_bytes(header, HEADER, &e) == 0 && e.status == BASED_EFORMAT);
+    CHECK(strstr(e.text, "more than 16777216 features") != NULL);
 }
 
 /* ---- sessions ---- */
@@ -467,11 +545,14 @@ int main(void) {
     static const int sets[] = { 0, BASED_AVX512, BASED_AVX2, BASED_PLAIN };
     for (size_t i = 0; i < COUNT(sets); i++)
         for (size_t n = 3; n <= 43; n += 4) test_kernels_agree(choose_kernels(sets[i]), n);
+    for (size_t i = 0; i < COUNT(sets); i++) test_quantised_nan(choose_kernels(sets[i]));
     test_features();
     load_stories();
     test_truncation();
     test_bit_flips();
     test_extreme_fields();
+    test_check_weights();
+    test_session_beyond_addresses();
     test_caller_memory();
     test_bad_tokens();
     test_far_positions();

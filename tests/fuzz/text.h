@@ -1,0 +1,83 @@
+/* text.h - what holds for every tokenizer, text and token, checked for the fuzz targets.
+ */
+#ifndef FUZZ_TEXT_H
+#define FUZZ_TEXT_H
+
+#include "tests/fuzz/fuzz.h"
+#include "tests/sections.h"
+
+/* Written from the table of Unicode 15.0 section 3.9, not from the code under test. */
+static inline int valid_utf8(const unsigned char *p, size_t n) {
+    for (size_t i = 0; i < n;) {
+        size_t more = p[i] < 0x80 ? 0 : p[i] < 0xE0 ? 1 : p[i] < 0xF0 ? 2 : 3;
+        if ((p[i] >= 0x80 && p[i] < 0xC2) || p[i] > 0xF4 || more >= n - i) return 0;
+        for (size_t k = 1; k <= more; k++) if ((p[i + k] & 0xC0) != 0x80) return 0;
+        if (more > 1) {
+            unsigned first = p[i], second = p[i + 1];
+            if ((first == 0xE0 && second < 0xA0) || (first == 0xED && second > 0x9F)) return 0;
+            if ((first == 0xF0 && second < 0x90) || (first == 0xF4 && second > 0x8F)) return 0;
+        }
+        i += more + 1;
+    }
+    return 1;
+}
+
+/* The text of n ids is valid UTF-8, whatever they are; each token stays within the bound. Returns the text; the caller frees. */
+static inline char *check_decoding(const based_tokenizer *t, const int32_t *ids, size_t n) {
+    size_t bound = based_decode_bound(t), at = 0;
+    char *text = tight(NULL, n * bound + 12), *out = tight(NULL, bound);
+    based_decoder d = { { 0 }, 0, 0 };
+    for (size_t i = 0; i < n; i++) {
+        size_t many = based_decode(t, &d, ids[i], out);
+        REQUIRE(many <= bound && d.n < 4);
+        memcpy(text + at, out, many);
+        at += many;
+    }
+    at += based_decode_flush(&d, text + at);
+    REQUIRE(valid_utf8((const unsigned char *)text, at));
+    text[at] = '\0';
+    free(out);
+    return text;
+}
+
+/* Encoding stays within its bounds; where every byte has a token, the tokens' bytes are those of the text. */
+static inline void check_encoding(const based_tokenizer *t, const uint8_t *text, size_t n, int flags) {
+    int32_t *ids = tight(NULL, sizeof *ids * based_encode_bound(t, n));
+    void *scratch = tight(NULL, based_encode_scratch(t, n));
+    char *copy = tight(text, n);
+    int whole = 1;
+    size_t at = 0;
+    based_error e;
+    int64_t many = based_encode(t, copy, n, flags, ids, scratch, &e), i = 0;
+    REQUIRE(many >= 0 && (uint64_t)many <= based_encode_bound(t, n));
+    for (uint32_t b = 0; b < 256; b++) whole = whole && t->byte_id[b] != BASED_NONE;
+    if ((flags & BASED_ADD_BOS) && t->bos != BASED_NONE) REQUIRE(many > 0 && (uint32_t)ids[i++] == t->bos);
+    int prefix = (t->flags & BASED_TOK_PREFIX_SPACE) != 0;
+    for (; i < many; i++) {
+        REQUIRE(ids[i] >= 0 && (uint32_t)ids[i] < t->size);
+        span s = token_span(t, (uint32_t)ids[i]);
+        if (!whole) continue;
+        if (prefix && s.n > 0 && !is_special(t, (uint32_t)ids[i])) {    /* the space put before the text */
+            REQUIRE(s.p[0] == ' ');
+            s = rest_of(s, 1);
+            prefix = 0;
+        }
+        REQUIRE(s.n <= n - at && memcmp(s.p, copy + at, s.n) == 0);
+        at += s.n;
+    }
+    REQUIRE(!whole || at == n);
+    free(check_decoding(t, ids, (size_t)many));
+    free(ids), free(scratch), free(copy);
+}
+
+/* One tokenizer of each kind, those of sections.h. */
+static inline void open_both(based_tokenizer t[2]) {
+    static maker m[2];
+    make_bpe(&m[0]), make_scores(&m[1]);
+    for (size_t i = 0, n; i < 2; i++) {
+        unsigned char *section = make_section(&m[i], &n);
+        REQUIRE(based_tokenizer_init(&t[i], section, n, m[i].size, NULL) == BASED_OK);
+    }
+}
+
+#endif
