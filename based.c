@@ -2221,6 +2221,7 @@ static void look_at_layer(struct census *c, uint64_t i, const struct layer *l, u
     look_at(c, i, "taps", ".bias", l->taps_bias, l->c->value_width);
     if (l->c->mixer == BASED_TAYLOR)
         look_at(c, i, "coefficients", "", l->taylor.c.coefficients, U64(l->c->heads) * (l->c->degree + 1));
+    look_at(c, i, "key_mean", "", l->key_mean, key_width(l->c));
     look_at_matrix(c, i, "gate", &l->gate);
     look_at_matrix(c, i, "out", &l->out);
     look_at_norm(c, i, "norm2", &l->norm2, dim);

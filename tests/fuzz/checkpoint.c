@@ -218,8 +218,9 @@ static size_t put_tokenizer(unsigned char *to) {
 static void write_seeds(void) {
     static _Alignas(64) unsigned char p[WORK];
     static const struct { const char *name; struct wish wish; } seeds[] = {
-        { "f32", { 7, 1.0f, 0, BASED_F32 } }, { "q8", { 7, 1.0f, 0, BASED_Q8 } }, { "q4", { 8, 0.0f, 0, BASED_Q4 } },
-        { "vectors", { 9, 1.0f, 6, BASED_F32 } }
+        { "f32", { 7, 1.0f, 0, BASED_F32, 0 } }, { "q8", { 7, 1.0f, 0, BASED_Q8, 0 } },
+        { "q4", { 8, 0.0f, 0, BASED_Q4, 0 } },
+        { "vectors", { 9, 1.0f, 6, BASED_F32, 0 } }, { "window", { 7, 1.0f, 0, BASED_F32, 5 } }
     };
     for (size_t i = 0; i < COUNT(seeds); i++) {
         const unsigned char *bytes = (const unsigned char *)based_model_config(make_model(seeds[i].wish));

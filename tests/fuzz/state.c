@@ -17,7 +17,7 @@ static const int32_t text[] = { 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3 }
 static void begin(void) {
     static int begun;
     based_error e;
-    if (!s) s = based_session_new(make_model((struct wish){ 7, 1.0f, 0, BASED_F32 }), 8, &e);
+    if (!s) s = based_session_new(make_model((struct wish){ 7, 1.0f, 0, BASED_F32, 5 }), 8, &e);
     REQUIRE(s && based_saved_bytes(s->m, 4096) <= SAVED_MOST);
     if (begun) {
         REQUIRE(based_load(s, kept, based_saved_bytes(s->m, 0), NULL, NULL, &e) == BASED_OK);
