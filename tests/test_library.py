@@ -1,5 +1,6 @@
 """The library as its users get it: what it asks of the C library, that it has no variables, and that C++ can use it."""
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -97,3 +98,13 @@ def test_a_program_in_cxx(std, tmp_path):
     story = subprocess.run([tmp_path / "story", MODEL], check=True, capture_output=True).stdout
     plain = subprocess.run([ROOT / "run", MODEL, "-t", "0", "-n", "40", "-i", "The big dog"], check=True, capture_output=True)
     assert story == plain.stdout and len(story) > 80
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-O2 -mfma -ffp-contract=fast", "-O2 -ffast-math", "-O2 -mfpmath=387"])
+def test_a_build_that_cannot_keep_the_promises_says_so(flags, tmp_path):
+    """Fused, rearranged or wider float operations give other bits; such a build opens no model."""
+    subprocess.run([*CC, "-std=c99", *flags.split(), "-o", tmp_path / "run", *(ROOT / f for f in ("run.c", "based.c", "tokenizer.c")),
+                    "-lm"], check=True)
+    done = subprocess.run([tmp_path / "run", MODEL, "-n", "1"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and "this build fuses or widens float operations" in done.stderr
