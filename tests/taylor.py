@@ -142,6 +142,17 @@ class State:
         return self.lib.based_taylor_count(self.handle)
 
 
+def causal_poly(q1, q2, q3, v3, double=False, eps=1e-6, **kind):
+    """The order-2 poly attention of taylor-series-linear-attention 0.2.0, causal, which the original is not: token i sums over
+    all j <= i and k <= j. q1, q2, q3 [n, d] normed and turned as there, v3 [n, e] -> y [n, e]. Two states of constant size: the
+    first is read with q2 and gives the message of token j and, by a column of ones, its mass; both are values of the second."""
+    first, second = (Taylor(double, key_width=q1.shape[1], value_width=v3.shape[1] + 1, normaliser=ONE, **kind).state()
+                     for _ in range(2))
+    messages = first.feed(q2, q3, np.concatenate([v3, np.ones((len(v3), 1))], 1))[:, 0]
+    y = second.feed(q1, q2, messages)[:, 0]
+    return y[:, :-1] / (y[:, -1:] + eps)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # From the definition, in float64, with the whole table of weights. Interchangeable with through_c: both take
 # q [n, H, d], k [m, Hk, d], v [m, Hk, e] and give y [n, H, e].

@@ -44,6 +44,8 @@ static void test_headers(void) {
         { vectors, 0, offsetof(based_config, input), 0, "projection without input vectors" },
         { tokens, 1, offsetof(based_layer, norm1_eps), 0x7f800000u, "norm1_eps" },
         { tokens, 1, offsetof(based_layer, flags), BASED_NO_OUT, "less than" },
+        { tokens, 1, offsetof(based_layer, flags), BASED_KEY_MEAN, "only taylor layers" },
+        { tokens, 2, offsetof(based_layer, window), 4, "layer 1: a window beside the sums needs" },
         { tokens, 1, offsetof(based_layer, taps), 0, "taps is 0, expected 1 to 64" },
         { tokens, 1, offsetof(based_layer, value_width), BASED_MAX_HIDDEN, "more than" },
         { tokens, 2, offsetof(based_layer, flags), BASED_NO_OUT, "no out projection, but its width is 20 and dim is 12" },

@@ -235,6 +235,17 @@ def test_nothing_absorbed(normaliser):
     assert not t.state().read(q).any()
 
 
+@pytest.mark.parametrize("double, tolerance", [(False, SINGLE), (True, DOUBLE)])
+def test_causal_poly(double, tolerance):
+    """Against the sum over all pairs k <= j <= i."""
+    kind, q1, k, v = numbers({"degree": 2, "normaliser_eps": 0.0}, n=40)
+    q1, q2, q3, v = q1[:, 0], q1[::-1, 0].copy(), k[:, 0], v[:, 0]
+    outer, inner = (np.tril(taylor.weights(a.astype(np.float64), b.astype(np.float64), kind)) for a, b in ((q1, q2), (q2, q3)))
+    pairs = outer @ inner
+    expected = pairs @ v / (pairs.sum(1, keepdims=True) + 1e-6)
+    assert far(taylor.causal_poly(q1, q2, q3, v, double, **kind), expected) < tolerance
+
+
 @pytest.mark.parametrize("window, chunk", [(1, 1), (8, 5), (20, 16), (100, 3)])
 def test_window(window, chunk):
     """The newest pairs weigh exp(s), the others what the polynomial says; a copy and a merge into nothing go on alike."""
