@@ -279,6 +279,10 @@ def test_window_largest_numbers():
     near = np.exp(near - near.max(1, keepdims=True))
     assert out[12:].any() and not out[12:].all()
     assert far(y[out, 0], (near @ v[:, 0] / near.sum(1, keepdims=True))[out]) < 1e-4
+    axis = np.eye(1, 5, dtype=np.float32)                # all keys nearby point away from the query, all old ones towards it
+    k = np.repeat(axis * np.float32(10), 24, 0)
+    k[12:] *= -1
+    assert far(t.state().absorb(k, v[:24, 0]).read(axis)[:, 0], v[:12, 0].mean(0, keepdims=True)) < SINGLE
 
 
 # ---- What is refused
