@@ -27,6 +27,7 @@ help:
 	@echo 'make reproduce the same bits on every compiler, instruction set and (emulated) machine: a table'
 	@echo 'make coverage  how much of the code the tests reach (-v in COVERAGE_FLAGS: what they do not)'
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
+	@echo 'make bench     speed and memory of the shipped models and of random ones: a table and two plots in $(BUILD)'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
 	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
@@ -57,7 +58,7 @@ $(BUILD)/venv/ready: tests/requirements.txt
 test: run $(UNITS) $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/run_tests.py $(UNITS)
 
-.PHONY: coverage reproduce endless
+.PHONY: coverage reproduce endless bench
 coverage: $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/coverage.py $(COVERAGE_FLAGS)
 
@@ -86,6 +87,12 @@ $(FUZZERS:%=fuzz-%): fuzz-%: $(BUILD)/fuzz_%
 	$< -max_total_time=$(FUZZ_SECONDS) -max_len=32768 -timeout=10 -rss_limit_mb=2048 -print_final_stats=1 -verbosity=0 \
 	    -artifact_prefix=$(BUILD)/fuzz/$*- $(BUILD)/fuzz/$* $(wildcard tests/fuzz/found/$*)
 # ---- End of fuzzing ----------------------------------------------------------------------------------------------------
+
+# BENCH_RANDOM names shapes and dtypes whose random weights are made in $(BUILD); LLAMA and GGUF measure llama.cpp too.
+BENCH_MODELS ?= $(wildcard models/*.bin)
+BENCH_RANDOM ?= based-360m:q8 based-360m:q4 based-360m:f32 based-1b:q8
+bench: run $(BUILD)/venv/ready
+	$(BUILD)/venv/bin/python tests/bench.py $(BENCH_MODELS) --random $(BENCH_RANDOM)
 
 reproduce: run $(BUILD)/venv/ready
 	PYTHON=$(BUILD)/venv/bin/python tests/reproduce.sh

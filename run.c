@@ -36,7 +36,6 @@
 #include <io.h>
 #elif (defined(__unix__) || defined(__APPLE__)) && !defined(__wasi__)
 #define RUN_POSIX 1
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
@@ -1959,19 +1958,15 @@ static double read_speed(uint64_t bytes, int threads) {
     return found ? 0.0 : best;
 }
 
-/* The most memory this process ever had, in bytes; 0 where the system does not tell. */
+/* The most memory this process ever had, in bytes; 0 where the system does not tell. (getrusage would count what the process was
+ * before it became this program.) */
 static uint64_t peak_memory(void) {
-#ifdef RUN_POSIX
-    struct rusage used;
-    if (getrusage(RUSAGE_SELF, &used) == 0) {
-#ifdef __APPLE__
-        return (uint64_t)used.ru_maxrss;
-#else
-        return (uint64_t)used.ru_maxrss * 1024;
-#endif
-    }
-#endif
-    return 0;
+    char line[128];
+    unsigned long long kilobytes = 0;
+    FILE *f = fopen("/proc/self/status", "r");          /* Linux                                                     */
+    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "VmHWM: %llu", &kilobytes) == 1) break;
+    if (f) fclose(f);
+    return kilobytes * 1024;
 }
 
 /* What is measured, in full, for the file and for people. */

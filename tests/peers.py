@@ -1,0 +1,260 @@
+"""Other runtimes beside this one, each through its C interface in the same loop; the columns are those of `./run -b --csv`.
+
+    python3 tests/peers.py --based MODEL.bin            this one
+    python3 tests/peers.py --llama DIR MODEL.gguf       llama.cpp: DIR holds its shared libraries, for example those of the npm
+                                                        package @node-llama-cpp/linux-x64 (package/bins/linux-x64)
+    python3 tests/peers.py --llama2c PROGRAM MODEL.bin  llama2.c: run or runq
+    python3 tests/peers.py --random SHAPE DTYPE OUT     random weights in the shape of a Llama: gguf for llama.cpp (needs the PyPI
+                                                        package gguf), .bin for llama2.c and export.py; DTYPE is f32, q8 or q4
+    options: -j THREADS (1), --prompts 128,512,...  --depths 0,1024,...  --repeats N (3)
+             --cpu-time  seconds of processor time instead of a clock: for one thread on a machine that others use
+
+Flash attention is off in llama.cpp: on processors that is its faster setting. Several models may be given: they take turns.
+"""
+import argparse
+import csv
+import ctypes
+import glob
+import multiprocessing
+import os
+import re
+import resource
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+
+COLUMNS = ("model", "kernels", "threads", "weight bytes", "state bytes", "peak memory", "read GB/s", "test", "tokens/s", "spread",
+           "GB/s", "% of read speed")
+SHAPES = {"llama-15m": (288, 6, 6, 768, 32000), "llama-110m": (768, 12, 12, 2048, 32000), "llama-360m": (1024, 24, 16, 2816, 50304)}
+DECODED = 128
+
+
+def row(options, path, name, memory, test, speeds):
+    size, mean = os.path.getsize(path), statistics.mean(speeds)
+    spread = statistics.stdev(speeds) if len(speeds) > 1 else 0
+    bandwidth = f"{mean * size * 1e-9:.3f}" if test.startswith("tg") else ""
+    csv.writer(sys.stdout, lineterminator="\n").writerow([name, "", options.threads, size, "", memory, "", test, f"{mean:.2f}",
+                                                          f"{spread:.2f}", bandwidth, ""])
+    sys.stdout.flush()
+
+
+class Words(ctypes.Structure):
+    """A struct of parameters: as many 32-bit words as any version has, found by what they are by default."""
+    _fields_ = [("word", ctypes.c_uint32 * 64)]
+
+
+class Batch(ctypes.Structure):
+    _fields_ = [("n", ctypes.c_int32)] + [(name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq", "seq", "logits")]
+
+
+class Based:
+    """This runtime."""
+
+    def __init__(self, options, path):
+        import based
+        self.based, self.threads, self.name = based, options.threads, os.path.basename(path)
+        self.model = based.Model(path, 0, based.build("-O3", "-fopenmp"))
+
+    def begin(self, length):
+        self.session = self.based.Session(self.model, 128, self.threads)
+
+    def clear(self):
+        self.session.reset()
+
+    def feed(self, ids):
+        self.session.feed_last(ids)
+
+
+class Llama:
+    """llama.cpp through its C interface."""
+
+    def __init__(self, options, path):
+        paths = [glob.glob(f"{options.llama}/lib{name}.*")[0] for name in ("ggml-base", "ggml", "llama")]
+        _, ggml, lib = [ctypes.CDLL(path, ctypes.RTLD_GLOBAL) for path in paths]
+        self.lib, self.silent = lib, ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+        lib.llama_log_set(self.silent, None)
+        ggml.ggml_backend_load_all_from_path(options.llama.encode())
+        for function in (lib.llama_model_default_params, lib.llama_context_default_params):
+            function.restype = Words
+        for function in (lib.llama_model_load_from_file, lib.llama_init_from_model, lib.llama_get_memory):
+            function.restype = ctypes.c_void_p
+        lib.llama_batch_get_one.restype = Batch
+        lib.llama_decode.argtypes = ctypes.c_void_p, Batch
+        lib.llama_init_from_model.argtypes = ctypes.c_void_p, Words
+        lib.llama_get_memory.argtypes = lib.llama_free.argtypes = (ctypes.c_void_p,)
+        lib.llama_memory_clear.argtypes = ctypes.c_void_p, ctypes.c_bool
+        self.threads, self.context, self.name = options.threads, None, f"llama.cpp, {os.path.basename(path)}"
+        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        if not self.model:
+            sys.exit(f"llama.cpp cannot open {path}")
+
+    def begin(self, length):
+        """A new context for so many tokens."""
+        if self.context:
+            self.lib.llama_free(self.context)
+        p = self.lib.llama_context_default_params()
+        default = list(p.word)
+        threads = next(i for i in range(4, 16) if default[i:i + 2] == [4, 4])       # of generation and of batches
+        flash = max(i for i in range(threads, 16) if default[i] == 0xffffffff)      # the last of four that are -1, "automatic"
+        p.word[0], p.word[threads], p.word[threads + 1], p.word[flash] = length, self.threads, self.threads, 0
+        self.context = self.lib.llama_init_from_model(self.model, p)
+
+    def clear(self):
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def feed(self, ids):
+        for at in range(0, len(ids), 2048):
+            part = (ctypes.c_int32 * len(ids[at:at + 2048]))(*ids[at:at + 2048])
+            if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(part, len(part))):
+                sys.exit("llama.cpp could not decode")
+
+
+def serve(pipe, kind, options, path):
+    """One runtime in a process of its own: told what to do, answers with tokens per second and the most memory it ever had."""
+    runtime = kind(options, path)
+    pipe.send(runtime.name)
+    while True:
+        length, n, at_once, repeat = pipe.recv()
+        if not repeat:                                  # a new context, with all of its past but the last n
+            runtime.begin(length)
+            runtime.feed([1] * max(length - n, 1))
+        elif at_once > 1:
+            runtime.clear()
+        ids, begun = [i * 7919 % 32000 for i in range(n)], options.now()
+        for at in range(0, n if repeat else 0, at_once):
+            runtime.feed(ids[at:at + at_once])
+        pipe.send((n / max(options.now() - begun, 1e-9), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def measure(options, runtimes):
+    """All models take turns at each test."""
+    served = []
+    for kind, path in runtimes:
+        pipe, theirs = multiprocessing.Pipe()
+        multiprocessing.Process(target=serve, args=(theirs, kind, options, path), daemon=True).start()
+        served.append((pipe, path, pipe.recv()))
+    tests = [(f"pp{n}", n + 8, n, n) for n in options.prompts]
+    tests += [(f"tg{DECODED} @ {depth}", depth + options.repeats * DECODED, DECODED, 1) for depth in options.depths]
+    for test, length, n, at_once in tests:
+        speeds, memory = [[] for _ in served], [0] * len(served)
+        for repeat in range(options.repeats + 1):
+            for i, (pipe, _, _) in enumerate(served):
+                pipe.send((length, n if at_once > 1 else options.repeats * n if not repeat else n, at_once, repeat))
+                speed, memory[i] = pipe.recv()
+                speeds[i] += [speed] * (repeat > 0)
+        for i, (_, path, name) in enumerate(served):
+            row(options, path, name, memory[i], test, speeds[i])
+
+
+def measure_llama2c(options, path):
+    """A program that says its speed itself. The tokenizer must have as many tokens as the model; none of them is looked at. Of its
+    processor time, that of starting is taken off by means of a second, shorter run."""
+    vocab = 32000
+    with tempfile.NamedTemporaryFile(suffix=".bin") as tokenizer:
+        tokenizer.write(struct.pack("<i", 8) + b"".join(struct.pack("<fi", 0, 8) + b"%8d" % i for i in range(vocab)))
+        tokenizer.flush()
+
+        def seconds(n):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            out = subprocess.run([options.llama2c, path, "-z", tokenizer.name, "-t", "0.9", "-s", "1", "-n", str(n)], check=True,
+                                 capture_output=True, env={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            told = float(re.search(rb"achieved tok/s: ([\d.]+)", out.stderr).group(1))
+            return after.ru_utime - before.ru_utime if options.cpu_time else (n - 1) / told
+
+        speeds = [(200 - 20) / (seconds(200) - seconds(20)) for _ in range(options.repeats)]
+    memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+    row(options, path, f"llama2.c {os.path.basename(options.llama2c)}", memory, "tg180 @ 20", speeds)
+
+
+def write_random(shape, dtype, out):
+    import numpy as np
+    dim, layers, heads, hidden, vocab = SHAPES[shape]
+    rng = np.random.default_rng(1)
+
+    def matrix(rows, cols):
+        return (rng.standard_normal((rows, cols), np.float32) / np.float32(cols ** 0.5)).astype(np.float32)
+
+    sizes = {"attn_q": (dim, dim), "attn_k": (dim, dim), "attn_v": (dim, dim), "attn_output": (dim, dim), "ffn_gate": (hidden, dim),
+             "ffn_down": (dim, hidden), "ffn_up": (hidden, dim)}
+    if out.endswith(".bin"):                        # llama2.c: all layers of one matrix after each other, norms before or between
+        norms = [np.ones(layers * dim, np.float32).tobytes()] * 2 + [np.ones(dim, np.float32).tobytes()]
+        shape = struct.pack("<7i", dim, hidden, layers, heads, heads, vocab, 1024)
+        with open(out, "wb") as f:
+            f.write((struct.pack("<2i", 0x616b3432, 2) + shape + b"\1" + struct.pack("<i", 64)).ljust(256, b"\0") + b"".join(norms)
+                    if dtype == "q8" else shape)
+            for name, size in [("", (vocab, dim))] + list(sizes.items()):
+                if dtype == "f32" and name in ("attn_q", "ffn_gate"):
+                    f.write(norms[0])
+                for _ in range(layers if name else 1):
+                    values = matrix(*size)
+                    if dtype == "q8":
+                        scale = np.abs(values.reshape(-1, 64)).max(1, keepdims=True) / 127
+                        f.write(np.rint(values.reshape(-1, 64) / scale).astype(np.int8).tobytes() + scale.tobytes())
+                    else:
+                        f.write(values.tobytes())
+            f.write(norms[2] + np.zeros(1024 * dim // heads, np.float32).tobytes() if dtype == "f32" else b"")
+        return
+    import gguf
+    kind = {"f32": "F32", "q8": "Q8_0", "q4": "Q4_0"}[dtype]
+    w = gguf.GGUFWriter(out, "llama")
+    for add, value in ((w.add_context_length, 65536), (w.add_embedding_length, dim), (w.add_block_count, layers),
+                       (w.add_feed_forward_length, hidden), (w.add_head_count, heads), (w.add_head_count_kv, heads),
+                       (w.add_layer_norm_rms_eps, 1e-5), (w.add_rope_dimension_count, dim // heads), (w.add_vocab_size, vocab),
+                       (w.add_tokenizer_model, "no_vocab")):
+        add(value)
+
+    def add_matrix(name, rows, cols):
+        kind_of = gguf.GGMLQuantizationType[kind]
+        w.add_tensor(name + ".weight", gguf.quants.quantize(matrix(rows, cols), kind_of), raw_dtype=kind_of)
+
+    add_matrix("token_embd", vocab, dim)
+    w.add_tensor("output_norm.weight", np.ones(dim, np.float32))
+    for i in range(layers):
+        for name in ("attn_norm", "ffn_norm"):
+            w.add_tensor(f"blk.{i}.{name}.weight", np.ones(dim, np.float32))
+        for name, size in sizes.items():
+            add_matrix(f"blk.{i}.{name}", *size)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def numbers(text):
+    return [int(n) for n in text.split(",") if n]
+
+
+def main():
+    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser.add_argument("--based", nargs="+", default=[])
+    parser.add_argument("--llama", nargs="+", default=[])
+    parser.add_argument("--llama2c", nargs=2)
+    parser.add_argument("--random", nargs=3)
+    parser.add_argument("-j", dest="threads", type=int, default=1)
+    parser.add_argument("--prompts", type=numbers, default=[128, 512, 2048])
+    parser.add_argument("--depths", type=numbers, default=[0, 1024, 16384])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu-time", action="store_true")
+    options = parser.parse_args()
+    options.now = time.process_time if options.cpu_time else time.perf_counter
+    if options.random:
+        return write_random(*options.random)
+    print(",".join(COLUMNS), flush=True)
+    if options.llama2c:
+        options.llama2c, model = options.llama2c
+        measure_llama2c(options, model)
+    if options.llama:
+        options.llama, *models = options.llama
+    else:
+        models = []
+    runtimes = [(Based, path) for path in options.based] + [(Llama, path) for path in models]
+    if runtimes:
+        measure(options, runtimes)
+
+
+if __name__ == "__main__":
+    main()
