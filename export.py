@@ -703,7 +703,7 @@ def read_json(path):
     try:
         with open(path, encoding="utf-8") as f:
             value = json.load(f)
-    except (ValueError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise Refused(f"{path} is no valid JSON: {e}") from None
     if not isinstance(value, dict):
         raise Refused(f"{path} should hold a JSON object")
@@ -1353,23 +1353,29 @@ def named_ids(path, names):
 
 
 def hf_tokenizer(tokenizer_json_path):
-    """A byte-level BPE tokenizer in the Hugging Face form."""
+    """A byte-level BPE tokenizer in the Hugging Face form. What is not where that form has it shows as one of many errors."""
     path = str(tokenizer_json_path)
     try:
         with open(path, encoding="utf-8") as file:
             spec = json.load(file)
-        model = check_model(path, spec)
-        vocab = dict(model["vocab"])
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        return read_hf_tokenizer(path, spec)
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, IndexError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: not a tokenizer.json: {error!r}") from None
 
+
+def read_hf_tokenizer(path, spec):
+    model = check_model(path, spec)
+    vocab = dict(model["vocab"])
     names = {}
     for token in spec.get("added_tokens", []):
         if not token.get("special") or any(token.get(key) for key in ("lstrip", "rstrip", "single_word")):
             raise ValueError(f"{path}: added token {token['content']!r} is not supported: only special tokens "
                              "without lstrip, rstrip, single_word")
         names[token["content"]] = token["id"]
-    size = max(list(vocab.values()) + list(names.values()), default=-1) + 1
+    ids = [*vocab.values(), *names.values()]
+    if not all(type(index) is int and index >= 0 for index in ids):
+        raise ValueError(f"{path}: an id of a token is no whole number from 0 up")
+    size = max(ids, default=-1) + 1
     if size > 2 * (len(vocab) + len(names)):
         raise ValueError(f"{path}: {len(vocab) + len(names)} tokens but ids up to {size - 1}")
 

@@ -1,0 +1,136 @@
+"""Hostile sources for export.py: small files of every origin with something wrong in them become a checkpoint or are refused with
+one line; never a traceback, and never more memory or time than the file is worth. FUZZ_COUNT: how many of each (default 60)."""
+import contextlib
+import io
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+np = pytest.importorskip("numpy")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+import export           # noqa: E402
+import origins          # noqa: E402
+from test_fuzz import mutant                              # noqa: E402
+
+COUNT = int(os.environ.get("FUZZ_COUNT", 60))
+DATA = Path(__file__).resolve().parent / "data"
+VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", "<s>", [], [0], [[]], {}, {"a": 1}]
+
+
+def export_quietly(*arguments):
+    """export.py in this process: its status; it must not raise, and must say one line if it refuses."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = export.main([str(a) for a in arguments])
+        except SystemExit as e:
+            status = e.code
+    lines = [line for line in err.getvalue().splitlines() if ": note: " not in line and "tensor" not in line[:20]]
+    assert status in (0, 1), err.getvalue()
+    if status == 1 and not out.getvalue().endswith("WRONG: the file was damaged after it was written\n"):
+        assert len(lines) == 1 and lines[0].startswith("export.py: "), err.getvalue()
+    return status
+
+
+def change(rng, value):
+    """A JSON value with something else in one place of it."""
+    if isinstance(value, dict) and value and rng.random() < 0.9:
+        key = rng.choice(list(value))
+        rest = {k: v for k, v in value.items() if k != key}
+        return rest if rng.random() < 0.2 else {**rest, key: change(rng, value[key])}
+    if isinstance(value, list) and value and rng.random() < 0.9:
+        at = rng.randrange(len(value))
+        return value[:at] + ([] if rng.random() < 0.2 else [change(rng, value[at])]) + value[at + 1:]
+    return rng.choice(VALUES)
+
+
+def spoil(rng, path):
+    """Something wrong in a file: in what it says if it is JSON, or in its bytes."""
+    good = path.read_bytes()
+    if path.suffix == ".json" and rng.random() < 0.8:
+        path.write_text(json.dumps(change(rng, json.loads(good))))
+    elif path.suffix == ".safetensors" and rng.random() < 0.6:
+        n = int.from_bytes(good[:8], "little")
+        header = json.dumps(change(rng, json.loads(good[8:8 + n]))).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + good[8 + n:])
+    else:
+        path.write_bytes(mutant(rng, good))
+
+
+def based(directory, form):
+    return Path(origins.write_based(directory / "source", origins.twelve_state(), origins.TWELVE, form))
+
+
+def llama(directory):
+    return Path(origins.write_llama(directory / "llama.bin", np.random.default_rng(5), (24, 40, 2, 4, 4, 30, 12)))
+
+
+ORIGINS = {"safetensors": lambda d: based(d, "safetensors"), "pytorch": lambda d: based(d, "bin"), "llama2.c": llama}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_spoilt_sources(tmp_path, origin):
+    rng, refused = random.Random(origin), 0
+    good = ORIGINS[origin](tmp_path)
+    assert export_quietly(good, tmp_path / "good.bin") == 0
+    for i in range(COUNT):
+        bad = tmp_path / "bad" / good.name
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        (tmp_path / "bad").mkdir()
+        (shutil.copytree if good.is_dir() else shutil.copy)(good, bad)
+        files = sorted(path for path in bad.iterdir() if path.is_file()) if bad.is_dir() else [bad]
+        spoil(rng, rng.choice(files))
+        refused += export_quietly(bad, tmp_path / "out.bin")
+    assert refused > COUNT / 10
+
+
+def tokenizer_json(path):
+    """A tokenizer.json with all that export.py reads of one."""
+    characters = list(export.byte_characters())
+    vocab = {c: i for i, c in enumerate([*characters, "ab", "abc", "\u0120a"])}
+    special = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    path.write_text(json.dumps({
+        "added_tokens": [{"id": 259, "content": "<s>", **special}, {"id": 260, "content": "</s>", **special}],
+        "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+                           "special_tokens": {"<s>": {"id": "<s>", "ids": [259]}}},
+        "decoder": {"type": "ByteLevel"},
+        "model": {"type": "BPE", "unk_token": None, "vocab": vocab, "merges": ["a b", ["ab", "c"], "\u0120 a"]}}))
+
+
+def llama_tokenizer(path):
+    shutil.copy(DATA / "tok512.bin", path)
+
+
+def merge_list(path):
+    path.write_text("#version: 0.2\na b\nab c\n\u0120 a\n", encoding="utf-8")
+
+
+@pytest.mark.parametrize("write, name", [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"), (merge_list, "merges.txt")])
+def test_spoilt_tokenizers(tmp_path, write, name):
+    rng, path, refused = random.Random(name), tmp_path / name, 0
+    source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5), (8, 8, 1, 1, 1, 512, 12))
+    for i in range(COUNT + 1):
+        write(path)
+        if i > 0:
+            spoil(rng, path)
+        refused += export_quietly(source, tmp_path / "out.bin", "--tokenizer", path)
+        assert i > 0 or refused == 0
+        if name == "tokenizer.json":                      # and the names of its ends
+            beside = tmp_path / "tokenizer_config.json"
+            beside.write_text(json.dumps(change(rng, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})))
+    assert refused > COUNT / 10
+
+
+def test_spoilt_checkpoints(tmp_path):
+    """--inspect."""
+    rng, good = random.Random(4), tmp_path / "good.bin"
+    assert export_quietly(based(tmp_path, "safetensors"), good) == 0
+    for i in range(COUNT):
+        (tmp_path / "bad.bin").write_bytes(mutant(rng, good.read_bytes()))
+        export_quietly("--inspect", tmp_path / "bad.bin")
