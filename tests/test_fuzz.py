@@ -56,7 +56,8 @@ def mutant(rng, good):
         b[at:at + n] = rng.randbytes(len(b[at:at + n]))
     elif kind == 2:
         at = min(at & ~3, len(b) - 4)
-        struct.pack_into("<I", b, at, rng.choice([0, 1, 2, 255, 65537, 1 << 20, (1 << 20) + 1, 1 << 31, 0xffffffff, 0x7fc00000]))
+        edges = [0, 1, 2, 255, 65537, 1 << 20, (1 << 20) + 1, 1 << 31, 0xffffffff, 0x7fc00000]
+        struct.pack_into("<I", b, at, rng.choice(edges))
     elif kind == 3:
         del b[at:]
     elif kind == 4:
@@ -88,7 +89,8 @@ SAY = ("--tokens", "1 5 2 7", "-n", "8", "-s", "1")
 
 def test_mutated_checkpoints(targets, tmp_path):
     """With its checksum none is taken; without, it is refused or computes, and --check never misses the end."""
-    seeds, rng, path = [path for path in targets["checkpoint"][1] if "vectors" not in path.name], random.Random(1), tmp_path / "m.bin"
+    seeds = [path for path in targets["checkpoint"][1] if "vectors" not in path.name]
+    rng, path = random.Random(1), tmp_path / "m.bin"
     taken = 0
     for i in range(COUNT):
         good = seeds[i % len(seeds)].read_bytes()

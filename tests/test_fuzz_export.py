@@ -1,5 +1,5 @@
-"""Hostile sources for export.py: small files of every origin with something wrong in them become a checkpoint or are refused with
-one line; never a traceback, and never more memory or time than the file is worth. FUZZ_COUNT: how many of each (default 60)."""
+"""Hostile sources for export.py: small files with something wrong in them become a checkpoint or are refused with one line, never
+with a traceback. FUZZ_COUNT: how many of each (default 60)."""
 import contextlib
 import io
 import json
@@ -111,7 +111,8 @@ def merge_list(path):
     path.write_text("#version: 0.2\na b\nab c\n\u0120 a\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("write, name", [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"), (merge_list, "merges.txt")])
+@pytest.mark.parametrize("write, name", [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"),
+                                         (merge_list, "merges.txt")])
 def test_spoilt_tokenizers(tmp_path, write, name):
     rng, path, refused = random.Random(name), tmp_path / name, 0
     source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5), (8, 8, 1, 1, 1, 512, 12))

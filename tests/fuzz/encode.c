@@ -15,8 +15,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 }
 
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
-    static const char *const pieces[] = { "<end>", "<end>x", "<s>", "</s>", " ab", "abcc", "aaaa", "\xE6\x97\xA5", "\xF0\x9F\xA6\x99",
-                                          " h", "'re", "  ", "\r\n", "0", "\xC2\xA0" };
+    static const char *const pieces[] = { "<end>", "<end>x", "<s>", "</s>", " ab", "abcc", "aaaa", "\xE6\x97\xA5",
+                                          "\xF0\x9F\xA6\x99", " h", "'re", "  ", "\r\n", "0", "\xC2\xA0" };
     dice_state = seed;
     const char *piece = pieces[dice(sizeof pieces / sizeof *pieces)];
     size_t n = strlen(piece);

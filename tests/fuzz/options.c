@@ -58,8 +58,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 
 /* Puts a flag that there is, or a value near the edge of a range, somewhere into the line. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
-    static const char *const values[] = { "0", "1", "-1", "65537", "9223372036854775808", "18446744073709551616", "1e309", "nan",
-                                          "-0", "0x1", "", "-", "--", "chat", "{}", "a{}b{}", "\n", "m.bin" };
+    static const char *const values[] = { "0", "1", "-1", "65537", "9223372036854775808", "18446744073709551616", "1e309",
+                                          "nan", "-0", "0x1", "", "-", "--", "chat", "{}", "a{}b{}", "\n", "m.bin" };
     char word[64];
     dice_state = seed;
     const flag *f = &flags[dice(FLAGS)];

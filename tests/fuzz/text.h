@@ -22,7 +22,7 @@ static inline int valid_utf8(const unsigned char *p, size_t n) {
     return 1;
 }
 
-/* The text of n ids is valid UTF-8, whatever they are; each token stays within the bound. Returns the text; the caller frees. */
+/* The text of n ids is valid UTF-8, whatever they are; each token stays within the bound. The caller frees what is returned. */
 static inline char *check_decoding(const based_tokenizer *t, const int32_t *ids, size_t n) {
     size_t bound = based_decode_bound(t), at = 0;
     char *text = tight(NULL, n * bound + 12), *out = tight(NULL, bound);
