@@ -74,6 +74,7 @@ JOBS = {
     "chat": ["-m", "chat", "-n", "4", "-y", "A story.", "-i", "Hi", "-r", "dog", "--save", "out"],
     "chat from a file": ["-m", "chat", "-n", "4", "-f", "text", "--load", "state"],
     "info": ["--info"],
+    "check": ["--check"],
     "bench": ["--bench", "--csv"],
     "vectors": ["--vectors", "text", "--dump-logits", "out"],
 }
