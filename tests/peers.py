@@ -123,7 +123,7 @@ def serve(pipe, kind, options, path):
             runtime.feed([1] * max(length - n, 1))
         elif at_once > 1:
             runtime.clear()
-        ids, begun = [i * 7919 % 32000 for i in range(n)], options.now()
+        ids, begun = [i * 7919 % 500 for i in range(n)], options.now()
         for at in range(0, n if repeat else 0, at_once):
             runtime.feed(ids[at:at + at_once])
         pipe.send((n / max(options.now() - begun, 1e-9), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
