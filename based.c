@@ -194,7 +194,7 @@ static uint64_t monomials(uint64_t d, uint64_t p, uint64_t cap) {
 /* What a taylor layer computes for each of its key/value heads; coefficients come later. */
 static based_taylor_kind kind_of(const based_layer *l) {
     based_taylor_kind t = { l->key_width, l->value_width, l->kv_heads ? l->heads / l->kv_heads : 1, l->degree, l->kernel,
-                            l->normaliser, l->chunk, l->window, l->scale, l->normaliser_eps, NULL };
+                            l->normaliser, l->chunk, l->window, l->keep, l->scale, l->normaliser_eps, l->forget, NULL };
     return t;
 }
 
@@ -206,12 +206,13 @@ static uint64_t count_features(const based_taylor_kind *t, uint64_t cap) {
     return n;
 }
 
-/* Tokens that may be yet to join the sums. */
-static size_t slots(const based_taylor_kind *t) { return (size_t)t->window + t->chunk; }
+/* Tokens that are kept as keys and values: the first ones for ever, the last ones until they join the sums. */
+static size_t slots(const based_taylor_kind *t) { return (size_t)t->keep + t->window + t->chunk; }
 
 /* Floats of the sums of one key/value head, and of the tokens that are yet to join them. */
 static uint64_t sums_floats(const based_taylor_kind *t, uint64_t features) {
-    return features * (U64(t->value_width) + 2 + (t->value_width + 1) / 2) + slots(t) * (U64(t->key_width) + t->value_width);
+    uint64_t row = U64(t->value_width) + 1, lost = t->forget > 0.0f ? 0 : 1 + (U64(t->value_width) + 1) / 2;
+    return features * (row + lost) + slots(t) * (U64(t->key_width) + t->value_width);
 }
 
 static uint32_t query_width(const based_layer *l) { return l->heads * l->key_width; }
@@ -300,6 +301,9 @@ static int window_fits(const based_taylor_kind *t) {
 }
 #define NO_WINDOW "a window beside the sums needs kernel 0, normaliser 0 and normaliser_eps 0"
 
+static int forgets_a_part(float forget) { return forget >= 0.0f && forget < 1.0f; }
+#define NOT_A_PART "forget is not a number from 0 to below 1"
+
 static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
     uint32_t taylor = l->mixer == BASED_TAYLOR;
     const struct field fields[] = {
@@ -308,7 +312,7 @@ static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
         FIELD(l, value_width, 1, BASED_MAX_HIDDEN / (l->heads ? l->heads : 1)),
         FIELD(l, taps, 0, 0), FIELD(l, rotary, 0, l->key_width / 2),
         FIELD(l, window, !taylor, BASED_MAX_WINDOW),
-        FIELD(l, chunk, taylor, taylor ? BASED_MAX_CHUNK : 0),
+        FIELD(l, chunk, taylor, taylor ? BASED_MAX_CHUNK : 0), FIELD(l, keep, 0, taylor ? BASED_MAX_WINDOW : 0),
         FIELD(l, degree, taylor, taylor ? BASED_MAX_DEGREE : 0),
         FIELD(l, kernel, 0, taylor ? BASED_DIAGONAL : 0), FIELD(l, normaliser, 0, taylor ? BASED_ONE : 0)
     };
@@ -325,6 +329,7 @@ static int check_attention(const based_layer *l, uint64_t i, based_error *e) {
         return fail(e, BASED_EFORMAT, "layer %u: %s", i, NO_WINDOW);
     if (!is_finite(l->scale) || !is_finite(l->normaliser_eps))
         return fail(e, BASED_EFORMAT, "layer %u: scale or normaliser_eps is not a number", i);
+    if (!forgets_a_part(l->forget)) return fail(e, BASED_EFORMAT, "layer %u: %s", i, NOT_A_PART);
     return BASED_OK;
 }
 
@@ -332,7 +337,7 @@ static int check_conv(const based_layer *l, uint64_t i, based_error *e) {
     const struct field fields[] = {
         FIELD(l, heads, 1, 1), FIELD(l, kv_heads, 0, 0), FIELD(l, key_width, 0, 0),
         FIELD(l, value_width, 1, BASED_MAX_HIDDEN), FIELD(l, taps, 1, BASED_MAX_TAPS), FIELD(l, window, 0, 0),
-        FIELD(l, chunk, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0), FIELD(l, kernel, 0, 0),
+        FIELD(l, chunk, 0, 0), FIELD(l, keep, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0), FIELD(l, kernel, 0, 0),
         FIELD(l, normaliser, 0, 0)
     };
     return check_fields(fields, COUNT(fields), "layer", i, e);
@@ -342,14 +347,14 @@ static int check_no_mixer(const based_layer *l, uint64_t i, based_error *e) {
     const struct field fields[] = {
         FIELD(l, heads, 0, 0), FIELD(l, kv_heads, 0, 0), FIELD(l, key_width, 0, 0), FIELD(l, value_width, 0, 0),
         FIELD(l, taps, 0, 0), FIELD(l, window, 0, 0), FIELD(l, chunk, 0, 0), FIELD(l, degree, 0, 0), FIELD(l, rotary, 0, 0),
-        FIELD(l, kernel, 0, 0), FIELD(l, normaliser, 0, 0)
+        FIELD(l, keep, 0, 0), FIELD(l, kernel, 0, 0), FIELD(l, normaliser, 0, 0)
     };
     return check_fields(fields, COUNT(fields), "layer", i, e);
 }
 
 static int check_layer(const based_config *c, const based_layer *l, uint64_t i, based_error *e) {
     const struct field fields[] = {
-        FIELD(l, mixer, 0, BASED_WINDOW), FIELD(l, flags, 0, 2047),
+        FIELD(l, mixer, 0, BASED_WINDOW), FIELD(l, flags, 0, 1023),
         FIELD(l, norm1, 0, BASED_NORM_L2), FIELD(l, norm2, 0, BASED_NORM_L2), FIELD(l, mlp, 0, BASED_GELU),
         FIELD(l, hidden, l->mlp != 0, l->mlp ? BASED_MAX_HIDDEN : 0),
         FIELD(l, in_dtype, 0, BASED_Q4), FIELD(l, out_dtype, 0, BASED_Q4), FIELD(l, up_dtype, 0, BASED_Q4),
@@ -361,6 +366,8 @@ static int check_layer(const based_config *c, const based_layer *l, uint64_t i, 
         return fail(e, BASED_EFORMAT, "layer %u: norm1_eps or norm2_eps is not a number", i);
     if ((l->flags & BASED_KEY_MEAN) && l->mixer != BASED_TAYLOR)
         return fail(e, BASED_EFORMAT, "layer %u: only taylor layers take a mean off their keys", i);
+    if (l->forget != 0.0f && l->mixer != BASED_TAYLOR)
+        return fail(e, BASED_EFORMAT, "layer %u: only taylor layers forget", i);
     if (l->mixer == BASED_CONV) status = check_conv(l, i, e);
     else if (l->mixer == BASED_MIXER_NONE) status = check_no_mixer(l, i, e);
     else status = check_attention(l, i, e);
@@ -1617,7 +1624,7 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
     }
 }
 
-/* taylor. State per key/value head, with D = features, C = chunk and N = window + C:
+/* taylor. State per key/value head, with D = features, C = chunk and N = keep + window + C:
  *     S (D, value_width)   sum of phi(k) v^T over the chunks that have joined
  *     z (D)                sum of phi(k) over them; z[0], the number of tokens, is filled in from an integer
  *     K (key_width, N)     keys of the tokens that have not, the oldest first, one column per token
@@ -1631,6 +1638,10 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
  *
  * With a window, the last tokens stay in K and V that much longer, and what they weigh there is exp(s), exactly: softmax
  * attention nearby, joined by what the polynomial makes of the rest under one denominator.
+ *
+ * The polynomial is never near zero, so a sum of everything ever read slowly drowns what matters now. A layer that forgets
+ * takes a part of the sums off each time a chunk joins them: a token fades, exponentially, with its age. Errors fade with it,
+ * so L and l are not there. The first `keep` tokens never fade: models lean on them as on a zero point (Xiao et al. 2023).
  */
 struct taylor_state {
     float *s, *z, *k, *v, *lost, *lost_z;
@@ -1688,39 +1699,54 @@ BODY void absorb_row(float *total, float *lost, const float *x, const size_t n) 
     }
 }
 
-/* S += sum of phi_j v_j^T, z += sum of phi_j, for n tokens: phi (D, n), v (n, value_width). */
+/* total[i] = left * total[i] + x[i]; what has faded away becomes zero before it is subnormal. */
+BODY void fade_row(float *total, float left, const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        float now = total[i] * left + x[i];
+        total[i] = fabsf(now) < 1e-30f ? 0.0f : now;
+    }
+}
+
+/* S += sum of phi_j v_j^T, z += sum of phi_j, for n tokens: phi (D, n), v (n, value_width). A layer that forgets lets S and z
+ * fade before. */
 static void add_to_sums(struct taylor_state *s, const struct based_taylor *t, const float *phi, const float *v, size_t n) {
     size_t dv = t->c.value_width;
+    float left = 1.0f - t->c.forget;
+    int fades = t->c.forget > 0.0f;
     for (size_t f = 0; f < t->features; f++) {
-        float part[32];
-        s->lost_z[f] = add_and_keep(s->z + f, sum(phi + f * n, n) + s->lost_z[f]);
+        float part[32], key = sum(phi + f * n, n);
+        if (fades) fade_row(s->z + f, left, &key, 1);
+        else s->lost_z[f] = add_and_keep(s->z + f, key + s->lost_z[f]);
         for (size_t e = 0; e < dv; e += 32) {
             size_t width = dv - e < 32 ? dv - e : 32;
             t->k->combine(part, phi + f * n, v + e, n, width, dv);
             float *total = s->s + f * dv + e, *lost = s->lost + f * ((dv + 1) / 2) + e / 2;
-            if (width == 32) absorb_row(total, lost, part, 32);         /* a constant becomes vector code                    */
+            if (fades) fade_row(total, left, part, width);
+            else if (width == 32) absorb_row(total, lost, part, 32);         /* a constant becomes vector code                    */
             else absorb_row(total, lost, part, width);
         }
     }
 }
 
-/* The sums hold all tokens but those pending; z[0], their number, comes from the integer. */
-static void count_sums(struct taylor_state *s) {
+/* The sums hold all tokens but those pending; z[0], their number unless they fade, comes from the integer. */
+static void count_sums(struct taylor_state *s, const struct based_taylor *t) {
     uint64_t n = s->count - s->pending;
+    if (t->c.forget > 0.0f) return;
     s->z[0] = n >> 63 ? -(float)(0 - n) : (float)n;     /* below zero if what was taken off is still pending             */
     s->lost_z[0] = 0.0f;
 }
 
-/* The oldest chunk joins the sums, and the tokens after it move up. scratch: (D, C). */
+/* The oldest chunk but for the tokens that are kept joins the sums, and those after it move up. scratch: (D, C). */
 static void join(struct taylor_state *s, const struct based_taylor *t, float *scratch) {
-    size_t chunk = t->c.chunk, dv = t->c.value_width, many = slots(&t->c);
-    features(scratch, s->k, chunk, many, &t->c);
-    add_to_sums(s, t, scratch, s->v, chunk);
+    size_t chunk = t->c.chunk, dv = t->c.value_width, many = slots(&t->c), after;
+    float *k = s->k + t->c.keep, *v = s->v + t->c.keep * dv;
+    features(scratch, k, chunk, many, &t->c);
+    add_to_sums(s, t, scratch, v, chunk);
     s->pending -= chunk;
-    count_sums(s);
-    for (size_t i = 0; i < t->c.key_width; i++)
-        memmove(s->k + i * many, s->k + i * many + chunk, s->pending * sizeof(float));
-    memmove(s->v, s->v + chunk * dv, s->pending * dv * sizeof(float));
+    count_sums(s, t);
+    after = s->pending - t->c.keep;
+    for (size_t i = 0; i < t->c.key_width; i++) memmove(k + i * many, k + i * many + chunk, after * sizeof *k);
+    memmove(v, v + chunk * dv, after * dv * sizeof *v);
 }
 
 /* One token more. scratch: (D, C). */
@@ -1740,7 +1766,7 @@ static float weigh_pending(float *weights, const struct taylor_state *s, const s
                            const float *a, float *y, float *z) {
     float top = *z > 0.0f ? 0.0f : -FLT_MAX, total;
     if (!t->c.window) {
-        kernel_weights(weights, q, s->k, s->pending, t->c.chunk, a, t);
+        kernel_weights(weights, q, s->k, s->pending, slots(&t->c), a, t);
         return sum(weights, s->pending);
     }
     t->k->combine(weights, q, s->k, t->c.key_width, s->pending, slots(&t->c));
@@ -1783,7 +1809,8 @@ static void read_taylor(float *y, const struct taylor_state *s, const struct bas
 /* In a session, the position says how many tokens are pending: each chunk is full before it joins the sums. */
 static struct taylor_state taylor_head_state(const struct row *r, const struct layer *l, size_t head) {
     const based_taylor_kind *c = &l->taylor.c;
-    size_t pending = r->t > c->window ? c->window + (size_t)((r->t - c->window - 1) % c->chunk) + 1 : (size_t)r->t;
+    size_t stay = (size_t)c->keep + c->window, pending = (size_t)r->t;
+    if (r->t > stay) pending = stay + (size_t)((r->t - stay - 1) % c->chunk) + 1;
     return taylor_state(state_of(r, l) + head * (size_t)sums_floats(c, l->taylor.features), &l->taylor, r->t, pending);
 }
 
@@ -2508,7 +2535,8 @@ static int check_kind(const based_taylor_kind *c, based_error *e) {
     const struct field fields[] = {
         FIELD(c, key_width, 1, BASED_MAX_HIDDEN), FIELD(c, value_width, 1, BASED_MAX_HIDDEN),
         FIELD(c, group, 1, BASED_MAX_HEADS), FIELD(c, degree, 1, BASED_MAX_DEGREE), FIELD(c, kernel, 0, BASED_DIAGONAL),
-        FIELD(c, normaliser, 0, BASED_ONE), FIELD(c, chunk, 1, BASED_MAX_CHUNK), FIELD(c, window, 0, BASED_MAX_WINDOW)
+        FIELD(c, normaliser, 0, BASED_ONE), FIELD(c, chunk, 1, BASED_MAX_CHUNK), FIELD(c, window, 0, BASED_MAX_WINDOW),
+        FIELD(c, keep, 0, BASED_MAX_WINDOW)
     };
     for (size_t i = 0; i < COUNT(fields); i++)
         if (fields[i].value < fields[i].low || fields[i].value > fields[i].high)
@@ -2517,6 +2545,7 @@ static int check_kind(const based_taylor_kind *c, based_error *e) {
     if (!is_finite(c->scale) || !is_finite(c->normaliser_eps))
         return fail(e, BASED_EINVAL, "Taylor attention: scale or normaliser_eps is not a number");
     if (!window_fits(c)) return fail(e, BASED_EINVAL, "Taylor attention: %s", NO_WINDOW);
+    if (!forgets_a_part(c->forget)) return fail(e, BASED_EINVAL, "Taylor attention: %s", NOT_A_PART);
     return BASED_OK;
 }
 
@@ -2617,12 +2646,13 @@ void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, co
 /* The sums receive -phi(k) v^T, wherever the pair itself is. */
 int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v, based_error *e) {
     if (!s->sums.count) return fail(e, BASED_EINVAL, "nothing can be taken off an empty state");
-    if (s->t->c.window) return fail(e, BASED_EINVAL, "nothing can be taken off a state with a window");
+    if (s->t->c.window || s->t->c.forget > 0.0f)
+        return fail(e, BASED_EINVAL, "nothing can be taken off a state with a window or one that forgets");
     features(s->scratch, k, 1, 1, &s->t->c);
     for (size_t f = 0; f < s->t->features; f++) s->scratch[f] = -s->scratch[f];
     add_to_sums(&s->sums, s->t, s->scratch, v, 1);
     s->sums.count--;
-    count_sums(&s->sums);
+    count_sums(&s->sums, s->t);
     return BASED_OK;
 }
 
@@ -2656,9 +2686,10 @@ int based_taylor_merge(based_taylor_state *dst, const based_taylor_state *src, b
     const based_taylor_kind *c = &dst->t->c;
     if (dst->t != src->t) return fail(e, BASED_EINVAL, "the two states belong to different attentions");
     if (dst == src) return fail(e, BASED_EINVAL, "a state cannot be merged with itself; copy it first");
+    if (c->forget > 0.0f) return fail(e, BASED_EINVAL, "states that forget cannot be merged: nobody knows which is older");
     for (size_t f = 0; f < dst->t->features; f++) merge_row(&dst->sums, from, f, c->value_width);
     dst->sums.count += from->count - from->pending;
-    count_sums(&dst->sums);
+    count_sums(&dst->sums, dst->t);
     for (size_t j = 0; j < from->pending; j++) {
         float *key = dst->scratch + (size_t)scratch_floats(c, dst->t->features) - c->key_width;
         for (size_t i = 0; i < c->key_width; i++) key[i] = from->k[i * slots(c) + j];

@@ -336,6 +336,9 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              those that have joined the sums: the oldest `chunk` of them do each time there are window + chunk and one more
  *              comes. If the weights of the keys in the sums add up to 0 or less, these keys are left out
  *              KEY_MEAN: k - key_mean (after rotary) is used in k's place
+ *              keep > 0: the first `keep` keys never join the sums (and so, with a window, weigh exp(scale q.k) for ever)
+ *              forget > 0: each time a chunk joins, the sums (of weights and of weighted values) are multiplied by 1 - forget
+ *              before. Chunks begin after the kept tokens; one joins when a key comes for which its keys leave no room
  *     window   q, k, v = in(x);  softmax(scale q.k) v over the last `window` keys, the present included
  *              query head h uses key/value head h * kv_heads / heads
  *     rotary   pair i is (i, i + key_width/2), i < rotary; both q and k are turned by the angle t * frequency[i]
@@ -434,7 +437,9 @@ struct based_layer {                    /* offset; fields that a mixer does not 
     uint32_t hidden;                    /*  80  MLP width                                                        */
     uint32_t in_dtype, out_dtype;       /*  84, 88                                                               */
     uint32_t up_dtype, down_dtype;      /*  92, 96                                                               */
-    uint32_t reserved[7];               /* 100  zero                                                             */
+    uint32_t keep;                      /* 100  taylor: first tokens that never join the sums                    */
+    float    forget;                    /* 104  taylor: what the sums lose each time a chunk joins, 0 to below 1 */
+    uint32_t reserved[5];               /* 108  zero                                                             */
 };
 
 /* Tokenizer section: uint32 words, then bytes.
@@ -511,8 +516,10 @@ typedef struct based_taylor_kind {
     uint32_t chunk;                     /* tokens kept as they are until they join the sums together, 1 to
                                            BASED_MAX_CHUNK; 16 is good                                           */
     uint32_t window;                    /* the newest pairs, so many at least, weigh exp(scale q.k); 0: none     */
+    uint32_t keep;                      /* the first pairs, so many, stay as they are and never join; 0: none    */
     float    scale;                     /* of q.k, usually 1/sqrt(key_width)                                     */
     float    normaliser_eps;            /* of ADD and CLAMP                                                      */
+    float    forget;                    /* part of the sums that is lost each time a chunk joins; 0: nothing     */
     const float *coefficients;          /* (group, degree + 1) of s^0, s^1, ..., copied; NULL: 1/p!              */
 } based_taylor_kind;
 
@@ -551,7 +558,7 @@ void based_taylor_read(const based_taylor_state *s, const float *q, size_t n, fl
 void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, const float *v, size_t n, float *y);
 
 /* Takes one pair off again, as if it had not been absorbed, up to rounding. BASED_EINVAL if the state is empty, or if there is
- * a window; whether the pair was ever absorbed cannot be known. */
+ * a window or it forgets; whether the pair was ever absorbed cannot be known. */
 int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v, based_error *e);
 
 /* dst becomes what src is; dst receives all that src holds, besides its own, up to rounding. Both must have been begun with the

@@ -47,7 +47,7 @@ CONFIG_FIELDS = """magic:8s format:I byte_order:I file_size:Q checksum:Q flags:I
     embedding_dtype:I head_dtype:I final_norm:I final_norm_eps:f tokenizer_bytes:I context:I name:64s reserved:112s"""
 LAYER_FIELDS = """mixer:I flags:I norm1:I norm2:I norm1_eps:f norm2_eps:f heads:I kv_heads:I key_width:I value_width:I
     taps:I window:I chunk:I degree:I kernel:I normaliser:I normaliser_eps:f scale:f rotary:I mlp:I hidden:I in_dtype:I
-    out_dtype:I up_dtype:I down_dtype:I reserved:28s"""
+    out_dtype:I up_dtype:I down_dtype:I keep:I forget:f reserved:20s"""
 
 
 class Refused(Exception):
@@ -287,8 +287,8 @@ def progress(items, what, unit="tensor"):
 
 
 def write(path, config, layers, tokenizer, fetch):
-    """Writes a checkpoint. fetch(name) -> array, called once per tensor to write and once to verify, so that no more than
-    one tensor is in memory. The file appears at `path` whole and verified, or `path` stays as it was."""
+    """Writes a checkpoint. fetch(name) -> array (see stored), called once per tensor to write and once to verify, so that no
+    more than one tensor is in memory. The file appears at `path` whole and verified, or `path` stays as it was."""
     config.magic, config.format, config.byte_order = MAGIC, FORMAT, BYTE_ORDER
     config.layers, config.tokenizer_bytes = len(layers), len(tokenizer)
     placed, config.file_size = layout(config, layers)
@@ -309,7 +309,7 @@ def write(path, config, layers, tokenizer, fetch):
             if tokenizer:
                 put(tokenizer, align(f.tell()))
             for t in progress(placed, "writing"):
-                put(t.dtype.pack(checked(t, fetch(t.name))).reshape(-1), t.offset)
+                put(stored(t, fetch(t.name)).reshape(-1), t.offset)
             f.seek(24)
             f.write(struct.pack("<Q", total.value()))
             f.flush()
@@ -321,6 +321,11 @@ def write(path, config, layers, tokenizer, fetch):
         if os.path.exists(temporary):
             os.unlink(temporary)
     return config
+
+
+def stored(t, data):
+    """What the file holds of a tensor: data is the array, or its bytes as another checkpoint holds them."""
+    return data if data.dtype == np.uint8 else t.dtype.pack(checked(t, data))
 
 
 def sync_directory(path):
@@ -380,6 +385,11 @@ class Checkpoint:
         t = next(t for t in self.placed if t.name == name)
         return t.dtype.unpack(self.read(t.offset, t.nbytes), t.shape)
 
+    def raw(self, name):
+        """The bytes of a tensor as they are in the file."""
+        t = next(t for t in self.placed if t.name == name)
+        return self.read(t.offset, t.nbytes)
+
     def checksum(self):
         total, piece = Checksum(), 1 << 26
         for at in progress(range(32, self.config.file_size, piece), "checksum", "piece"):
@@ -393,7 +403,7 @@ def verify(path, tokenizer, fetch):
     if saved.tokenizer != tokenizer:
         raise Refused(f"verification failed: the tokenizer read back from {path} differs; is the disk sound?")
     for t in progress(saved.placed, "verifying"):
-        expected = t.dtype.unpack(np.ascontiguousarray(t.dtype.pack(fetch(t.name))).view(np.uint8).reshape(-1), t.shape)
+        expected = t.dtype.unpack(np.ascontiguousarray(stored(t, fetch(t.name))).view(np.uint8).reshape(-1), t.shape)
         if not np.array_equal(saved[t.name], expected):
             raise Refused(f"verification failed: {t.name} read back from {path} differs; is the disk sound?")
     if saved.checksum() != saved.config.checksum:
@@ -407,15 +417,14 @@ def parameters(config, layers):
 
 
 def state_floats(config, l):
-    """Floats that one layer remembers of the past: taps, sums and the chunk before them, ring; the shifted token."""
-    ring = l.kv_heads * (l.key_width + l.value_width)
+    """Floats that one layer remembers of the past: taps, sums and the tokens beside them, ring; the shifted token."""
+    ring, lost = l.kv_heads * (l.key_width + l.value_width), 0 if l.forget else 1 + (l.value_width + 1) // 2
     if l.kernel == DIAGONAL:
         features = 1 + l.degree * l.key_width
     else:
         features = math.comb(l.degree + l.key_width, l.degree)
     floats = {CONV: (l.taps - 1) * l.value_width, WINDOW: l.window * ring,
-              TAYLOR: l.kv_heads * features * (l.value_width + 2 + (l.value_width + 1) // 2)
-              + (l.window + l.chunk) * ring}.get(l.mixer, 0)
+              TAYLOR: l.kv_heads * features * (l.value_width + 1 + lost) + (l.keep + l.window + l.chunk) * ring}.get(l.mixer, 0)
     return floats + (config.dim if l.flags & SHIFT else 0)
 
 
@@ -658,6 +667,7 @@ class BasedModel:
         l.kv_heads, l.key_width, l.value_width = l.heads, wide // l.heads, self.dim // l.heads
         l.degree, l.chunk, l.kernel, l.normaliser, l.normaliser_eps = 2, self.chunk, DOT, ADD, 1e-12
         l.scale = 1 / math.sqrt(feature_map.number("input_dim", l.key_width))
+        l.keep, l.forget = alt.number("keep", 0, int, 0), alt.number("forget", 0, float, 0)
         parts = [(theirs + "proj_q", wide), (theirs + "proj_k", wide), (theirs + "proj_v", self.dim)]
         l.flags |= self.linear(ours + "in", parts, self.dim, IN_BIAS)
         self.plan[ours + "coefficients"] = lambda: taylor_coefficients(l.heads, l.degree)
@@ -1552,7 +1562,8 @@ def inspect(path):
                WINDOW: f"{l.window} keys, rotary {l.rotary}, scale {l.scale:.6g}",
                TAYLOR: f"degree {l.degree} {name_of(l.kernel, ('dot', 'diagonal'))}, scale {l.scale:.6g}, divide "
                        f"{name_of(l.normaliser, ('add', 'clamp', 'raw', 'one'))} {l.normaliser_eps:g}"
-                       f"{f', rotary {l.rotary}' if l.rotary else ''}{f', last {l.window} keys exact' if l.window else ''}"
+                       f"{f', rotary {l.rotary}' if l.rotary else ''}{f', keep {l.keep}' if l.keep else ''}"
+                       f"{f', forget {l.forget:.6g}' if l.forget else ''}{f', last {l.window} keys exact' if l.window else ''}"
                }.get(l.mixer, "?")
         print(f"{i:5} {name_of(l.mixer, ('none', 'conv', 'taylor', 'window')):6}"
               f"{l.heads:6}{l.kv_heads:4}{l.key_width:5}{l.value_width:6}  {own:44}  {name_of(l.norm1, norms) + '/' + name_of(l.norm2, norms):11}  "
@@ -1569,6 +1580,7 @@ def inspect(path):
 def convert(options, note):
     """Exports options.source, or random weights, to options.out, and says so; returns the exit status."""
     beside = opened = saved = None
+    remembers = {name: value for name, value in (("keep", options.keep), ("forget", options.forget)) if value is not None}
     if options.random:
         origin = options.random
         config, layers, plan = open_random(options.random, options, note)
@@ -1584,7 +1596,7 @@ def convert(options, note):
         else:
             with open(origin, "rb") as f:
                 ours = f.read(8) == MAGIC
-            if ours and not options.taylor_degree:
+            if ours and not (options.taylor_degree or remembers):
                 raise Refused(f"{origin} is a checkpoint of based.c already; --inspect shows what it contains")
             saved = Checkpoint(origin) if ours else None
             opened = None if ours else open_tensors(origin, options, note)
@@ -1593,21 +1605,29 @@ def convert(options, note):
     if unused and not opened:
         raise Refused(f"--{unused[0]} belongs to layers of taylor-series-linear-attention and Edifice models, which {origin} "
                       "is not")
-    code = DTYPE_CODES[options.dtype]
-    config.embedding_dtype = config.head_dtype = code if config.rows else 0
-    for l in layers:
-        l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
+    code = DTYPE_CODES[options.dtype or "f32"]
+    if saved and not options.dtype and not options.taylor_degree:       # nothing is computed anew: the same bytes
+        plan = {name: lambda name=name: saved.raw(name) for name in plan}
+    else:
+        config.embedding_dtype = config.head_dtype = code if config.rows else 0
+        for l in layers:
+            l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
     stem = os.path.splitext(os.path.basename(os.path.abspath(origin)))[0]
     title = options.name or stem + (" (random)" if options.random else "")
     config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
     tokenizer = saved.tokenizer if saved else choose_tokenizer(options, beside, config.vocab, note) if config.rows else b""
     if options.taylor_degree:
         to_constant_memory(config, layers, plan, tokenizer, options, note)
+    if remembers and not any(l.mixer == TAYLOR for l in layers):
+        raise Refused(f"--{next(iter(remembers))} is about taylor layers, and {origin} has none")
+    for l in layers:
+        if l.mixer == TAYLOR:
+            l.__dict__.update(remembers)
     if os.path.isdir(options.out):
         raise Refused(f"{options.out} is a directory; expected the name of the file to write")
     write(options.out, config, layers, tokenizer, lambda name: plan[name]())
     print(f"{options.out}: {human(config.file_size)}, {parameters(config, layers):,} parameters, {len(layers)} layers, "
-          f"{'tokenizer' if tokenizer else 'no tokenizer'}, {options.dtype}; read back and verified")
+          f"{'tokenizer' if tokenizer else 'no tokenizer'}, {options.dtype or ('as it was' if saved else 'f32')}; read back and verified")
     return 0
 
 
@@ -1618,6 +1638,9 @@ def arguments(argv):
             raise argparse.ArgumentTypeError(f"{text} is not between 1 and {1 << 20}")
         return value
 
+    def natural(text):
+        return 0 if text == "0" else count(text)
+
     parser = argparse.ArgumentParser(
         prog="export.py", description="Turns a trained model into one checkpoint file for based.c.", epilog=EXAMPLES,
         usage="export.py SOURCE OUT.bin [options]\n       export.py --random SHAPE OUT.bin [options]\n"
@@ -1625,13 +1648,18 @@ def arguments(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("files", nargs="*", metavar="SOURCE OUT.bin",
                         help="what to read (recognised by its content) and the file to write")
-    parser.add_argument("--dtype", choices=sorted(DTYPE_CODES), default="f32", help="how matrices are stored (f32)")
+    parser.add_argument("--dtype", choices=sorted(DTYPE_CODES), help="how matrices are stored (f32; of a checkpoint: as "
+                        "they are)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, or tokenizer.bin of llama2.c (default: "
                         "tokenizer.json beside the weights, else GPT-2's if the vocabulary is)")
     parser.add_argument("--window", type=count, metavar="N", help="visible keys of window layers (default: as the origin "
                         "says; for llama2.c its context length)")
     parser.add_argument("--chunk", type=count, default=16, metavar="C", help="taylor layers: tokens kept before they join "
                         "the sums (16)")
+    parser.add_argument("--keep", type=natural, metavar="N", help="taylor layers: the first N tokens stay as they are for ever "
+                        "(0, or as the origin says)")
+    parser.add_argument("--forget", type=float, metavar="F", help="taylor layers: the part of the sums that is lost each time a "
+                        "chunk joins them (0, or as the origin says). A checkpoint of based.c can be given both")
     group = parser.add_argument_group("what files of bare tensors (lucidrains, Edifice) do not tell")
     group.add_argument("--mode", choices=("causal", "window"), help="each vector sees those before it, in constant memory; or "
                        "all of a window, both ways")
@@ -1661,6 +1689,8 @@ def arguments(argv):
         parser.error("--calibrate needs --taylor-degree")
     if max(options.degree or 1, options.taylor_degree or 1) > 12:
         parser.error(f"--degree {options.degree} is above 12")
+    if not 0 <= (options.forget or 0) < 1:
+        parser.error(f"--forget {options.forget} is not from 0 to below 1")
     if options.seed < 0:
         parser.error(f"--seed {options.seed} is negative")
     options.out = options.files[-1] if options.files else None

@@ -24,12 +24,12 @@ CONFIG = {32: "flags", 36: "dim", 40: "layers", 44: "vocab", 48: "rows", 52: "in
 LAYER = {0: "mixer", 4: "flags", 8: "norm1", 12: "norm2", 16: "norm1_eps", 20: "norm2_eps", 24: "heads", 28: "kv_heads",
          32: "key_width", 36: "value_width", 40: "taps", 44: "window", 48: "chunk", 52: "degree", 56: "kernel",
          60: "normaliser", 64: "normaliser_eps", 68: "scale", 72: "rotary", 76: "mlp", 80: "hidden", 84: "in_dtype",
-         88: "out_dtype", 92: "up_dtype", 96: "down_dtype"}
+         88: "out_dtype", 92: "up_dtype", 96: "down_dtype", 100: "keep", 104: "forget"}
 
 
 def fields(data, at, names):
-    """The fields of one struct: 32-bit words, floats where the name says eps or scale."""
-    return SimpleNamespace(**{name: struct.unpack_from("<f" if "eps" in name or name == "scale" else "<I", data, at + offset)[0]
+    """The fields of one struct: 32-bit words, floats where the name says so."""
+    return SimpleNamespace(**{name: struct.unpack_from("<f" if "eps" in name or name in ("scale", "forget") else "<I", data, at + offset)[0]
                               for offset, name in names.items()})
 
 
@@ -201,10 +201,16 @@ def divided(l, total, z):
         return total
 
 
-def with_window(l, score, w, past):
+def joined_chunks(l, n):
+    """[n, n]: how many chunks have joined the sums since the one that key j is in did, query by query; below 0: it has not."""
+    t = np.maximum(np.arange(n), l.both_ways - 1)[:, None]
+    chunk = np.where(np.arange(n) < l.keep, n, (np.arange(n) - l.keep) // l.chunk)
+    return np.maximum(t - l.keep - l.window, 0) // l.chunk - 1 - chunk
+
+
+def with_window(score, w, past, joined):
     """The weights of Taylor attention, w, with exp(score) where keys have not joined the sums; each row in units of its own."""
-    t = np.arange(len(w))[:, None]
-    joined = past & (np.arange(len(w)) < np.maximum(t - l.window, 0) // l.chunk * l.chunk)
+    joined = past & joined
     old = np.where(joined, w, 0)
     old = np.where(old.sum(1, keepdims=True) > 0, old, 0)
     top = np.maximum(np.where(past & ~joined, score, -np.inf).max(1, keepdims=True), np.where(old.any(1, keepdims=True), 0, -np.inf))
@@ -238,9 +244,10 @@ def attention(l, q, k, v, first):
             else:
                 score = l.scale * qh[:, None, :] * kh[None, :, :]
                 w = a[0] + sum(a[p] * (score ** p).sum(-1) for p in range(1, l.degree + 1))
-            w = np.where(past, w, 0)
+            since = joined_chunks(l, n)
+            w = np.where(past, w * (1 - l.forget) ** np.maximum(since, 0), 0)
             if l.window:
-                w = with_window(l, score, w, past)
+                w = with_window(score, w, past, since >= 0)
             y[:, h] = divided(l, w @ vh, w.sum(1, keepdims=True))
     return y
 
@@ -360,6 +367,7 @@ def random_config(rng, **overrides):
                     l.normaliser, l.normaliser_eps, l.window = export.ADD, 0.0, int(pick(1, 5, 16, 33))
                     l.degree = 4 if l.degree == 4 else 2    # even: a sum of weights of both signs may come near zero
                 l.flags |= export.KEY_MEAN if chance(0.3) else 0
+                l.keep, l.forget = int(pick(0, 0, 1, 16, 21)), float(pick(0, 0, 0.001, 0.25))
             if chance(0.2) and dim % l.heads == 0:
                 l.value_width = dim // l.heads
         else:

@@ -106,6 +106,25 @@ def test_window_beside_sums(random_model, window, chunk):
         assert np.abs(got - reference.run(other, x)).max() > 100 * TOLERANCE * scale
 
 
+@pytest.mark.parametrize("keep, forget, window", [(16, 0.01, 0), (0, 0.3, 0), (5, 0.0, 0), (3, 0.1, 9)])
+def test_kept_and_forgotten(random_model, keep, forget, window):
+    """The first tokens stay, the sums fade chunk by chunk."""
+    own = {"keep": keep, "forget": forget, "window": window, "chunk": 4, "kernel": 0, "normaliser": export.ADD,
+           "normaliser_eps": 0.0, "degree": 2, "key_width": 8, "rotary": 2, "scale": 0.7}
+    path = random_model(3, mixers=[export.TAYLOR], layer=own, dim=32, input=0, rows=40, vocab=40, flags=export.TIED)
+    m = reference.read(path)
+    x = reference.random_input(np.random.default_rng(keep), m, 200)
+    expected = reference.run(m, x)
+    scale = max(1, np.abs(expected).max())
+    got = Session(Model(path), 16).feed(x)
+    assert np.abs(got - expected).max() <= TOLERANCE * scale
+    for field, more in (("keep", 1), ("forget", 0.05), ("chunk", 1))[not keep and not window:]:
+        other = reference.read(path)
+        setattr(other.layer[0], field, getattr(other.layer[0], field) + more)
+        if field == "forget" or forget or window:
+            assert np.abs(got - reference.run(other, x)).max() > 100 * TOLERANCE * scale, field
+
+
 def test_generator_covers_the_format(tmp_path):
     """What the random models of this file contain, all in all; so that no choice can get lost unnoticed."""
     seen = set()
@@ -120,7 +139,7 @@ def test_generator_covers_the_format(tmp_path):
             seen |= {(mixer, "flag", bit) for bit in range(11) if l.flags >> bit & 1}
             seen |= {(mixer, "rotary", 0 if not l.rotary else 2 if 2 * l.rotary == l.key_width else 1), ("taps", l.taps),
                      (mixer, "grouped", l.heads > l.kv_heads), ("normaliser", l.normaliser), ("kernel", l.kernel),
-                     ("degree", l.degree), (mixer, "window", l.window), (mixer, "key", l.key_width), (mixer, "value", l.value_width)}
+                     ("degree", l.degree), ("keep", l.keep), ("forgets", l.forget > 0), (mixer, "window", l.window), (mixer, "key", l.key_width), (mixer, "value", l.value_width)}
     wanted = {("tied", 1), ("head bias", 2), ("projection", 4), ("padding", True), ("tokens", True), ("tokens", False),
               ("no head", True), ("own head", True)}
     wanted |= {("final norm", i) for i in range(4)} | {("norm1", i) for i in range(4)} | {("norm2", i) for i in range(4)}
@@ -130,6 +149,7 @@ def test_generator_covers_the_format(tmp_path):
     wanted |= {(mixer, "rotary", i) for mixer in ("taylor", "window") for i in range(3)} | {("taps", i) for i in range(1, 6)}
     wanted |= {(mixer, "grouped", yes) for mixer in ("taylor", "window") for yes in (True, False)}
     wanted |= {("normaliser", i) for i in range(4)} | {("degree", i) for i in range(1, 5)}
+    wanted |= {("keep", n) for n in (0, 1, 16, 21)} | {("forgets", yes) for yes in (True, False)}
     wanted |= {("taylor", "flag", 10)} | {("taylor", "window", n) for n in (0, 1, 5, 16, 33)}
     wanted |= {("window", "window", n) for n in (1, 2, 5, 33, 65, 129, 300)} | {("window", "key", n) for n in (12, 16, 64, 112)}
     wanted |= {("taylor", "key", n) for n in (4, 5, 8, 16, 24)} | {("taylor", "value", n) for n in (1, 5, 12, 16, 112)}
