@@ -410,7 +410,7 @@ enum based_normaliser { BASED_ADD = 0, BASED_CLAMP = 1, BASED_RAW = 2, BASED_ONE
 
 enum based_layer_flags {
     BASED_IN_BIAS = 1, BASED_OUT_BIAS = 2, BASED_TAPS_BIAS = 4, BASED_UP_BIAS = 8, BASED_DOWN_BIAS = 16,
-    BASED_VALUE_GATES = 32, BASED_SHIFT = 64, BASED_NO_OUT = 128, BASED_NO_RESIDUAL = 256, BASED_KEY_MEAN = 1024
+    BASED_VALUE_GATES = 32, BASED_SHIFT = 64, BASED_NO_OUT = 128, BASED_NO_RESIDUAL = 256, BASED_KEY_MEAN = 512
 };
 
 struct based_layer {                    /* offset; fields that a mixer does not use are zero                     */

@@ -40,8 +40,8 @@ MIXERS = MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
 MLP_NONE, SWIGLU, GELU = 0, 1, 2
 DOT, DIAGONAL = 0, 1
 ADD, CLAMP, RAW, ONE = 0, 1, 2, 3
-IN_BIAS, OUT_BIAS, TAPS_BIAS, UP_BIAS, DOWN_BIAS, VALUE_GATES, SHIFT, NO_OUT, NO_RESIDUAL = (1 << i for i in range(9))
-KEY_MEAN = 1024
+IN_BIAS, OUT_BIAS, TAPS_BIAS, UP_BIAS, DOWN_BIAS, VALUE_GATES, SHIFT, NO_OUT, NO_RESIDUAL, KEY_MEAN = (
+    1 << i for i in range(10))
 
 CONFIG_FIELDS = """magic:8s format:I byte_order:I file_size:Q checksum:Q flags:I dim:I layers:I vocab:I rows:I input:I
     embedding_dtype:I head_dtype:I final_norm:I final_norm_eps:f tokenizer_bytes:I context:I name:64s reserved:112s"""
@@ -1556,7 +1556,7 @@ def inspect(path):
     print(f"  parameters {parameters(c, layers):,}, tokenizer {human(c.tokenizer_bytes) if c.tokenizer_bytes else 'none'}, "
           f"state of a session {human(4 * sum(state_floats(c, l) for l in layers))}")
     print("\nlayer mixer  heads  kv  key value  mixer's own                                   norms        mlp")
-    flags = "in.bias out.bias taps.bias up.bias down.bias value-gates shift no-out no-residual - key-mean".split()
+    flags = "in.bias out.bias taps.bias up.bias down.bias value-gates shift no-out no-residual key-mean".split()
     for i, l in enumerate(layers):
         own = {MIXER_NONE: "", CONV: f"{l.taps} taps",
                WINDOW: f"{l.window} keys, rotary {l.rotary}, scale {l.scale:.6g}",

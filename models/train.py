@@ -57,6 +57,8 @@ class Config:
     keys: int = 64              # keys visible in s layers, the current token included
     mlp: int = 256              # hidden width; a multiple of 256, because the original code rounds it up to one
     vocab: int = 512
+    keep: int = 0               # l layers: the first tokens of a text never fade
+    forget: float = 0.0         # l layers: the part of all others that is lost every CHUNK tokens
 
     def to_json(self):
         """The keys of a released config.json. Their window_size counts both sides of a window of which one is used."""
@@ -72,7 +74,7 @@ class Config:
             "alt_mixer_layers": where("l"), "alt_mixer_2_layers": where("s"),
             "mixer": {"_target_": module + "convolution.BaseConv", "expand_proj": 4, "kernel_sizes": 3},
             "alt_mixer": {"_target_": module + "linear_attention.LinearAttention", "num_heads": self.heads,
-                          "feature_dim": self.feature, "feature_map": {
+                          "feature_dim": self.feature, "keep": self.keep, "forget": self.forget, "feature_map": {
                               "_target_": module + "linear_attention.TaylorExp", "input_dim": self.feature}},
             "alt_mixer_2": {"_target_": module + "slide_attention.SlidingAttention", "num_heads": self.heads,
                             "window_size": 2 * (self.keys - 1), "causal": True},
@@ -84,13 +86,16 @@ class Config:
                    for i in range(c["n_layer"])]
         return Config(layers="".join(letters), width=c["n_embd"], heads=c["n_head"], mlp=c["n_inner"],
                       vocab=c["vocab_size"], feature=c["alt_mixer"]["feature_dim"],
-                      keys=c["alt_mixer_2"]["window_size"] // 2 + 1)
+                      keys=c["alt_mixer_2"]["window_size"] // 2 + 1, keep=c["alt_mixer"].get("keep", 0),
+                      forget=c["alt_mixer"].get("forget", 0.0))
 
-    def state_bytes(self, pending=16):
-        """Bytes of one session in float32: packed symmetric features, and a block of pending tokens per l layer."""
+    def state_bytes(self):
+        """Bytes of one session of based.c in float32: packed symmetric features (with what rounding cuts off, where nothing
+        fades), and the tokens beside the sums."""
         f, h, d = self.feature, self.heads, self.width
         packed = 1 + f + f * (f + 1) // 2
-        per_layer = {"c": 2 * 2 * d, "s": self.keys * 2 * d, "l": packed * d + (packed - 1) * h + pending * (f * h + d)}
+        sums = packed * (d + h) + (0 if self.forget else packed * ((d + h) // 2 + h))
+        per_layer = {"c": 2 * 2 * d, "s": self.keys * 2 * d, "l": sums + (self.keep + CHUNK) * (f * h + d)}
         return 4 * sum(per_layer[letter] for letter in self.layers)
 
 
@@ -139,12 +144,26 @@ class ShortConvolution(nn.Module):
         return self.resume(h, None)[0]
 
 
+CHUNK = 16              # tokens that join the sums together in based.c
+
+
+def log_fade(c, query, key):
+    """How much of a key's weight is left when a query comes, as a logarithm: full while its chunk is the last but one or
+    younger, then one factor for each chunk since."""
+    chunks = (query - c.keep).div(CHUNK, rounding_mode="floor") - (key - c.keep).div(CHUNK, rounding_mode="floor") - 1
+    return math.log1p(-c.forget) * chunks.clamp(min=0) * (key >= c.keep)
+
+
 def taylor(s):
     return 1 + s + 0.5 * s * s                          # at least 1/2 for every s, so a sum of these is never zero
 
 
 def log_taylor(score, batch, head, query, key):
     return torch.log(taylor(score))                     # softmax over log(taylor) is attention weighted by taylor
+
+
+def fading_log_taylor(c):
+    return lambda score, batch, head, query, key: log_taylor(score, batch, head, query, key) + log_fade(c, query, key)
 
 
 def split_heads(x, heads):
@@ -158,7 +177,7 @@ def merge_heads(y):
 class TaylorAttention(nn.Module):
     def __init__(self, c):
         super().__init__()
-        self.heads, self.feature = c.heads, c.feature
+        self.heads, self.feature, self.config = c.heads, c.feature, c
         self.proj_q = nn.Linear(c.width, c.heads * c.feature, bias=False)
         self.proj_k = nn.Linear(c.width, c.heads * c.feature, bias=False)
         self.proj_v = nn.Linear(c.width, c.width, bias=False)
@@ -179,22 +198,35 @@ class TaylorAttention(nn.Module):
         q, k, v = self.project(h)
         padding = max(16, 1 << (self.feature - 1).bit_length()) - self.feature      # the kernel wants a power of two
         q, k = F.pad(q, (0, padding)), F.pad(k, (0, padding))
-        y = span.attention(q, k, v, score_mod=log_taylor, block_mask=span.causal, scale=self.feature ** -0.5)
+        y = span.attention(q, k, v, score_mod=fading_log_taylor(self.config) if self.config.forget else log_taylor, block_mask=span.causal, scale=self.feature ** -0.5)
         return self.out_proj(merge_heads(y))
 
     def resume(self, h, state):
         q, k, v = self.project(h)
+        begin = state[2] if state else 0
+        at = torch.arange(begin, begin + h.shape[1], device=h.device)
         weight = taylor(q @ k.transpose(-1, -2) / math.sqrt(self.feature)).tril()
+        if self.config.forget:
+            weight = weight * log_fade(self.config, at.unsqueeze(-1), at).exp()
         top, bottom = weight @ v, weight.sum(-1, keepdim=True)
         if state is None and self.training:
             return self.out_proj(merge_heads(top / bottom)), None
-        phi_k = self.phi(k)
-        sum_v, sum_k = phi_k.transpose(-1, -2) @ v, phi_k.sum(-2).unsqueeze(-1)
-        if state is not None:
-            phi_q = self.phi(q)
-            top, bottom = top + phi_q @ state[0], bottom + phi_q @ state[1]
-            sum_v, sum_k = sum_v + state[0], sum_k + state[1]
-        return self.out_proj(merge_heads(top / bottom)), (sum_v, sum_k)
+        v1, phi_k, phi_q = F.pad(v, (0, 1), value=1.0), self.phi(k), self.phi(q)    # the column of ones sums phi(k) itself
+        kept, sums = state[:2] if state else (0.0, 0.0)
+        if state:
+            # What has joined fades until the query comes. Pieces of a text must end where chunks do, so that all that came
+            # before them fades alike.
+            assert not self.config.forget or (begin - self.config.keep) % CHUNK == 0
+            left = log_fade(self.config, at, torch.full_like(at, begin - 1)).exp().unsqueeze(-1) if self.config.forget else 1.0
+            both = phi_q @ kept + left * (phi_q @ sums)
+            top, bottom = top + both[..., :-1], bottom + both[..., -1:]
+        stays = (at < self.config.keep).to(k.dtype).unsqueeze(-1)
+        kept = kept + (phi_k * stays).transpose(-1, -2) @ v1
+        end = torch.full_like(at, begin + h.shape[1])
+        last = log_fade(self.config, end, at).exp().unsqueeze(-1) if self.config.forget else 1.0
+        age = (1 - self.config.forget) ** (h.shape[1] // CHUNK)
+        sums = sums * age + (phi_k * last * (1 - stays)).transpose(-1, -2) @ v1
+        return self.out_proj(merge_heads(top / bottom)), (kept, sums, begin + h.shape[1])
 
 
 def rotary_table(width, start, count, device):
@@ -420,6 +452,13 @@ def encode_file(path, tokenizer, cache):
     return ids
 
 
+def encode_as_run(path, tokenizer):
+    """The ids of a file as `run -x` reads it: every byte counts, line ends beside <|endoftext|> too; one such token first."""
+    with open(path, encoding="utf-8", newline="") as f:
+        ids = tokenizer.encode(f.read(), add_special_tokens=False).ids
+    return np.array([tokenizer.token_to_id(END_OF_TEXT)] + ids)
+
+
 def bytes_per_token(tokenizer, vocab):
     """UTF-8 bytes each token stands for. The end-of-text token stands for none: its loss counts, its bytes do not."""
     lengths = torch.zeros(vocab, dtype=torch.float64)
@@ -584,7 +623,8 @@ def train(args):
     torch.set_float32_matmul_precision("high")
 
     tokenizer = Tokenizer.from_file(args.tokenizer or str(Path(args.init) / "tokenizer.json"))
-    config = Config(args.layers, args.width, args.heads, args.feature, args.keys, args.mlp, tokenizer.get_vocab_size())
+    config = Config(args.layers, args.width, args.heads, args.feature, args.keys, args.mlp, tokenizer.get_vocab_size(),
+                    args.keep, args.forget)
     if config.vocab % 8:
         raise SystemExit(f"the tokenizer has {config.vocab} tokens; train it with a multiple of 8")
     sources = {}
@@ -755,6 +795,8 @@ def parse():
     shape.add_argument("--heads", type=int, default=8)
     shape.add_argument("--feature", type=int, default=16, help="query and key width of l layers")
     shape.add_argument("--keys", type=int, default=64, help="keys an s layer sees; 1000000 makes it full attention")
+    shape.add_argument("--keep", type=int, default=0, help="l layers: this many first tokens of a text never fade")
+    shape.add_argument("--forget", type=float, default=0.0, help=f"l layers: part of the sums lost every {CHUNK} tokens")
     shape.add_argument("--mlp", type=int, default=1024)
     shape.add_argument("--vocab", type=int, default=8192)
     how = p.add_argument_group("training")
@@ -799,10 +841,9 @@ def main():
         from tokenizers import Tokenizer
         tokenizer = Tokenizer.from_file(str(Path(args.eval) / "tokenizer.json"))
         model, table = load_model(args.eval, device).eval(), {}
-        lengths = bytes_per_token(tokenizer, model.config.vocab)
+        lengths, end = bytes_per_token(tokenizer, model.config.vocab), tokenizer.token_to_id(END_OF_TEXT)
         for path in args.text:
-            end = tokenizer.token_to_id(END_OF_TEXT)
-            tokens = np.concatenate([[end], encode_file(path, tokenizer, args.cache)])
+            tokens = encode_as_run(path, tokenizer)
             result = evaluate(model, tokens, pieces_of(tokens, end, args.segment, args.stride), lengths)
             table[Path(path).name] = result
             by_position = " ".join(f"[{k}] {v[0]:.3f}" for k, v in result["by_position"].items())
@@ -822,7 +863,7 @@ def main():
             args.data, args.valid = [f"self={__file__}"], [__file__]
             args.layers, args.width, args.heads, args.feature, args.keys, args.mlp = "clsc", 64, 2, 8, 16, 256
             args.length, args.anneal_length, args.batch_tokens, args.tokens = 128, 256, 1024, "80e3"
-            args.warm_up, args.eval_every = 10, 20
+            args.warm_up, args.eval_every, args.keep, args.forget = 10, 20, 16, 0.02
         if not args.tokenizer and not args.init:
             raise SystemExit("--tokenizer FILE (or --init DIR) is needed; --train-tokenizer makes one")
         train(args)

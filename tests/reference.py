@@ -113,7 +113,7 @@ def read(path):
             l.taps_bias = vector(inner) if l.flags & 4 else 0
         if l.rotary:
             l.turns = np.frombuffer(section(8 * l.rotary), "<u8")
-        if l.flags & 1024:
+        if l.flags & 512:
             l.key_mean = vector(l.kv_heads, l.key_width)
         if l.mixer == 2:
             l.coefficients = vector(l.heads, l.degree + 1)
@@ -203,7 +203,7 @@ def divided(l, total, z):
 
 def joined_chunks(l, n):
     """[n, n]: how many chunks have joined the sums since the one that key j is in did, query by query; below 0: it has not."""
-    t = np.maximum(np.arange(n), l.both_ways - 1)[:, None]
+    t = np.maximum(np.arange(n), min(n, l.both_ways) - 1)[:, None]
     chunk = np.where(np.arange(n) < l.keep, n, (np.arange(n) - l.keep) // l.chunk)
     return np.maximum(t - l.keep - l.window, 0) // l.chunk - 1 - chunk
 
@@ -223,7 +223,7 @@ def attention(l, q, k, v, first):
     q, k, v = q.reshape(n, l.heads, -1), k.reshape(n, l.kv_heads, -1), v.reshape(n, l.kv_heads, -1)
     if l.rotary:
         q, k = turned(q, l.turns, first), turned(k, l.turns, first)
-    if l.flags & 1024:
+    if l.flags & 512:
         k = k - l.key_mean
     y = np.zeros((n, l.heads, l.value_width))
     past = np.tril(np.ones((n, n), bool))

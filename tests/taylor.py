@@ -24,7 +24,7 @@ GOLDEN = HERE / "data" / "golden"
 ADD, CLAMP, RAW, ONE = range(4)
 DOT, DIAGONAL = range(2)
 FLT_MAX = float(np.finfo(np.float32).max)
-NAMES = "key_width value_width group degree kernel normaliser chunk window".split()
+NAMES = "key_width value_width group degree kernel normaliser chunk window keep".split()
 
 
 class Sizes(C.Structure):
@@ -34,7 +34,7 @@ class Sizes(C.Structure):
 
 def kind_struct(number):
     return type("Kind", (C.Structure,), {"_fields_": [(name, C.c_uint32) for name in NAMES]
-                + [("scale", number), ("normaliser_eps", number), ("coefficients", C.c_void_p)]})
+                + [("scale", number), ("normaliser_eps", number), ("forget", number), ("coefficients", C.c_void_p)]})
 
 
 @functools.lru_cache
