@@ -1614,7 +1614,8 @@ def convert(options, note):
             l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
     stem = os.path.splitext(os.path.basename(os.path.abspath(origin)))[0]
     title = options.name or stem + (" (random)" if options.random else "")
-    config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
+    if options.name or not saved:
+        config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
     tokenizer = saved.tokenizer if saved else choose_tokenizer(options, beside, config.vocab, note) if config.rows else b""
     if options.taylor_degree:
         to_constant_memory(config, layers, plan, tokenizer, options, note)

@@ -535,3 +535,25 @@ def test_usage_errors(capsys, arguments):
 def test_help(capsys):
     status, stdout, stderr = run(capsys, "--help")
     assert status == 0 and stderr == "" and "examples:" in stdout and stdout.count("--random") > 2
+
+
+def test_a_checkpoint_learns_to_forget(random_model, tmp_path):
+    """--keep and --forget change two fields of the taylor layers and nothing else, not even a bit of quantised weights."""
+    source, path = random_model(2, mixers=[export.TAYLOR, export.CONV], layer={"keep": 0, "forget": 0.0, "window": 0}), tmp_path / "out.bin"
+    assert export.main([str(source), str(path), "--keep", "16", "--forget", "0.25"]) == 0
+    before, after = export.Checkpoint(source), export.Checkpoint(path)
+    assert [(l.keep, l.forget) for l in after.layers] == [(16, 0.25), (0, 0.0)]
+    assert all(np.array_equal(before.raw(t.name), after.raw(t.name)) for t in before.placed)
+    for a, b in zip(before.layers, after.layers):
+        b.keep, b.forget = a.keep, a.forget
+    assert list(map(export.LAYER.pack, before.layers)) == list(map(export.LAYER.pack, after.layers))
+    assert before.config.name == after.config.name and after.checksum() == after.config.checksum
+
+
+def test_forget_and_keep_refused(random_model, tmp_path, capsys):
+    source = random_model(2, mixers=[export.CONV])
+    assert export.main([str(source), str(tmp_path / "out.bin"), "--keep", "3"]) == 1
+    assert "has none" in capsys.readouterr().err
+    for wrong in ("1", "-0.1", "nan"):
+        with pytest.raises(SystemExit):
+            export.main([str(source), str(tmp_path / "out.bin"), "--forget", wrong])
