@@ -10,7 +10,7 @@ DEMO    ?= models/based-45m-english.bin
 STRICT  := -std=c99 -ffp-contract=off -fno-trapping-math
 WARN    := -Wall -Wextra -Wconversion -Wshadow -pedantic
 # OpenMP if the compiler has it; never required. `make OPENMP=` builds without.
-OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o /dev/null 2>/dev/null && echo -fopenmp)
+OPENMP  ?= $(shell t=$$(mktemp); echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o $$t 2>/dev/null && echo -fopenmp; rm -f $$t)
 BUILD   := build
 FLAGS    = $(STRICT) $(CFLAGS) $(WARN) $(OPENMP)
 

@@ -28,7 +28,7 @@ report() {      # report NAME STATUS FILE: any line in FILE is a finding
 
 flags="-std=c99 -ffp-contract=off"
 for f in based.c tokenizer.c run.c; do
-    gcc $flags -O1 -fanalyzer -c "$work/$f" -o /dev/null >"$work/log" 2>&1
+    gcc $flags -O1 -fanalyzer -c "$work/$f" -o "$work/$f.o" >"$work/log" 2>&1
     report "gcc -fanalyzer $f" $? "$work/log"
     clang-tidy-14 --quiet --config-file=tests/clang-tidy.yml "$work/$f" -- $flags >"$work/log" 2>/dev/null
     report "clang-tidy $f" $? "$work/log"
