@@ -1827,6 +1827,11 @@ static void inform_layers(const based_layer *l, uint32_t first, uint32_t last) {
     printf("%-12s %-8s %-52s %s", range, NAME_OF(mixer_names, l->mixer), shape, NAME_OF(mlp_names, l->mlp));
     if (l->mlp != BASED_MLP_NONE) printf(" %u", (unsigned)l->hidden);
     putchar('\n');
+    if (l->keep) printf("%22s the first %u tokens stay for ever\n", "", (unsigned)l->keep);
+    if (l->forget > 0) {
+        printf("%22s %sfade to one half in %.0f tokens\n", "", l->keep ? "others " : "tokens ",
+               l->chunk * log(0.5) / log1p(-(double)l->forget));
+    }
 }
 
 static void inform_table(const run *r, uint32_t layers) {

@@ -17,7 +17,8 @@ as a stream does at run time.
   A tokenizer, then a 4 M story model:
     python3 train.py --train-tokenizer tok2048.json --vocab 2048 --data stories='corpus/children-*.txt.xz'
     python3 train.py --out story --tokenizer tok2048.json --data stories='corpus/children-*.txt.xz' \\
-        --layers csclccscc --width 160 --heads 5 --feature 8 --keys 16 --mlp 512 --length 1024 --tokens 250e6 \\
+        --layers csclccscc --width 160 --heads 5 --feature 8 --keys 16 --mlp 512 --forget 0.03 --length 1024 \\
+        --tokens 250e6 \\
         --valid eval/children_valid.txt
 
   Several sources, a broad mix first and stories at the end, longer windows at the end; any number of GPUs:

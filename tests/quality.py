@@ -2,7 +2,8 @@
 
 Feeds the same tokens to each checkpoint and compares with the first (usually f32), per depth in the text, because what
 is lost may grow with the length of the past. Prints a table: file size, bits per byte and its change, KL divergence from
-the reference in nats per token, and how often both would choose the same next token.
+the reference in nats per token, and how often both would choose the same next token. With one checkpoint it is the loss by
+position: what a longer past is worth.
 """
 import argparse
 import os
@@ -15,8 +16,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import based            # noqa: E402
 
-EDGES = (0, 1024, 8192, 65536, 1 << 62)
-NAMES = ("first 1k", "1k to 8k", "8k to 64k", "beyond")
+EDGES = (0, 64, 256, 1024, 4096, 16384, 65536, 1 << 62)
+NAMES = ("1-64", "65-256", "257-1k", "1k-4k", "4k-16k", "16k-64k", "beyond")
 BLOCK = 64
 
 
@@ -52,13 +53,13 @@ def main():
     tokens = model.encode(text)[:options.tokens + 1]
     nats_to_bits_per_byte = (len(tokens) - 1) / (model.text_bytes(tokens[1:]) * np.log(2))
     sums = compare(options.checkpoints, tokens)
-    print("| checkpoint | bytes | depth | bits/byte | change | KL, nats | same choice |")
-    print("|---|---|---|---|---|---|---|")
+    print("| checkpoint | bytes | depth | nats/token | bits/byte | change | KL, nats | same choice |")
+    print("|---|---|---|---|---|---|---|---|")
     for path, rows in zip(options.checkpoints, sums):
         for name, row, first in zip(("all", *NAMES), [rows.sum(0), *rows], [sums[0].sum(0), *sums[0]]):
             if row[0]:
                 bits, reference = (x[1] / x[0] * nats_to_bits_per_byte for x in (row, first))
-                print(f"| {os.path.basename(path)} | {os.path.getsize(path):,} | {name} | {bits:.4f} | "
+                print(f"| {os.path.basename(path)} | {os.path.getsize(path):,} | {name} | {row[1] / row[0]:.3f} | {bits:.4f} | "
                       f"{100 * (bits / reference - 1):+.2f}% | {row[2] / row[0]:.5f} | {100 * row[3] / row[0]:.2f}% |")
 
 
