@@ -794,6 +794,8 @@ struct kernels {
     void (*silu_times)(float *y, const float *gate, const float *value, size_t n);
     /* x[i] = exp(scale * x[i] - *top), *top the largest scale * x[i] or what it was, if that is more; returns their sum */
     float (*soften)(float *x, size_t n, float scale, float *top);
+    /* total[i] += x[i] for n <= 32 numbers, which keep in `lost` what rounding cuts off */
+    void (*absorb_row)(float *total, float *lost, const float *x, size_t n);
     /* groups from .. to - 1 of all vectors: x -> q, scale, offset */
     void (*quantise)(const struct activations *a, size_t from, size_t to);
 };
@@ -852,7 +854,7 @@ BODY void rows_f32(float *out, size_t out_stride, const float *w, size_t rows, c
 
 /* `width` (a constant to the compiler) neighbouring columns of the sum below, held in registers. */
 BODY void combine_columns(float *out, const float *w, const float *rows, size_t n, size_t stride, const size_t width) {
-    float s[64] = { 0 };
+    float s[32] = { 0 };
     for (size_t i = 0; i < n; i++)
         for (size_t l = 0; l < width; l++) s[l] += w[i] * rows[i * stride + l];
     for (size_t l = 0; l < width; l++) out[l] = s[l];
@@ -876,10 +878,49 @@ BODY void combine_body(float *out, const float *w, const float *rows, size_t n, 
 #ifdef BASED_NARROW
     for (; width - e >= 4; e += 4) combine_four(out + e, w, rows + e, n, stride);
 #endif
-    for (; width - e >= 64; e += 64) combine_columns(out + e, w, rows + e, n, stride, 64);
     for (; width - e >= 32; e += 32) combine_columns(out + e, w, rows + e, n, stride, 32);
     for (; width - e >= 8; e += 8) combine_columns(out + e, w, rows + e, n, stride, 8);
     for (; e < width; e++) combine_columns(out + e, w, rows + e, n, stride, 1);
+}
+
+/* *total += x, and returns what it lost: the exact difference (Knuth 1969). Numbers too small to matter become zero before
+ * they are subnormal, which would make every later token some hundred times slower. */
+BODY float add_and_keep(float *total, float x) {
+    float old = *total, now = old + x, back = now - old, lost = (old - (now - back)) + (x - back);
+    *total = fabsf(now) < 1e-30f ? 0.0f : now;
+    return fabsf(lost) > 1e-36f && fabsf(lost) <= FLT_MAX ? lost : 0.0f;
+}
+
+BODY float upper_half(uint32_t bits) {
+    float x = 0.0f;
+    bits &= 0xffff0000u;
+    memcpy(&x, &bits, sizeof bits);
+    return x;
+}
+
+BODY uint32_t rounded_to_half(float x) {
+    uint32_t bits;
+    if (sizeof x != sizeof bits) return 0;              /* a double (tests/double.c) loses nothing worth keeping             */
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x8000u) & 0xffff0000u;
+}
+
+/* total[i] += x[i]. `lost` has bfloat16s, two to a word: word i holds what total[i] has lost in its upper half, and what
+ * total[half + i] has in its lower. */
+BODY void absorb_numbers(float *total, float *lost, const float *x, const size_t n) {
+    size_t half = (n + 1) / 2;
+    for (size_t i = 0; i < half; i++) {
+        uint32_t word, low = 0;
+        memcpy(&word, lost + i, sizeof word);
+        if (half + i < n) low = rounded_to_half(add_and_keep(total + half + i, x[half + i] + upper_half(word << 16)));
+        word = rounded_to_half(add_and_keep(total + i, x[i] + upper_half(word))) | low >> 16;
+        memcpy(lost + i, &word, sizeof word);
+    }
+}
+
+BODY void absorb_row(float *total, float *lost, const float *x, size_t n) {
+    if (n == 32) absorb_numbers(total, lost, x, 32);            /* a constant becomes vector code                            */
+    else absorb_numbers(total, lost, x, n);
 }
 
 BODY float soften_body(float *x, size_t n, float scale, float *top) {
@@ -949,6 +990,9 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
     }                                                                                                                    \
     target static float soften_##set(float *x, size_t n, float scale, float *top) {                                      \
         return soften_body(x, n, scale, top);                                                                            \
+    }                                                                                                                    \
+    target static void absorb_row_##set(float *total, float *lost, const float *x, size_t n) {                           \
+        absorb_row(total, lost, x, n);                                                                              \
     }                                                                                                                    \
     target static void quantise_##set(const struct activations *a, size_t from, size_t to) { quantise_body(a, from, to); }
 
@@ -1105,7 +1149,7 @@ TILE_KERNELS(plain, )
 
 static const struct kernels plain_kernels = {
     "plain", rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, add_products_plain, silu_times_plain,
-    soften_plain, quantise_plain
+    soften_plain, absorb_row_plain, quantise_plain
 };
 
 /* ---- Quantised weights: vector units -------------------------------------------------------------------------------- */
@@ -1214,11 +1258,11 @@ TILE_KERNELS(avx512, AVX512)
 
 static const struct kernels avx2_kernels = {
     "avx2", rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, add_products_avx2, silu_times_avx2, soften_avx2,
-    quantise_avx2
+    absorb_row_avx2, quantise_avx2
 };
 static const struct kernels avx512_kernels = {
     "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, add_products_avx512, silu_times_avx512,
-    soften_avx512, quantise_avx512
+    soften_avx512, absorb_row_avx512, quantise_avx512
 };
 
 #ifdef BASED_AMX
@@ -1301,7 +1345,7 @@ TILE_KERNELS(amx, AMX)
 
 static const struct kernels amx_kernels = {
     "amx", rows_f32_avx2, tile_q8_amx, tile_q4_amx, combine_avx512, add_products_avx512, silu_times_avx512,
-    soften_avx512, quantise_avx512
+    soften_avx512, absorb_row_avx512, quantise_avx512
 };
 
 /* The tiles are 8 KB more for the system to save whenever it switches, so Linux wants to be asked, once for a whole process.
@@ -1362,7 +1406,7 @@ TILE_KERNELS(dotprod, )
 
 static const struct kernels dotprod_kernels = {
     "dotprod", rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, add_products_plain, silu_times_plain,
-    soften_plain, quantise_plain
+    soften_plain, absorb_row_plain, quantise_plain
 };
 
 static const struct kernels *choose_kernels(int flags) {
@@ -1664,41 +1708,6 @@ static struct taylor_state taylor_state(float *base, const struct based_taylor *
     return s;
 }
 
-/* *total += x, and returns what it lost: the exact difference (Knuth 1969). Numbers too small to matter become zero before
- * they are subnormal, which would make every later token some hundred times slower. */
-BODY float add_and_keep(float *total, float x) {
-    float old = *total, now = old + x, back = now - old, lost = (old - (now - back)) + (x - back);
-    *total = fabsf(now) < 1e-30f ? 0.0f : now;
-    return fabsf(lost) > 1e-36f && fabsf(lost) <= FLT_MAX ? lost : 0.0f;
-}
-
-BODY float upper_half(uint32_t bits) {
-    float x = 0.0f;
-    bits &= 0xffff0000u;
-    memcpy(&x, &bits, sizeof bits);
-    return x;
-}
-
-BODY uint32_t rounded_to_half(float x) {
-    uint32_t bits;
-    if (sizeof x != sizeof bits) return 0;              /* a double (tests/double.c) loses nothing worth keeping             */
-    memcpy(&bits, &x, sizeof bits);
-    return (bits + 0x8000u) & 0xffff0000u;
-}
-
-/* total[i] += x[i] for n <= 32 numbers, with their share of L: word i holds what total[i] has lost in its upper half, and what
- * total[half + i] has in its lower. */
-BODY void absorb_row(float *total, float *lost, const float *x, const size_t n) {
-    size_t half = (n + 1) / 2;
-    for (size_t i = 0; i < half; i++) {
-        uint32_t word, low = 0;
-        memcpy(&word, lost + i, sizeof word);
-        if (half + i < n) low = rounded_to_half(add_and_keep(total + half + i, x[half + i] + upper_half(word << 16)));
-        word = rounded_to_half(add_and_keep(total + i, x[i] + upper_half(word))) | low >> 16;
-        memcpy(lost + i, &word, sizeof word);
-    }
-}
-
 /* total[i] = left * total[i] + x[i]; what has faded away becomes zero before it is subnormal. */
 BODY void fade_row(float *total, float left, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -1722,8 +1731,7 @@ static void add_to_sums(struct taylor_state *s, const struct based_taylor *t, co
             t->k->combine(part, phi + f * n, v + e, n, width, dv);
             float *total = s->s + f * dv + e, *lost = s->lost + f * ((dv + 1) / 2) + e / 2;
             if (fades) fade_row(total, left, part, width);
-            else if (width == 32) absorb_row(total, lost, part, 32);         /* a constant becomes vector code                    */
-            else absorb_row(total, lost, part, width);
+            else t->k->absorb_row(total, lost, part, width);
         }
     }
 }
@@ -2666,7 +2674,7 @@ int based_taylor_copy(based_taylor_state *dst, const based_taylor_state *src, ba
 }
 
 /* Row f of src's sums, and what they have lost, onto dst's. */
-static void merge_row(struct taylor_state *dst, const struct taylor_state *src, size_t f, size_t dv) {
+static void merge_row(struct taylor_state *dst, const struct taylor_state *src, size_t f, size_t dv, const struct kernels *k) {
     dst->lost_z[f] = add_and_keep(dst->z + f, src->z[f] + dst->lost_z[f]) + src->lost_z[f];
     for (size_t e = 0; e < dv; e += 32) {
         size_t width = dv - e < 32 ? dv - e : 32, half = (width + 1) / 2, at = f * ((dv + 1) / 2) + e / 2;
@@ -2676,8 +2684,8 @@ static void merge_row(struct taylor_state *dst, const struct taylor_state *src, 
             memcpy(&word, src->lost + at + i % half, sizeof word);
             lost[i] = upper_half(i < half ? word : word << 16);
         }
-        absorb_row(dst->s + f * dv + e, dst->lost + at, src->s + f * dv + e, width);
-        absorb_row(dst->s + f * dv + e, dst->lost + at, lost, width);
+        k->absorb_row(dst->s + f * dv + e, dst->lost + at, src->s + f * dv + e, width);
+        k->absorb_row(dst->s + f * dv + e, dst->lost + at, lost, width);
     }
 }
 
@@ -2687,7 +2695,7 @@ int based_taylor_merge(based_taylor_state *dst, const based_taylor_state *src, b
     if (dst->t != src->t) return fail(e, BASED_EINVAL, "the two states belong to different attentions");
     if (dst == src) return fail(e, BASED_EINVAL, "a state cannot be merged with itself; copy it first");
     if (c->forget > 0.0f) return fail(e, BASED_EINVAL, "states that forget cannot be merged: nobody knows which is older");
-    for (size_t f = 0; f < dst->t->features; f++) merge_row(&dst->sums, from, f, c->value_width);
+    for (size_t f = 0; f < dst->t->features; f++) merge_row(&dst->sums, from, f, c->value_width, dst->t->k);
     dst->sums.count += from->count - from->pending;
     count_sums(&dst->sums, dst->t);
     for (size_t j = 0; j < from->pending; j++) {

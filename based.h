@@ -73,7 +73,9 @@ enum based_open_flags {                 /* of based_open and based_model_init   
 /* Maps the checkpoint at `path` read-only and checks it whole: header, sizes, checksum. Returns NULL on failure.
  * The file is not copied: while the model lives, it must stay as it is. What is cut off of it raises SIGBUS when it is read, so
  * replace a checkpoint by renaming a new one over it.
- * Threads: the model may be used by any number of threads at once. Free with based_close, after its sessions. */
+ * Threads: the model may be used by any number of threads at once. Free with based_close, after its sessions.
+ * The "amx" kernels load a tile configuration into the threads that feed, and release it: whoever keeps one of their own there
+ * must load it again. */
 based_model *based_open(const char *path, int flags, based_error *e);
 void         based_close(based_model *m);
 

@@ -133,6 +133,12 @@ static void test_kernels_agree(const struct kernels *k, size_t n) {
     CHECK(memcmp(a, b, 101 * sizeof *a) == 0);
     plain->add_products(a, x, w, 101), k->add_products(b, x, w, 101);
     CHECK(memcmp(a, b, 101 * sizeof *a) == 0);
+    memset(a, 0, sizeof a), memset(b, 0, sizeof b);             /* sums, and from 32 on what they have lost               */
+    for (size_t width = 1; width <= 32; width++)
+        for (size_t i = 0; i < 8; i++) {
+            plain->absorb_row(a, a + 32, x + 32 * i, width), k->absorb_row(b, b + 32, x + 32 * i, width);
+            CHECK(memcmp(a, b, 48 * sizeof *a) == 0);
+        }
 }
 
 /* The weight in row r and column i of a block of `bits`, as part 7 of based.h says. */
