@@ -2125,9 +2125,9 @@ static int bench(run *r) {
     b.reads = read_speed(b.weights, b.threads);
     print_head(r, &b);
     for (size_t i = 0; i < 3 && rc == DONE; i++) rc = bench_prompt(r, prompts[i], &b, &speed);
-    based_reset(r->session);
-    for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], &b, speed);
     if (rc == DONE) rc = bench_batches(r, &b);
+    based_reset(r->session);                            /* what takes longest comes last: Ctrl-C loses no more       */
+    for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], &b, speed);
     return rc == DONE ? flush_text() : rc;
 }
 

@@ -41,7 +41,8 @@ def measure(options):
     for model, title in models:
         rows += [{**row, "model": title} for row in rows_of([ROOT / "run", model, "-b", "--csv", *threads])]
     if os.environ.get("LLAMA"):
-        rows += rows_of([sys.executable, HERE / "peers.py", "--llama", os.environ["LLAMA"], os.environ["GGUF"], *threads])
+        rows += rows_of([sys.executable, HERE / "peers.py", "--llama", os.environ["LLAMA"], os.environ["GGUF"],
+                         "-j", rows[-1]["threads"] if rows else options.threads or 1])
     for path in options.rows:
         rows += list(csv.DictReader(Path(path).read_text().splitlines()))
     return rows
@@ -58,11 +59,12 @@ def draw(rows, column, label, path, scale=1.0):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name in dict.fromkeys(row["model"] for row in rows):
+    for name, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
         points = sorted((depth(row), float(row[column]) * scale) for row in rows
-                        if row["model"] == name and depth(row) is not None and row[column])
+                        if (row["model"], row["threads"]) == (name, threads) and depth(row) is not None and row[column])
         if points:
-            axes.plot(*zip(*points), marker="o", label=name, linestyle="--" if "llama" in name else "-")
+            axes.plot(*zip(*points), marker="o", label=f"{name}, {threads} thread{'s' * (threads != '1')}",
+                      linestyle="--" if "llama" in name else "-")
     axes.set_xscale("symlog", linthresh=1024)
     axes.set_yscale("log")
     axes.set_xlabel("tokens before")
