@@ -368,6 +368,8 @@ static int check_layer(const based_config *c, const based_layer *l, uint64_t i, 
         return fail(e, BASED_EFORMAT, "layer %u: only taylor layers take a mean off their keys", i);
     if (l->forget != 0.0f && l->mixer != BASED_TAYLOR)
         return fail(e, BASED_EFORMAT, "layer %u: only taylor layers forget", i);
+    if ((l->scale != 0.0f && l->mixer < BASED_TAYLOR) || (l->normaliser_eps != 0.0f && l->mixer != BASED_TAYLOR))
+        return fail(e, BASED_EFORMAT, "layer %u: scale or normaliser_eps is not for mixer %u, expected 0", i, U64(l->mixer));
     if (l->mixer == BASED_CONV) status = check_conv(l, i, e);
     else if (l->mixer == BASED_MIXER_NONE) status = check_no_mixer(l, i, e);
     else status = check_attention(l, i, e);

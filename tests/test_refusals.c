@@ -28,6 +28,221 @@ static int opens(const void *bytes, size_t n) {
     return based_model_init(&m, memory, MODEL_ROOM, bytes, n, BASED_NO_CHECKSUM, &e);
 }
 
+/* The least and the largest value of each word: of the header, and of a layer by its mixer. */
+struct range { uint32_t low, high; };
+#define HEADER(name, low, high) { #name, offsetof(based_config, name), { low, high } }
+#define LAYER(name, ...) { #name, offsetof(based_layer, name), { __VA_ARGS__ } }
+#define SAME(high) { 0, high }, { 0, high }, { 0, high }, { 0, high }
+
+static const struct { const char *name; size_t at; struct range range; } header_words[] = {
+    HEADER(flags, 0, 15), HEADER(dim, 1, BASED_MAX_DIM), HEADER(layers, 1, BASED_MAX_LAYERS), HEADER(vocab, 0, BASED_MAX_VOCAB),
+    HEADER(rows, VOCAB, BASED_MAX_VOCAB), HEADER(input, 0, BASED_MAX_DIM), HEADER(embedding_dtype, 0, BASED_Q4),
+    HEADER(head_dtype, 0, BASED_Q4), HEADER(final_norm, 0, BASED_NORM_L2)
+};
+
+/* The taylor layer is the last one of model.h, which has one head and an MLP. */
+static const struct { const char *name; size_t at; struct range range[4]; } layer_words[] = {
+    /*                none       conv                      taylor                    window                              */
+    LAYER(mixer,      SAME(BASED_WINDOW)),
+    LAYER(flags,      SAME(1023)),
+    LAYER(norm1,      SAME(BASED_NORM_L2)),
+    LAYER(norm2,      SAME(BASED_NORM_L2)),
+    LAYER(heads,      { 0, 0 },  { 1, 1 },                 { 1, BASED_MAX_HEADS },   { 1, BASED_MAX_HEADS }),
+    LAYER(kv_heads,   { 0, 0 },  { 0, 0 },                 { 1, 1 },                 { 1, 2 }),
+    LAYER(key_width,  { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_HIDDEN },  { 1, BASED_MAX_HIDDEN / 2 }),
+    LAYER(value_width, { 0, 0 }, { 1, BASED_MAX_HIDDEN },  { 1, BASED_MAX_HIDDEN },  { 1, BASED_MAX_HIDDEN / 2 }),
+    LAYER(taps,       { 0, 0 },  { 1, BASED_MAX_TAPS },    { 0, 0 },                 { 0, 0 }),
+    LAYER(window,     { 0, 0 },  { 0, 0 },                 { 0, BASED_MAX_WINDOW },  { 1, BASED_MAX_WINDOW }),
+    LAYER(chunk,      { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_CHUNK },   { 0, 0 }),
+    LAYER(degree,     { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_DEGREE },  { 0, 0 }),
+    LAYER(kernel,     { 0, 0 },  { 0, 0 },                 { 0, BASED_DIAGONAL },    { 0, 0 }),
+    LAYER(normaliser, { 0, 0 },  { 0, 0 },                 { 0, BASED_ONE },         { 0, 0 }),
+    LAYER(rotary,     { 0, 0 },  { 0, 0 },                 { 0, 1 },                 { 0, 2 }),
+    LAYER(mlp,        SAME(BASED_GELU)),
+    LAYER(hidden,     { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_HIDDEN },  { 0, 0 }),
+    LAYER(in_dtype,   SAME(BASED_Q4)),
+    LAYER(out_dtype,  SAME(BASED_Q4)),
+    LAYER(up_dtype,   SAME(BASED_Q4)),
+    LAYER(down_dtype, SAME(BASED_Q4)),
+    LAYER(keep,       { 0, 0 },  { 0, 0 },                 { 0, BASED_MAX_WINDOW },  { 0, 0 })
+};
+
+/* A word at and beyond both ends of its range, and at 0, 1 and what has the highest bits: outside, the line names it and says
+ * both ends; inside, whatever else is wrong with the file, it is not this word. */
+static void try_word(unsigned char *bytes, size_t n, size_t at, const char *where, const char *name, struct range r) {
+    const uint32_t values[] = { 0, 1, r.low - 1, r.low, r.high, r.high + 1, 0x80000000u, 0xffffffffu };
+    uint32_t kept;
+    char named[100], ends[50];
+    memcpy(&kept, bytes + at, 4);
+    for (size_t i = 0; i < COUNT(values); i++) {
+        int inside = values[i] >= r.low && values[i] <= r.high;
+        memcpy(bytes + at, &values[i], 4);
+        snprintf(named, sizeof named, "%s: %s is %u, expected", where, name, (unsigned)values[i]);
+        snprintf(ends, sizeof ends, " expected %u to %u;", (unsigned)r.low, (unsigned)r.high);
+        e.text[0] = 0;
+        int status = opens(bytes, n), told = strncmp(e.text, named, strlen(named)) == 0;
+        CHECK_EACH(status == 0 || (e.status == status && strlen(e.text) > 10 && !strchr(e.text, '\n')));
+        if (told == inside) printf("%s: %s = %u: \"%s\"\n", where, name, (unsigned)values[i], e.text);
+        CHECK(inside ? !told : status == BASED_EFORMAT && told && strstr(e.text, ends) != NULL);
+    }
+    memcpy(bytes + at, &kept, 4);
+}
+
+static void test_ranges(void) {
+    static const uint32_t at_layer[4] = { 0, 0, 3, 2 };    /* of each mixer */
+    const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
+    unsigned char *bytes = block_of(MODEL_ROOM);
+    const size_t n = m->c->file_size[0];
+    memcpy(bytes, m->c, n);
+    for (size_t i = 0; i < COUNT(header_words); i++)
+        try_word(bytes, n, header_words[i].at, "header 0", header_words[i].name, header_words[i].range);
+    for (uint32_t mixer = BASED_MIXER_NONE; mixer <= BASED_WINDOW; mixer++) {
+        size_t layer = sizeof(based_config) + at_layer[mixer] * sizeof(based_layer);
+        char where[20];
+        snprintf(where, sizeof where, "layer %u", (unsigned)at_layer[mixer]);
+        memcpy(bytes, m->c, n);
+        if (mixer == BASED_MIXER_NONE) memset(bytes + layer, 0, sizeof(based_layer));
+        for (size_t i = 0; i < COUNT(layer_words); i++)
+            try_word(bytes, n, layer + layer_words[i].at, where, layer_words[i].name, layer_words[i].range[mixer]);
+    }
+}
+
+/* The words of which only one value is right, and the floats, of which most are. */
+static void test_other_words(void) {
+    const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
+    const size_t n = m->c->file_size[0], conv = sizeof(based_config), window = conv + 2 * sizeof(based_layer),
+        last = conv + 3 * sizeof(based_layer);
+    static const uint32_t no_numbers[] = { 0x7f800000u, 0xff800000u, 0x7fc00000u, 0xffc00000u, 0x7f800001u, 0xffffffffu };
+    const struct { size_t at; const char *says; } floats[] = {
+        { offsetof(based_config, final_norm_eps), "final_norm_eps is not a number" },
+        { last + offsetof(based_layer, norm1_eps), "layer 3: norm1_eps or norm2_eps" },
+        { last + offsetof(based_layer, norm2_eps), "layer 3: norm1_eps or norm2_eps" },
+        { last + offsetof(based_layer, normaliser_eps), "layer 3: scale or normaliser_eps" },
+        { last + offsetof(based_layer, scale), "layer 3: scale or normaliser_eps" },
+        { last + offsetof(based_layer, forget), "layer 3: forget is not a number from 0 to below 1" },
+        { window + offsetof(based_layer, scale), "layer 2: scale or normaliser_eps" },
+        { window + offsetof(based_layer, normaliser_eps), "layer 2: scale or normaliser_eps is not for mixer 3, expected 0" },
+        { conv + offsetof(based_layer, scale), "layer 0: scale or normaliser_eps is not for mixer 1, expected 0" },
+        { conv + offsetof(based_layer, normaliser_eps), "layer 0: scale or normaliser_eps is not for mixer 1, expected 0" },
+        { conv + offsetof(based_layer, forget), "layer 0: only taylor layers forget" }
+    };
+    unsigned char *bytes = block_of(MODEL_ROOM);
+    based_config *c = (based_config *)(void *)bytes;
+    memcpy(bytes, m->c, n);
+    for (size_t i = 0; i < COUNT(floats); i++)
+        for (size_t k = 0; k < COUNT(no_numbers); k++) {
+            memcpy(bytes + floats[i].at, &no_numbers[k], 4);
+            REFUSED(opens(bytes, n), BASED_EFORMAT, floats[i].says);
+            memcpy(bytes + floats[i].at, (const unsigned char *)m->c + floats[i].at, 4);
+        }
+    for (size_t i = 0; i < 8; i++) {
+        bytes[i] ^= 0x20;
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "not a based checkpoint");
+        bytes[i] ^= 0x20;
+    }
+    const uint32_t formats[] = { 0, BASED_FORMAT + 1, BASED_FORMAT << 24, 0xffffffffu };
+    for (size_t i = 0; i < COUNT(formats); i++) {
+        c->format = formats[i];
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "this program reads format 1");
+    }
+    c->format = BASED_FORMAT;
+    const uint32_t orders[] = { 0, 0x01020305u, 0x02010403u, 0x03040102u, 0xffffffffu };
+    for (size_t i = 0; i < COUNT(orders); i++) {
+        c->byte_order = orders[i];
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "the byte-order mark is damaged");
+    }
+    c->byte_order = 0x04030201u;
+    REFUSED(opens(bytes, n), BASED_EINVAL, "based_to_native");
+    c->byte_order = BASED_BYTE_ORDER;
+    for (size_t i = 0; i < COUNT(c->reserved); i++) {
+        c->reserved[i] = 1;
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "header 0: a reserved field is 1, expected 0");
+        c->reserved[i] = 0;
+    }
+    uint32_t *reserved = ((based_layer *)(void *)(bytes + last))->reserved;
+    for (size_t i = 0; i < COUNT(m->layer[0].c->reserved); i++) {
+        reserved[i] = 0x80000000u;
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "layer 3: a reserved field is 2147483648, expected 0");
+        reserved[i] = 0;
+    }
+    CHECK(opens(bytes, n) == 0);
+}
+
+/* Files as long as their header says, but not as it means: cut at every byte, and longer; a section that swallows others. */
+static void test_sizes(void) {
+    const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
+    const size_t n = m->c->file_size[0], header = sizeof(based_config) + 4 * sizeof(based_layer);
+    unsigned char *bytes = block_of(MODEL_ROOM);
+    based_config *c = (based_config *)(void *)bytes;
+    memcpy(bytes, m->c, n);
+    for (size_t cut = sizeof *c; cut < n; cut++) {
+        c->file_size[0] = (uint32_t)cut;
+        CHECK_EACH(opens(bytes, cut) == BASED_EFORMAT);
+        CHECK_EACH(strstr(e.text, cut < header ? "too few for 4 layers" : "the header describes more than the"));
+    }
+    for (size_t more = 1; more <= 130; more++) {
+        c->file_size[0] = (uint32_t)(n + more);
+        CHECK_EACH(opens(bytes, n + more) == BASED_EFORMAT && strstr(e.text, "the header describes less than the"));
+    }
+    const uint32_t sizes[][2] = { { 0, 0 }, { (uint32_t)n - 1, 0 }, { (uint32_t)n + 1, 0 }, { (uint32_t)n, 1 },
+                                  { (uint32_t)n, 0x80000000u }, { 0xffffffffu, 0xffffffffu } };
+    for (size_t i = 0; i < COUNT(sizes); i++) {
+        memcpy(c->file_size, sizes[i], sizeof sizes[i]);
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "was the file cut off?");
+    }
+    memcpy(bytes, m->c, sizeof *c);
+    const uint32_t tokenizers[] = { 1, 64, (uint32_t)(n - header), (uint32_t)n, 0x7fffffffu, 0xffffffc1u, 0xffffffffu };
+    for (size_t i = 0; i < COUNT(tokenizers); i++) {
+        c->tokenizer_bytes = tokenizers[i];
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "the header describes more than the");
+    }
+}
+
+/* All dimensions at their maxima together: sizes are sums of products of up to three of them, and none of it overflows. Counted
+ * once more in doubles. */
+static void test_largest(void) {
+    enum { LAYERS = BASED_MAX_LAYERS, BYTES = sizeof(based_config) + LAYERS * sizeof(based_layer) };
+    const double dim = BASED_MAX_DIM, inner = BASED_MAX_HIDDEN, heads = BASED_MAX_HEADS, width = BASED_MAX_HIDDEN / heads,
+        features = 1 + width + width * (width + 1) / 2, slots = 2.0 * BASED_MAX_WINDOW + BASED_MAX_CHUNK, row = width + 1;
+    const struct { based_layer layer; double weights, state; } table[] = {
+        { { .mixer = BASED_CONV, .heads = 1, .value_width = BASED_MAX_HIDDEN, .taps = BASED_MAX_TAPS },
+          3 * inner * dim + BASED_MAX_TAPS * inner, (BASED_MAX_TAPS - 1) * inner },
+        { { .mixer = BASED_WINDOW, .window = BASED_MAX_WINDOW }, 4 * inner * dim, BASED_MAX_WINDOW * 2 * inner },
+        { { .mixer = BASED_TAYLOR, .degree = 2, .window = BASED_MAX_WINDOW, .keep = BASED_MAX_WINDOW,
+            .chunk = BASED_MAX_CHUNK },
+          4 * inner * dim, heads * (features * (row + 1 + floor(row / 2)) + slots * 2 * width) }
+    };
+    unsigned char *bytes = block_of(BYTES);
+    based_model *m = block_of(MODEL_ROOM);
+    based_config *c = (based_config *)(void *)bytes;
+    for (size_t i = 0; i < COUNT(table) && SIZE_MAX > UINT32_MAX; i++) {
+        based_layer l = table[i].layer;
+        if (l.mixer != BASED_CONV) {
+            l.heads = l.kv_heads = BASED_MAX_HEADS;
+            l.key_width = l.value_width = BASED_MAX_HIDDEN / BASED_MAX_HEADS;
+        }
+        l.mlp = BASED_SWIGLU, l.hidden = BASED_MAX_HIDDEN;
+        *c = small;
+        memcpy(c->magic, BASED_MAGIC, 8);
+        c->file_size[0] = BYTES, c->flags = 0;
+        c->dim = BASED_MAX_DIM, c->layers = LAYERS, c->vocab = c->rows = BASED_MAX_VOCAB;
+        for (size_t k = 0; k < LAYERS; k++) memcpy(bytes + sizeof *c + k * sizeof l, &l, sizeof l);
+        size_t need = sizeof *m + LAYERS * sizeof *m->layer;
+        size_t tables = l.mixer == BASED_TAYLOR ? LAYERS * (size_t)features * 4 : 0;
+        CHECK_EQUAL(based_model_bytes(bytes, BYTES, &e), need + tables);
+        if (tables) REFUSED(opens(bytes, BYTES), BASED_ENOMEM, "are needed");
+        else REFUSED(opens(bytes, BYTES), BASED_EFORMAT, "the header describes more than the");
+        struct cursor cursor = { bytes, 0, UINT64_MAX / 4, 0 };
+        memset(m, 0, MODEL_ROOM);
+        m->c = c, m->k = choose_kernels(0);
+        bind(&cursor, m);
+        double weights = LAYERS * (table[i].weights + 3 * inner * dim) + 2.0 * BASED_MAX_VOCAB * dim;
+        CHECK(!cursor.short_of_bytes && fabs((double)cursor.at / (4 * weights) - 1) < 1e-4);
+        CHECK(fabs((double)m->parameters / weights - 1) < 1e-4);
+        CHECK(fabs((double)m->state / (LAYERS * table[i].state) - 1) < 1e-9);
+    }
+}
+
 /* A field of the header or of a layer (counted from 1) gets a value; the rest stays right. */
 static void test_headers(void) {
     const based_model *tokens = make_model((struct wish){ .seed = 1, .constant = 1 });
@@ -221,6 +436,10 @@ static void test_wishes(void) {
 }
 
 int main(void) {
+    test_ranges();
+    test_other_words();
+    test_sizes();
+    test_largest();
     test_headers();
     test_samplers();
     test_odd_logits();
