@@ -368,13 +368,13 @@ static int check_layer(const based_config *c, const based_layer *l, uint64_t i, 
         return fail(e, BASED_EFORMAT, "layer %u: only taylor layers take a mean off their keys", i);
     if (l->forget != 0.0f && l->mixer != BASED_TAYLOR)
         return fail(e, BASED_EFORMAT, "layer %u: only taylor layers forget", i);
-    if ((l->scale != 0.0f && l->mixer < BASED_TAYLOR) || (l->normaliser_eps != 0.0f && l->mixer != BASED_TAYLOR))
-        return fail(e, BASED_EFORMAT, "layer %u: scale or normaliser_eps is not for mixer %u, expected 0", i, U64(l->mixer));
     if (l->mixer == BASED_CONV) status = check_conv(l, i, e);
     else if (l->mixer == BASED_MIXER_NONE) status = check_no_mixer(l, i, e);
     else status = check_attention(l, i, e);
     if (!status) status = check_reserved(l->reserved, COUNT(l->reserved), "layer", i, e);
     if (status) return status;
+    if ((l->scale != 0.0f && l->mixer < BASED_TAYLOR) || (l->normaliser_eps != 0.0f && l->mixer != BASED_TAYLOR))
+        return fail(e, BASED_EFORMAT, "layer %u: scale or normaliser_eps is not for mixer %u, expected 0", i, U64(l->mixer));
     if (l->mixer != BASED_MIXER_NONE && (l->flags & BASED_NO_OUT) && inner_width(l) != c->dim)
         return fail(e, BASED_EFORMAT, "layer %u: no out projection, but its width is %u and dim is %u", i,
                     U64(inner_width(l)), U64(c->dim));

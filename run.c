@@ -1284,22 +1284,51 @@ static int pack(run *r, past *p) {
     return rc == BASED_OK ? DONE : fail(BAD_INPUT, "%s", e.text);
 }
 
-/* Makes sampler and decoder go on as the note says; a note that is not ours tells nothing. */
+/* Any program may save a past with a note of its own, which tells us nothing. */
+static int is_our_note(const unsigned char *note, size_t n) {
+    return n >= 4 && memcmp(note, "run\1", 4) == 0;
+}
+
+/* Nothing, or bytes that UTF-8 lets a character begin with and that need more to follow. */
+static int begins_character(const unsigned char *p, size_t n) {
+    size_t whole = p[0] < 0xc2 || p[0] > 0xf4 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    int low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80, high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
+    return n == 0 || (n < whole && (n < 2 || (p[1] >= low && p[1] <= high)) && (n < 3 || (p[2] & 0xc0) == 0x80));
+}
+
+/* A note of ours may have been forged: based_load vouches for nothing in it. */
+static int check_note(const run *r, const unsigned char *note, size_t n, const char *path) {
+    if (n < NOTE_HEADER || n - NOTE_HEADER != 4 * get_little(note + 24, 4)) {
+        return fail(BAD_INPUT, "%s: its note has %zu bytes, expected %d and 4 for each recent token", path, n, NOTE_HEADER);
+    }
+    if (get_little(note + 4, 4) > 1 || note[21] > 1 || note[22] || note[23]) {
+        return fail(BAD_INPUT, "%s: its note has a mark that is neither 0 nor 1", path);
+    }
+    if (!begins_character(note + 16, note[20])) {
+        return fail(BAD_INPUT, "%s: its note holds %d bytes, %02x %02x %02x, expected the beginning of a character", path,
+                    note[20], note[16], note[17], note[18]);
+    }
+    for (size_t at = NOTE_HEADER; at < n; at += 4) {
+        if (get_little(note + at, 4) < r->sampler.vocab) continue;
+        return fail(BAD_INPUT, "%s: its note has token %llu, but the vocabulary has %u", path,
+                    (unsigned long long)get_little(note + at, 4), (unsigned)r->sampler.vocab);
+    }
+    return DONE;
+}
+
+/* Makes sampler and decoder go on as the note says. */
 static void read_note(run *r, const unsigned char *note, size_t n) {
     const based_decoder fresh = { {0}, 0, 1 };
     uint64_t generator = r->sampler.state;
     based_sampler_init(&r->sampler, r->sampler_memory, based_sampler_bytes(&r->sampler), NULL);
     r->sampler.state = generator;       /* going back in a conversation must not bring the same reply again          */
     r->out.decoder = fresh;
-    if (n < NOTE_HEADER || memcmp(note, "run\1", 4) != 0 || note[20] >= sizeof fresh.held) return;
-    if ((n - NOTE_HEADER) % 4 != 0 || (n - NOTE_HEADER) / 4 != get_little(note + 24, 4)) return;
-    for (size_t at = NOTE_HEADER; at < n; at += 4) {
-        based_sampler_accept(&r->sampler, (int32_t)(get_little(note + at, 4) & 0x7fffffff));
-    }
+    if (!is_our_note(note, n)) return;
+    for (size_t at = NOTE_HEADER; at < n; at += 4) based_sampler_accept(&r->sampler, (int32_t)get_little(note + at, 4));
     if (get_little(note + 4, 4) && !r->o->has_seed) r->sampler.state = get_little(note + 8, 8);
     memcpy(r->out.decoder.held, note + 16, 4);
     r->out.decoder.n = note[20];
-    r->out.decoder.started = note[21] != 0;
+    r->out.decoder.started = note[21];
 }
 
 static int unpack(run *r, const past *p, const char *path) {
@@ -1309,6 +1338,7 @@ static int unpack(run *r, const past *p, const char *path) {
     if (based_load(r->session, p->bytes, p->n, &note, &n, &e) != BASED_OK) {
         return fail(BAD_INPUT, "%s: %s", path, e.text);
     }
+    if (is_our_note(note, n)) TRY(check_note(r, note, n, path));
     read_note(r, note, n);
     r->unfed = -1;
     return DONE;

@@ -120,8 +120,8 @@ static void test_other_words(void) {
         { last + offsetof(based_layer, normaliser_eps), "layer 3: scale or normaliser_eps" },
         { last + offsetof(based_layer, scale), "layer 3: scale or normaliser_eps" },
         { last + offsetof(based_layer, forget), "layer 3: forget is not a number from 0 to below 1" },
-        { window + offsetof(based_layer, scale), "layer 2: scale or normaliser_eps" },
-        { window + offsetof(based_layer, normaliser_eps), "layer 2: scale or normaliser_eps is not for mixer 3, expected 0" },
+        { window + offsetof(based_layer, scale), "layer 2: scale or normaliser_eps is not a number" },
+        { window + offsetof(based_layer, normaliser_eps), "layer 2: scale or normaliser_eps is not a number" },
         { conv + offsetof(based_layer, scale), "layer 0: scale or normaliser_eps is not for mixer 1, expected 0" },
         { conv + offsetof(based_layer, normaliser_eps), "layer 0: scale or normaliser_eps is not for mixer 1, expected 0" },
         { conv + offsetof(based_layer, forget), "layer 0: only taylor layers forget" }
@@ -268,7 +268,10 @@ static void test_headers(void) {
         { tokens, 2, offsetof(based_layer, key_width), 6000, "more than 16777216 features" },
         { tokens, 2, offsetof(based_layer, degree), BASED_MAX_DEGREE + 1, "degree is 13, expected 1 to 12" },
         { tokens, 3, offsetof(based_layer, window), BASED_MAX_WINDOW + 1, "window is 1048577" },
-        { tokens, 4, offsetof(based_layer, hidden), 0, "hidden is 0" }
+        { tokens, 4, offsetof(based_layer, hidden), 0, "hidden is 0" },
+        { tokens, 1, offsetof(based_layer, scale), 0x3f800000u, "normaliser_eps is not for mixer 1, expected 0" },
+        { tokens, 1, offsetof(based_layer, normaliser_eps), 1, "layer 0: scale or normaliser_eps is not for mixer 1" },
+        { tokens, 3, offsetof(based_layer, normaliser_eps), 1, "layer 2: scale or normaliser_eps is not for mixer 3" }
     };
     unsigned char *bytes = block_of(MODEL_ROOM);
     for (size_t i = 0; i < COUNT(table); i++) {

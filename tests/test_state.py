@@ -209,19 +209,58 @@ def test_state_of_another_model(book, hybrid):
     run(MODEL, "--load", state.parent / "none", "-n", 5).error(1, "No such file")
 
 
-def test_a_foreign_note_is_no_harm(book, tmp_path):
-    """Any program may save a past with a note of its own: the past counts, the note does not."""
+def forge(state, path, note):
+    """The saved past with another note, sizes and checksum right."""
     from test_cli import checksum
-    _, state = book
     data = state.read_bytes()
     size = len(data) - int.from_bytes(data[72:80], "little")
-    for note in [b"", b"x", b"run\1", b"run\1" + b"\xff" * 24, b"run\1" + bytes(16) + b"\4" + bytes(7), b"run\1" + bytes(20) + b"\xff" * 4]:
-        forged = bytearray(data[:size] + note)
-        forged[16:24], forged[72:80] = len(forged).to_bytes(8, "little"), len(note).to_bytes(8, "little")
-        forged[24:32] = checksum(bytes(forged[32:])).to_bytes(8, "little")
-        (tmp_path / "s").write_bytes(forged)
-        assert run(MODEL, "--load", tmp_path / "s", "-t", 0, "-n", 9, "-q").text() == \
-            run(MODEL, "--load", state, "-t", 0, "-n", 9, "-q").text()
+    forged = bytearray(data[:size] + note)
+    forged[16:24], forged[72:80] = len(forged).to_bytes(8, "little"), len(note).to_bytes(8, "little")
+    forged[24:32] = checksum(bytes(forged[32:])).to_bytes(8, "little")
+    path.write_bytes(forged)
+    return path
+
+
+def note_of(held=b"", n=None, recent=(), marks=(0, 0, 0, 0), count=None):
+    return (b"run\1" + marks[0].to_bytes(4, "little") + bytes(8) + held.ljust(4, b"\0")[:4]
+            + bytes([len(held) if n is None else n, *marks[1:]]) + (len(recent) if count is None else count).to_bytes(4, "little")
+            + b"".join(token.to_bytes(4, "little") for token in recent))
+
+
+def test_a_foreign_note_is_no_harm(book, tmp_path):
+    """Any program may save a past with a note of its own: the past counts, the note does not."""
+    _, state = book
+    expected = run(MODEL, "--load", state, "-t", 0, "-n", 9, "-q").text()
+    for note in [b"", b"x", b"run", b"run\0" + b"\xff" * 24, b"run\2" + b"\xff" * 40]:
+        assert run(MODEL, "--load", forge(state, tmp_path / "s", note), "-t", 0, "-n", 9, "-q").text() == expected
+
+
+@pytest.mark.parametrize("note, says", [
+    (b"run\1", "has 4 bytes, expected 28 and 4"), (note_of()[:27], "has 27 bytes"), (note_of() + b"x", "has 29 bytes"),
+    (note_of(recent=[1, 2], count=3), "has 36 bytes"), (note_of(count=0xffffffff), "has 28 bytes"),
+    (note_of(count=0x40000000), "has 28 bytes"), (note_of(recent=[3, 512]), "has token 512, but the vocabulary has 512"),
+    (note_of(recent=[0xffffffff]), "has token 4294967295"), (note_of(marks=(2, 0, 0, 0)), "neither 0 nor 1"),
+    (note_of(marks=(0, 2, 0, 0)), "neither 0 nor 1"), (note_of(marks=(0, 0, 1, 0)), "neither 0 nor 1"),
+    (note_of(marks=(0, 0, 0, 1)), "neither 0 nor 1"), (note_of(b"abcd"), "holds 4 bytes, 61 62 63"), (note_of(n=255), "holds 255 bytes")])
+def test_a_forged_note(note, says, book, tmp_path):
+    done = run(MODEL, "--load", forge(book[1], tmp_path / "s", note), "-n", 5)
+    done.error(1, str(tmp_path / "s"), says)
+    assert done.out == b""
+
+
+def test_held_bytes(book, tmp_path):
+    """What a note holds of a character is taken if something can follow that makes it one."""
+    cases = [[a] for a in (0x41, 0x80, 0xbf, 0xc1, 0xc2, 0xdf, 0xe0, 0xef, 0xf0, 0xf4, 0xf5, 0xff)] + [[0xc2, 0x80]]
+    cases += [[a, b] for a, edge in ((0xe0, 0xa0), (0xe1, 0x80), (0xe1, 0xc0), (0xed, 0xa0), (0xf0, 0x90), (0xf1, 0x80), (0xf4, 0x90))
+              for b in (edge - 1, edge)]
+    cases += [[0xe1, 0x90, 0x80]] + [[0xf0, 0x90, c] for c in (0x7f, 0x80, 0xbf, 0xc0)]
+    for held in map(bytes, cases):
+        texts = {(held + bytes([b]) + b"\x80" * n).decode(errors="replace") for b in (0x80, 0x90, 0xa0) for n in range(3)}
+        done = run(MODEL, "--load", forge(book[1], tmp_path / "s", note_of(held)), "-t", 0, "-n", 0, "-q")
+        if any(len(text) == 1 for text in texts - {"\ufffd"}):
+            assert (done.status, done.err) == (0, b""), held
+        else:
+            done.error(1, "expected the beginning of a character")
 
 
 def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path):

@@ -1,5 +1,6 @@
-/* options.c - fuzzes the command line: any arguments are understood, or refused with one clean line and status 2. Arguments
- * are separated by zero bytes. The same for the note in a saved session, which run.c reads.
+/* options.c - fuzzes what run.c itself understands. The command line, its arguments separated by zero bytes: understood, or
+ * refused with one clean line and status 2. And the note in a saved session, for whatever begins as one does: taken, or refused
+ * with one line and status 1.
  */
 #define _GNU_SOURCE 1
 #include <stdio.h>
@@ -16,7 +17,7 @@ extern FILE *stderr;
 
 #include "tests/fuzz/fuzz.h"
 
-static void check_refusal(int rc) {
+static void check_refusal(int rc, int expected) {
     size_t n;
     fflush(errors);
     n = (size_t)ftell(errors);
@@ -24,7 +25,7 @@ static void check_refusal(int rc) {
     error_text[n] = '\0';
     REQUIRE((n == 0) == (rc == DONE));
     if (rc == DONE) return;
-    REQUIRE(rc == BAD_USAGE && n > 10 && memcmp(error_text, "run: ", 5) == 0 && error_text[n - 1] == '\n');
+    REQUIRE(rc == expected && n > 10 && memcmp(error_text, "run: ", 5) == 0 && error_text[n - 1] == '\n');
     for (size_t i = 0; i < n - 1; i++) REQUIRE((unsigned char)error_text[i] >= 0x20 && error_text[i] != 0x7f);
 }
 
@@ -37,6 +38,25 @@ static void check_numbers(const options *o) {
     for (size_t i = 0; i < o->n_stops; i++) REQUIRE(o->stops[i] && o->stops[i][0]);
 }
 
+/* What is taken lies in its ranges, and the decoder can go on from it. */
+static void use_note(const uint8_t *data, size_t size) {
+    static uint64_t memory[4096];
+    static int32_t recent[64];
+    options o;
+    run r;
+    memset(&o, 0, sizeof o), memset(&r, 0, sizeof r);
+    r.o = &o, r.sampler_memory = memory;
+    r.sampler.temperature = r.sampler.top_p = r.sampler.repeat_penalty = 1.0f;
+    r.sampler.repeat_last_n = 64, r.sampler.vocab = 300;
+    REQUIRE(based_sampler_init(&r.sampler, memory, sizeof memory, NULL) == BASED_OK);
+    int rc = check_note(&r, data, size, "a file");
+    check_refusal(rc, BAD_INPUT);
+    if (rc != DONE) return;
+    read_note(&r, data, size);
+    REQUIRE(r.out.decoder.n < sizeof r.out.decoder.held && r.out.decoder.started <= 1);
+    for (size_t i = 0, n = based_sampler_recent(&r.sampler, recent); i < n; i++) REQUIRE(recent[i] >= 0 && recent[i] < 300);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     char *argv[66] = { (char *)"run" }, *text = malloc(size + 1);
     int argc = 1;
@@ -44,13 +64,19 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (!errors) errors = fmemopen(error_text, sizeof error_text, "w");
     REQUIRE(errors && text);
     rewind(errors);
+    if (is_our_note(data, size)) {
+        memcpy(text, data, size);       /* a block of just that size */
+        use_note((uint8_t *)text, size);
+        free(text);
+        return 0;
+    }
     memcpy(text, data, size);
     text[size] = '\0';
     for (size_t at = 0; at < size && argc < 65; at += strlen(text + at) + 1) argv[argc++] = text + at;
     memset(&o, 0, sizeof o);
     o.stops = calloc((size_t)argc + 1, sizeof *o.stops);
     int rc = parse_options(&o, argc, argv);
-    check_refusal(rc);
+    check_refusal(rc, BAD_USAGE);
     if (rc == DONE && !o.help && !o.version) check_numbers(&o);
     free(o.stops), free(o.before), free(o.stop), free(text);
     return 0;
@@ -62,6 +88,13 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
                                           "nan", "-0", "0x1", "", "-", "--", "chat", "{}", "a{}b{}", "\n", "m.bin" };
     char word[64];
     dice_state = seed;
+    if (is_our_note(data, size)) {                      /* which says rightly how long it is, most of the time */
+        size = LLVMFuzzerMutate(data, size, most);
+        if (size < NOTE_HEADER || dice(8) == 0) return size;
+        memcpy(data, "run\1", 4);
+        put_little(data + 24, (size - NOTE_HEADER) / 4, 4);
+        return dice(8) ? size - size % 4 : size;
+    }
     const flag *f = &flags[dice(FLAGS)];
     switch (dice(4)) {
     case 0: snprintf(word, sizeof word, "--%s", f->name); break;
@@ -80,6 +113,10 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
 static void write_seeds(void) {
     static const char line[] = "m.bin\0-i\0Once\0-t\0" "0.5\0-n\0" "16\0--seed=7\0-r\0The end\0-v",
         chat[] = "m.bin\0-m\0chat\0-y\0A story.\0--chat-template\0A: {}\\nB:\0--load\0x";
+    unsigned char note[NOTE_HEADER + 8] = "run\1";
+    put_little(note + 24, 2, 4), put_little(note + NOTE_HEADER, 299, 4);
+    memcpy(note + 16, "\xf0\x9f", 3), note[20] = 2;
+    save_seed("note", note, sizeof note);
     save_seed("generate", line, sizeof line);
     save_seed("chat", chat, sizeof chat);
 }
