@@ -1605,10 +1605,11 @@ def convert(options, note):
     if unused and not opened:
         raise Refused(f"--{unused[0]} belongs to layers of taylor-series-linear-attention and Edifice models, which {origin} "
                       "is not")
-    code = DTYPE_CODES[options.dtype or "f32"]
-    if saved and not options.dtype and not options.taylor_degree:       # nothing is computed anew: the same bytes
+    as_it_was = saved and not options.dtype and not options.taylor_degree        # nothing is computed anew: the same bytes
+    if as_it_was:
         plan = {name: lambda name=name: saved.raw(name) for name in plan}
     else:
+        code = DTYPE_CODES[options.dtype or "f32"]
         config.embedding_dtype = config.head_dtype = code if config.rows else 0
         for l in layers:
             l.in_dtype = l.out_dtype = l.up_dtype = l.down_dtype = code
@@ -1628,7 +1629,8 @@ def convert(options, note):
         raise Refused(f"{options.out} is a directory; expected the name of the file to write")
     write(options.out, config, layers, tokenizer, lambda name: plan[name]())
     print(f"{options.out}: {human(config.file_size)}, {parameters(config, layers):,} parameters, {len(layers)} layers, "
-          f"{'tokenizer' if tokenizer else 'no tokenizer'}, {options.dtype or ('as it was' if saved else 'f32')}; read back and verified")
+          f"{'tokenizer' if tokenizer else 'no tokenizer'}, "
+          f"{'weights as they were' if as_it_was else options.dtype or 'f32'}; read back and verified")
     return 0
 
 

@@ -199,7 +199,8 @@ class TaylorAttention(nn.Module):
         q, k, v = self.project(h)
         padding = max(16, 1 << (self.feature - 1).bit_length()) - self.feature      # the kernel wants a power of two
         q, k = F.pad(q, (0, padding)), F.pad(k, (0, padding))
-        y = span.attention(q, k, v, score_mod=fading_log_taylor(self.config) if self.config.forget else log_taylor, block_mask=span.causal, scale=self.feature ** -0.5)
+        weigh = fading_log_taylor(self.config) if self.config.forget else log_taylor
+        y = span.attention(q, k, v, score_mod=weigh, block_mask=span.causal, scale=self.feature ** -0.5)
         return self.out_proj(merge_heads(y))
 
     def resume(self, h, state):
