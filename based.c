@@ -211,8 +211,8 @@ static size_t slots(const based_taylor_kind *t) { return (size_t)t->keep + t->wi
 
 /* Floats of the sums of one key/value head, and of the tokens that are yet to join them. */
 static uint64_t sums_floats(const based_taylor_kind *t, uint64_t features) {
-    uint64_t row = U64(t->value_width) + 1, lost = t->forget > 0.0f ? 0 : 1 + (U64(t->value_width) + 1) / 2;
-    return features * (row + lost) + slots(t) * (U64(t->key_width) + t->value_width);
+    uint64_t lost = t->forget > 0.0f ? 0 : (U64(t->value_width) + 1) / 2;
+    return features * (U64(t->value_width) + 2 + lost) + slots(t) * (U64(t->key_width) + t->value_width);
 }
 
 static uint32_t query_width(const based_layer *l) { return l->heads * l->key_width; }
@@ -1687,7 +1687,7 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
  *
  * The polynomial is never near zero, so a sum of everything ever read slowly drowns what matters now. A layer that forgets
  * takes a part of the sums off each time a chunk joins them: a token fades, exponentially, with its age. Errors fade with it,
- * so L and l are not there. The first `keep` tokens never fade: models lean on them as on a zero point (Xiao et al. 2023).
+ * so L is not there; l is, because z[0] grows by the same number each time, and so would its error. The first `keep` tokens never fade: models lean on them as on a zero point (Xiao et al. 2023).
  */
 struct taylor_state {
     float *s, *z, *k, *v, *lost, *lost_z;
@@ -1704,16 +1704,16 @@ static struct taylor_state taylor_state(float *base, const struct based_taylor *
     s.k = s.z + d;
     s.v = s.k + slots(&t->c) * dk;
     s.lost = s.v + slots(&t->c) * dv;
-    s.lost_z = s.lost + d * ((dv + 1) / 2);
+    s.lost_z = s.lost + (t->c.forget > 0.0f ? 0 : d * ((dv + 1) / 2));
     s.count = count;
     s.pending = pending;
     return s;
 }
 
-/* total[i] = left * total[i] + x[i]; what has faded away becomes zero before it is subnormal. */
-BODY void fade_row(float *total, float left, const float *x, size_t n) {
+/* total[i] += x[i] - forget * total[i]; what has faded away becomes zero before it is subnormal. */
+BODY void fade_row(float *total, float forget, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) {
-        float now = total[i] * left + x[i];
+        float now = total[i] + (x[i] - forget * total[i]);
         total[i] = fabsf(now) < 1e-30f ? 0.0f : now;
     }
 }
@@ -1722,17 +1722,17 @@ BODY void fade_row(float *total, float left, const float *x, size_t n) {
  * fade before. */
 static void add_to_sums(struct taylor_state *s, const struct based_taylor *t, const float *phi, const float *v, size_t n) {
     size_t dv = t->c.value_width;
-    float left = 1.0f - t->c.forget;
-    int fades = t->c.forget > 0.0f;
+    float forget = t->c.forget;
+    int fades = forget > 0.0f;
     for (size_t f = 0; f < t->features; f++) {
         float part[32], key = sum(phi + f * n, n);
-        if (fades) fade_row(s->z + f, left, &key, 1);
-        else s->lost_z[f] = add_and_keep(s->z + f, key + s->lost_z[f]);
+        if (fades) key -= forget * s->z[f];
+        s->lost_z[f] = add_and_keep(s->z + f, key + s->lost_z[f]);
         for (size_t e = 0; e < dv; e += 32) {
             size_t width = dv - e < 32 ? dv - e : 32;
             t->k->combine(part, phi + f * n, v + e, n, width, dv);
             float *total = s->s + f * dv + e, *lost = s->lost + f * ((dv + 1) / 2) + e / 2;
-            if (fades) fade_row(total, left, part, width);
+            if (fades) fade_row(total, forget, part, width);
             else t->k->absorb_row(total, lost, part, width);
         }
     }

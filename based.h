@@ -339,7 +339,7 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              comes. If the weights of the keys in the sums add up to 0 or less, these keys are left out
  *              KEY_MEAN: k - key_mean (after rotary) is used in k's place
  *              keep > 0: the first `keep` keys never join the sums (and so, with a window, weigh exp(scale q.k) for ever)
- *              forget > 0: each time a chunk joins, the sums (of weights and of weighted values) are multiplied by 1 - forget
+ *              forget > 0: each time a chunk joins, the sums (of weights and of weighted values) lose this part of themselves
  *              before. Chunks begin after the kept tokens; one joins when a key comes for which its keys leave no room
  *     window   q, k, v = in(x);  softmax(scale q.k) v over the last `window` keys, the present included
  *              query head h uses key/value head h * kv_heads / heads

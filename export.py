@@ -418,13 +418,13 @@ def parameters(config, layers):
 
 def state_floats(config, l):
     """Floats that one layer remembers of the past: taps, sums and the tokens beside them, ring; the shifted token."""
-    ring, lost = l.kv_heads * (l.key_width + l.value_width), 0 if l.forget else 1 + (l.value_width + 1) // 2
+    ring, lost = l.kv_heads * (l.key_width + l.value_width), 0 if l.forget else (l.value_width + 1) // 2
     if l.kernel == DIAGONAL:
         features = 1 + l.degree * l.key_width
     else:
         features = math.comb(l.degree + l.key_width, l.degree)
     floats = {CONV: (l.taps - 1) * l.value_width, WINDOW: l.window * ring,
-              TAYLOR: l.kv_heads * features * (l.value_width + 1 + lost) + (l.keep + l.window + l.chunk) * ring}.get(l.mixer, 0)
+              TAYLOR: l.kv_heads * features * (l.value_width + 2 + lost) + (l.keep + l.window + l.chunk) * ring}.get(l.mixer, 0)
     return floats + (config.dim if l.flags & SHIFT else 0)
 
 

@@ -95,7 +95,7 @@ class Config:
         fades), and the tokens beside the sums."""
         f, h, d = self.feature, self.heads, self.width
         packed = 1 + f + f * (f + 1) // 2
-        sums = packed * (d + h) + (0 if self.forget else packed * ((d + h) // 2 + h))
+        sums = packed * (d + 2 * h) + (0 if self.forget else packed * d // 2)
         per_layer = {"c": 2 * 2 * d, "s": self.keys * 2 * d, "l": sums + (self.keep + CHUNK) * (f * h + d)}
         return 4 * sum(per_layer[letter] for letter in self.layers)
 
