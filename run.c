@@ -1993,13 +1993,15 @@ static double read_speed(uint64_t bytes, int threads) {
     return found ? 0.0 : best;
 }
 
-/* The most memory this process ever had, in bytes; 0 where the system does not tell. (getrusage would count what the process was
- * before it became this program.) */
+/* The most memory this process ever had, in bytes; 0 where the system does not tell. (getrusage would count what the process
+ * was before it became this program.) */
 static uint64_t peak_memory(void) {
     char line[128];
-    unsigned long long kilobytes = 0;
+    uint64_t kilobytes = 0;
     FILE *f = fopen("/proc/self/status", "r");          /* Linux                                                     */
-    while (f && fgets(line, sizeof line, f)) if (sscanf(line, "VmHWM: %llu", &kilobytes) == 1) break;
+    while (f && kilobytes == 0 && fgets(line, sizeof line, f)) {
+        if (strncmp(line, "VmHWM:", 6) == 0) kilobytes = strtoull(line + 6, NULL, 10);
+    }
     if (f) fclose(f);
     return kilobytes * 1024;
 }
