@@ -16,6 +16,7 @@ pytest.importorskip("tqdm")
 import export           # noqa: E402
 import origins          # noqa: E402
 from test_fuzz import mutant                              # noqa: E402
+from test_layers import EDIFICE, LUCIDRAINS, save, weights    # noqa: E402
 
 COUNT = int(os.environ.get("FUZZ_COUNT", 60))
 DATA = Path(__file__).resolve().parent / "data"
@@ -70,14 +71,25 @@ def llama(directory):
     return Path(origins.write_llama(directory / "llama.bin", np.random.default_rng(5), (24, 40, 2, 4, 4, 30, 12)))
 
 
-ORIGINS = {"safetensors": lambda d: based(d, "safetensors"), "pytorch": lambda d: based(d, "bin"), "llama2.c": llama}
+def tensors(case, file):
+    """Bare tensors."""
+    return lambda directory: save(directory / file, weights(case))
+
+
+# Where the sources come from, and what they do not tell.
+ORIGINS = {"safetensors": (lambda d: based(d, "safetensors"), []), "pytorch": (lambda d: based(d, "bin"), []),
+           "llama2.c": (llama, []),
+           "lucidrains.pt": (tensors(LUCIDRAINS["causal_rot"], "layer.pt"), ["--heads", 3, "--mode", "causal"]),
+           "lucidrains": (tensors(LUCIDRAINS["causal_rot"], "layer.safetensors"), ["--heads", 3, "--mode", "causal"]),
+           "edifice": (tensors(EDIFICE["c2"][1], "edifice.safetensors"), ["--mode", "window"])}
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
 def test_spoilt_sources(tmp_path, origin):
     rng, refused = random.Random(origin), 0
-    good = ORIGINS[origin](tmp_path)
-    assert export_quietly(good, tmp_path / "good.bin") == 0
+    write, told = ORIGINS[origin]
+    good = write(tmp_path)
+    assert export_quietly(good, tmp_path / "good.bin", *told) == 0
     for i in range(COUNT):
         bad = tmp_path / "bad" / good.name
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
@@ -85,7 +97,7 @@ def test_spoilt_sources(tmp_path, origin):
         (shutil.copytree if good.is_dir() else shutil.copy)(good, bad)
         files = sorted(path for path in bad.iterdir() if path.is_file()) if bad.is_dir() else [bad]
         spoil(rng, rng.choice(files))
-        refused += export_quietly(bad, tmp_path / "out.bin")
+        refused += export_quietly(bad, tmp_path / "out.bin", *told)
     assert refused > COUNT / 10
 
 
