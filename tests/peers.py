@@ -118,8 +118,8 @@ def serve(pipe, kind, options, path):
     pipe.send(runtime.name)
     while True:
         length, n, at_once, repeat = pipe.recv()
-        if not repeat:                                  # a new context, with all of its past but the last n
-            runtime.begin(length)
+        if not repeat:                                  # a new context, with all of its past but the last n, at least one token
+            runtime.begin(length + 1)
             runtime.feed([1] * max(length - n, 1))
         elif at_once > 1:
             runtime.clear()
