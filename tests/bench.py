@@ -57,7 +57,7 @@ def depth(row):
 def draw(rows, column, label, path, scale=1.0):
     import matplotlib
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
         points = sorted((depth(row), float(row[column]) * scale) for row in rows
@@ -67,6 +67,10 @@ def draw(rows, column, label, path, scale=1.0):
                       linestyle="--" if "llama" in name else "-")
     axes.set_xscale("symlog", linthresh=1024)
     axes.set_yscale("log")
+    depths = sorted({depth(row) for row in rows} - {None})
+    axes.set_xticks(depths, [f"{n:,}" for n in depths])
+    for which in axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter:
+        which(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axes.set_xlabel("tokens before")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
