@@ -4,8 +4,9 @@
     python3 tests/peers.py --llama DIR MODEL.gguf       llama.cpp: DIR holds its shared libraries, for example those of the npm
                                                         package @node-llama-cpp/linux-x64 (package/bins/linux-x64)
     python3 tests/peers.py --llama2c PROGRAM MODEL.bin  llama2.c: run or runq
-    python3 tests/peers.py --random SHAPE DTYPE OUT     random weights in the shape of a Llama: gguf for llama.cpp (needs the PyPI
-                                                        package gguf), .bin for llama2.c and export.py; DTYPE is f32, q8 or q4
+    python3 tests/peers.py --random SHAPE DTYPE OUT     random weights in the shape of a Llama, Mamba, Mamba-2 or RWKV-7: gguf for
+                                                        llama.cpp (needs the PyPI package gguf), of a Llama also .bin for llama2.c
+                                                        and export.py; DTYPE is f32, q8 or q4
     options: -j THREADS (1), --prompts 128,512,...  --depths 0,1024,...  --repeats N (3)
              --cpu-time  seconds of processor time instead of a clock: for one thread on a machine that others use
 
@@ -28,7 +29,14 @@ import time
 
 COLUMNS = ("model", "kernels", "threads", "weight bytes", "state bytes", "peak memory", "read GB/s", "test", "tokens/s", "spread",
            "GB/s", "% of read speed")
-SHAPES = {"llama-15m": (288, 6, 6, 768, 32000), "llama-110m": (768, 12, 12, 2048, 32000), "llama-360m": (1024, 24, 16, 2816, 50304)}
+SHAPES = {
+    "llama-15m": {"dim": 288, "layers": 6, "heads": 6, "hidden": 768, "vocab": 32000},
+    "llama-110m": {"dim": 768, "layers": 12, "heads": 12, "hidden": 2048, "vocab": 32000},
+    "llama-360m": {"dim": 1024, "layers": 24, "heads": 16, "hidden": 2816, "vocab": 50304},
+    "mamba-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 16, "rank": 64, "vocab": 50280},
+    "mamba2-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 128, "heads": 32, "vocab": 50288},
+    "rwkv7-0.4b": {"dim": 1024, "layers": 24, "head": 64, "hidden": 4096, "vocab": 65536,
+                   "ranks": {"w": 64, "a": 64, "v": 32, "g": 128}}}
 DECODED = 128
 
 
@@ -170,24 +178,84 @@ def measure_llama2c(options, path):
     row(options, path, f"llama2.c {os.path.basename(options.llama2c)}", memory, "tg180 @ 20", speeds)
 
 
-def write_random(shape, dtype, out):
+def settings(kind, shape):
+    """What llama.cpp wants to know of a model: by methods of GGUFWriter."""
+    dim, heads = shape["dim"], shape.get("heads")
+    told = {"context_length": 65536, "embedding_length": dim, "block_count": shape["layers"],
+            "feed_forward_length": shape.get("hidden", 0), "head_count": heads if kind == "llama" else 0}
+    if kind == "llama":
+        told |= {"head_count_kv": heads, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": dim // heads}
+    elif kind == "rwkv7":
+        told |= {"layer_norm_eps": 1e-5, "wkv_head_size": shape["head"]}
+        for name, letter in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"), ("gate", "g")):
+            told[name + "_lora_rank"] = shape["ranks"][letter]
+    else:
+        told |= {"layer_norm_rms_eps": 1e-5, "ssm_conv_kernel": 4, "ssm_inner_size": shape["inner"],
+                 "ssm_state_size": shape["state"], "ssm_time_step_rank": shape.get("rank", heads)}
+        if kind == "mamba2":
+            told["ssm_group_count"] = 1
+    return told | {"vocab_size": shape["vocab"], "tokenizer_model": "no_vocab"}
+
+
+def outer_tensors(kind, shape):
+    """Tensors outside of layers, in llama.cpp's names. In all but RWKV the head is the embedding."""
+    dim, matrix = shape["dim"], (shape["vocab"], shape["dim"])
+    tensors = {"token_embd.weight": matrix, "output_norm.weight": (dim,)}
+    if kind == "rwkv7":
+        tensors |= {"output_norm.bias": (dim,), "token_embd_norm.weight": (dim,), "token_embd_norm.bias": (dim,),
+                    "output.weight": matrix}
+    return tensors
+
+
+def layer_tensors(kind, shape, layer):
+    dim, hidden, inner, state = (shape.get(name) for name in ("dim", "hidden", "inner", "state"))
+    square, vector = (dim, dim), (dim,)
+    if kind == "llama":
+        return {"attn_norm.weight": vector, "ffn_norm.weight": vector, "attn_q.weight": square, "attn_k.weight": square,
+                "attn_v.weight": square, "attn_output.weight": square, "ffn_gate.weight": (hidden, dim),
+                "ffn_down.weight": (dim, hidden), "ffn_up.weight": (hidden, dim)}
+    if kind == "mamba":
+        rank = shape["rank"]
+        return {"attn_norm.weight": vector, "ssm_in.weight": (2 * inner, dim), "ssm_conv1d.weight": (inner, 4),
+                "ssm_conv1d.bias": (inner,), "ssm_x.weight": (rank + 2 * state, inner), "ssm_dt.weight": (inner, rank),
+                "ssm_dt.bias": (inner,), "ssm_a": (inner, state), "ssm_d": (inner,), "ssm_out.weight": (dim, inner)}
+    if kind == "mamba2":
+        heads, convolved = shape["heads"], inner + 2 * state
+        return {"attn_norm.weight": vector, "ssm_in.weight": (inner + convolved + heads, dim), "ssm_conv1d.weight": (convolved, 4),
+                "ssm_conv1d.bias": (convolved,), "ssm_dt.bias": (heads,), "ssm_a": (heads, 1), "ssm_d": (heads, 1),
+                "ssm_norm.weight": (1, inner), "ssm_out.weight": (dim, inner)}
+    tensors = {f"{name}.{part}": vector for name in ("attn_norm", "attn_norm_2", "time_mix_ln") for part in ("weight", "bias")}
+    for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k"):
+        tensors[f"time_mix_{name}.weight"] = vector
+    for name, rank in shape["ranks"].items():
+        if name == "v" and not layer:                   # never looked at, but llama.cpp expects this size
+            rank = shape["ranks"]["a"]
+        tensors |= {f"time_mix_{name}1.weight": (rank, dim), f"time_mix_{name}2.weight": (dim, rank)}
+    for name in ("receptance", "key", "value", "output"):
+        tensors[f"time_mix_{name}.weight"] = square
+    return tensors | {"time_mix_lerp_fused.weight": (6, 1, 1, dim), "channel_mix_lerp_k.weight": vector,
+                      "channel_mix_key.weight": (hidden, dim), "channel_mix_value.weight": (dim, hidden)}
+
+
+def write_random(name, dtype, out):
     import numpy as np
-    dim, layers, heads, hidden, vocab = SHAPES[shape]
+    shape, kind = SHAPES[name], name.partition("-")[0]
+    dim, layers = shape["dim"], shape["layers"]
     rng = np.random.default_rng(1)
 
     def matrix(rows, cols):
         return (rng.standard_normal((rows, cols), np.float32) / np.float32(cols ** 0.5)).astype(np.float32)
 
-    sizes = {"attn_q": (dim, dim), "attn_k": (dim, dim), "attn_v": (dim, dim), "attn_output": (dim, dim), "ffn_gate": (hidden, dim),
-             "ffn_down": (dim, hidden), "ffn_up": (hidden, dim)}
     if out.endswith(".bin"):                        # llama2.c: all layers of one matrix after each other, norms before or between
+        heads, hidden, vocab = shape["heads"], shape["hidden"], shape["vocab"]
+        sizes = {name: size for name, size in layer_tensors("llama", shape, 0).items() if len(size) == 2}
         norms = [np.ones(layers * dim, np.float32).tobytes()] * 2 + [np.ones(dim, np.float32).tobytes()]
-        shape = struct.pack("<7i", dim, hidden, layers, heads, heads, vocab, 1024)
+        header = struct.pack("<7i", dim, hidden, layers, heads, heads, vocab, 1024)
         with open(out, "wb") as f:
-            f.write((struct.pack("<2i", 0x616b3432, 2) + shape + b"\1" + struct.pack("<i", 64)).ljust(256, b"\0") + b"".join(norms)
-                    if dtype == "q8" else shape)
+            f.write((struct.pack("<2i", 0x616b3432, 2) + header + b"\1" + struct.pack("<i", 64)).ljust(256, b"\0") + b"".join(norms)
+                    if dtype == "q8" else header)
             for name, size in [("", (vocab, dim))] + list(sizes.items()):
-                if dtype == "f32" and name in ("attn_q", "ffn_gate"):
+                if dtype == "f32" and name in ("attn_q.weight", "ffn_gate.weight"):
                     f.write(norms[0])
                 for _ in range(layers if name else 1):
                     values = matrix(*size)
@@ -199,25 +267,24 @@ def write_random(shape, dtype, out):
             f.write(norms[2] + np.zeros(1024 * dim // heads, np.float32).tobytes() if dtype == "f32" else b"")
         return
     import gguf
-    kind = {"f32": "F32", "q8": "Q8_0", "q4": "Q4_0"}[dtype]
-    w = gguf.GGUFWriter(out, "llama")
-    for add, value in ((w.add_context_length, 65536), (w.add_embedding_length, dim), (w.add_block_count, layers),
-                       (w.add_feed_forward_length, hidden), (w.add_head_count, heads), (w.add_head_count_kv, heads),
-                       (w.add_layer_norm_rms_eps, 1e-5), (w.add_rope_dimension_count, dim // heads), (w.add_vocab_size, vocab),
-                       (w.add_tokenizer_model, "no_vocab")):
-        add(value)
+    kinds, big = gguf.GGMLQuantizationType, {"f32": "F32", "q8": "Q8_0", "q4": "Q4_0"}[dtype]
+    w = gguf.GGUFWriter(out, kind)
+    for setting, value in settings(kind, shape).items():
+        getattr(w, "add_" + setting)(value)
 
-    def add_matrix(name, rows, cols):
-        kind_of = gguf.GGMLQuantizationType[kind]
-        w.add_tensor(name + ".weight", gguf.quants.quantize(matrix(rows, cols), kind_of), raw_dtype=kind_of)
+    def add(name, size):
+        """Only large matrices are quantized, as by llama.cpp's llama-quantize."""
+        if len(size) == 1 or not name.endswith(".weight") or re.search(r"norm|conv1d|lerp", name):
+            w.add_tensor(name, np.full(size, {"bias": 0, "ssm_a": -1}.get(name.split(".")[-1], 1), np.float32))
+        else:
+            stored = kinds["F32" if re.search(r"time_mix_.[12]\.", name) else big]
+            w.add_tensor(name, gguf.quants.quantize(matrix(*size), stored), raw_dtype=stored)
 
-    add_matrix("token_embd", vocab, dim)
-    w.add_tensor("output_norm.weight", np.ones(dim, np.float32))
-    for i in range(layers):
-        for name in ("attn_norm", "ffn_norm"):
-            w.add_tensor(f"blk.{i}.{name}.weight", np.ones(dim, np.float32))
-        for name, size in sizes.items():
-            add_matrix(f"blk.{i}.{name}", *size)
+    for name, size in outer_tensors(kind, shape).items():
+        add(name, size)
+    for layer in range(layers):
+        for name, size in layer_tensors(kind, shape, layer).items():
+            add(f"blk.{layer}.{name}", size)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
