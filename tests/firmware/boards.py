@@ -78,18 +78,27 @@ def command(*args, **more):
 
 # ---- Building ----------------------------------------------------------------------------------------------------------
 
+def fits_flash(board, model):
+    return model.stat().st_size + 64 * KIB <= board.flash[1]
+
+
+def holds(board, model):
+    """A checkpoint too large for the flash may lie in memory that the board has outside."""
+    return fits_flash(board, model) or board.outside is not None
+
+
 def build(board, model, options, out, ram):
     """The firmware as an ELF file, and how to put the checkpoint beside it where it is not inside."""
-    size, inside = model.stat().st_size, model.stat().st_size + 64 * KIB <= board.flash[1]
-    if not inside and board.outside is None:
-        raise Failed(f"{size:,} bytes do not fit into the flash of {board.machine}")
+    inside = fits_flash(board, model)
+    if not holds(board, model):
+        raise Failed(f"{model.stat().st_size:,} bytes do not fit into the flash of {board.machine}")
     places = {"__flash": board.flash[0], "__flash_size": board.flash[1], "__ram": board.ram[0], "__ram_size": ram,
               "__stack_size": options.stack * KIB}
     sources, loader = [ROOT / "based.c", ROOT / "tokenizer.c", FIRMWARE / "main.c"], []
     if inside:
         sources.append(FIRMWARE / "model.S")
     else:
-        places.update(checkpoint=board.outside, checkpoint_end=board.outside + size)
+        places.update(checkpoint=board.outside, checkpoint_end=board.outside + model.stat().st_size)
         loader = ["-device", f"loader,file={model},addr={board.outside:#x},force-raw=on"]
     arena = ram - (options.stack + 2) * KIB
     command(f"{board.tools}gcc", *STRICT, *options.optimise.split(), *board.flags, *LIBRARY, "--oslib=semihost", "--crt0=minimal",
@@ -233,8 +242,8 @@ def firmware(options, directory):
         raise Failed(f"not here: {', '.join(sorted(missing))} (on Debian: apt-get install {PACKAGES})")
     want, plugin, rows = host(model, options), counter(directory), []
     for board in boards:
-        if not options.boards and board.ram[1] < options.ram * KIB:
-            continue                    # smaller than this model was fitted to; it runs when it is named
+        if not options.boards and (board.ram[1] < options.ram * KIB or not holds(board, model)):
+            continue                    # too small for this model; it is tried when it is named
         row, lines = measure(board, model, options, plugin, want)
         rows.append(row)
         print("\n".join([f"{board.core} on {board.machine}: as on this computer", *lines]), file=sys.stderr)
