@@ -20,7 +20,7 @@
  */
 #if !defined(BASED_FREESTANDING) && (defined(__unix__) || defined(__APPLE__))
 #define BASED_POSIX 1
-#define _POSIX_C_SOURCE 200809L         /* sched_yield here, mmap at the end                                     */
+#define _POSIX_C_SOURCE 200809L         /* sched_yield and nanosleep here, mmap at the end                       */
 #define _DEFAULT_SOURCE 1               /* syscall, on Linux                                                     */
 #endif
 #include "based.h"
@@ -34,6 +34,7 @@
 #endif
 #ifdef BASED_POSIX
 #include <sched.h>
+#include <time.h>
 #include <unistd.h>
 #endif
 
@@ -1440,6 +1441,7 @@ struct based_session {
     int threads;
     int both_ways;                      /* based_feed_window: all keys of the block are absorbed before any is read */
     int arrived, round;                 /* where threads meet                                                    */
+    int crowded;                        /* more threads than processors                                          */
     void *owned;                        /* what based_session_free gives back                                    */
     struct row *row;                    /* (block)                                                               */
     float *x;                           /* (block, dim) the residual stream                                      */
@@ -1469,8 +1471,9 @@ static size_t share(size_t n, const struct worker *w, size_t end) {
     return n / w->of * (w->id + end) + n % w->of * (w->id + end) / w->of;
 }
 
-/* Waits until all workers are here. They usually arrive within a microsecond; if not, another program has the processor, and
- * spinning would only keep it from finishing, so it is offered the time instead. */
+/* Waits until all workers are here. They usually arrive within microseconds. If not, another program has the processor of
+ * one: to offer it ours too would cost us a whole turn at each meeting, so we sleep for a moment, and whoever has slept is
+ * soon served. Only if there are more workers than processors do we step aside at once, for one of ours. */
 static void meet(const struct worker *w) {
 #ifdef _OPENMP
     based_session *p = w->p;
@@ -1491,7 +1494,8 @@ static void meet(const struct worker *w) {
         now = p->round;
         if (now != round) return;
 #ifdef BASED_POSIX
-        if (spins > 4000) sched_yield();
+        if (p->crowded && spins > 4000) sched_yield();
+        else if (spins > 400000) nanosleep(&(struct timespec){ 0, 20000 }, NULL);
 #endif
     }
 #else
@@ -1996,6 +2000,7 @@ static void compute(based_session *p, size_t n, size_t wanted) {
 #ifdef _OPENMP
     if (p->threads > 1) {
         p->arrived = 0;
+        p->crowded = p->threads > omp_get_num_procs();
 #pragma omp parallel num_threads(p->threads)
         {
             struct worker w = { p, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads() };
