@@ -483,7 +483,8 @@ def test_ctrl_c_while_writing(tmp_path, shape, old):
     shape.write_text(json.dumps(dict(SMALL, n_embd=1024, n_head=16, n_layer=8, vocab_size=30000, n_inner=4096)))
     for number in (signal.SIGINT, signal.SIGTERM):
         p = subprocess.Popen([sys.executable, str(ROOT / "export.py"), "--random", str(shape), str(old)],
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))   # a shell's "&" ignores it
         limit = time.time() + 60
         while not list(tmp_path.glob("*.part")) and p.poll() is None and time.time() < limit:
             time.sleep(0.01)
