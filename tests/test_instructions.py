@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 KNOWN = HERE / "instructions.txt"
 GROWTH = 1.02
-FLAGS = ["-std=c99", "-O2", "-ffp-contract=off", "-fno-trapping-math"]
+FLAGS = ["-std=c99", "-O3", "-ffp-contract=off", "-fno-trapping-math"]
 MODELS = "stories260K", "tiny-f32", "tiny-q8", "tiny-q4"
 KERNELS = "plain", "avx2"
 
