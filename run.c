@@ -1970,29 +1970,6 @@ static int read_lines(const unsigned char *p, size_t n) {
 
 static int search(const unsigned char *p, size_t n) { return memchr(p, 2, n) != NULL; }
 
-/* How fast this machine reads a block as large as the weights, with as many threads as the model uses, in bytes per second: the
- * best of both ways and several repetitions. A smaller block would be read from a cache that the weights do not fit into. */
-static double read_speed(uint64_t bytes, int threads) {
-    size_t n = (size_t)bytes, part = n / (size_t)threads;
-    unsigned char *block = bytes <= SIZE_MAX ? malloc(n) : NULL;
-    double best = 0.0;
-    int found = 0;
-    if (!block) return 0.0;
-    memset(block, 1, n);
-    for (int repeat = 0; repeat < 2 * REPEATS; repeat++) {
-        int (*way)(const unsigned char *, size_t) = repeat % 2 ? search : read_lines;
-        double begun = seconds(), spent;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(| : found)
-#endif
-        for (int i = 0; i < threads; i++) found |= way(block + (size_t)i * part, part);
-        spent = seconds() - begun;
-        if (spent > 0.0 && (double)n / spent > best) best = (double)n / spent;
-    }
-    free(block);
-    return found ? 0.0 : best;
-}
-
 /* The most memory this process ever had, in bytes; 0 where the system does not tell. (getrusage would count what the process
  * was before it became this program.) */
 static uint64_t peak_memory(void) {
@@ -2011,11 +1988,27 @@ typedef struct {
     const char *model;
     int      threads;
     uint64_t weights, state, memory;                    /* bytes: read per token, of a session, of the process       */
-    double   reads;                                     /* bytes per second                                          */
+    unsigned char *block;                               /* as many bytes as the weights: fewer would stay in a cache */
+    double   reads;                                     /* bytes per second, the most during this test               */
 } benched;
 
-/* One line of the table. */
-static void print_timing(const run *r, const char *test, const timing *t, const benched *b) {
+/* How fast does this machine read, right now, with as many threads as the model uses? */
+static void read_memory(benched *b) {
+    size_t part = (size_t)b->weights / (size_t)b->threads;
+    int found = 0;
+    for (int way = 0; way < 2 && b->block; way++) {
+        double begun = seconds(), spent;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(b->threads) schedule(static) reduction(| : found)
+#endif
+        for (int i = 0; i < b->threads; i++) found |= (way ? search : read_lines)(b->block + (size_t)i * part, part);
+        spent = seconds() - begun;
+        if (!found && spent > 0.0 && (double)b->weights / spent > b->reads) b->reads = (double)b->weights / spent;
+    }
+}
+
+/* One line of the table; the next test reads memory anew. */
+static void print_timing(const run *r, const char *test, const timing *t, benched *b) {
     double mean = 0.0, spread = 0.0, bandwidth, share;
     for (int i = 0; i < REPEATS; i++) mean += t->tokens / t->each[i] / REPEATS;
     for (int i = 0; i < REPEATS; i++) spread += (t->tokens / t->each[i] - mean) * (t->tokens / t->each[i] - mean);
@@ -2027,9 +2020,11 @@ static void print_timing(const run *r, const char *test, const timing *t, const 
                (unsigned long long)b->weights, (unsigned long long)b->state, (unsigned long long)b->memory, b->reads * 1e-9, test,
                mean, spread, bandwidth * 1e-9, share);
     } else {
-        printf("| %-14s | %9.2f | %7.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, share);
+        printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, b->reads * 1e-9,
+               share);
     }
     fflush(stdout);
+    b->reads = 0.0;
 }
 
 static int32_t any_token(const run *r, uint64_t i) {
@@ -2050,10 +2045,11 @@ static int feed_any(run *r, uint64_t n) {
     return DONE;
 }
 
-static int bench_prompt(run *r, uint64_t n, const benched *b, double *speed) {
+static int bench_prompt(run *r, uint64_t n, benched *b, double *speed) {
     timing t = { { 0 }, (double)n, ceil((double)n / BLOCK) };
     char name[32];
     for (int i = 0; i < REPEATS; i++) {
+        read_memory(b);
         based_reset(r->session);
         double begun = seconds();
         int rc = feed_any(r, n);
@@ -2066,7 +2062,7 @@ static int bench_prompt(run *r, uint64_t n, const benched *b, double *speed) {
     return DONE;
 }
 
-static int bench_depth(run *r, uint64_t depth, const benched *b, double prompt_speed) {
+static int bench_depth(run *r, uint64_t depth, benched *b, double prompt_speed) {
     timing t = { { 0 }, DECODED, DECODED };
     char name[32];
     double wait = ((double)depth - (double)based_count(r->session)) / prompt_speed;
@@ -2079,6 +2075,7 @@ static int bench_depth(run *r, uint64_t depth, const benched *b, double prompt_s
     }
     if (depth > based_count(r->session)) rc = feed_any(r, depth - based_count(r->session));
     for (int i = 0; i < REPEATS && rc == DONE; i++) {
+        read_memory(b);
         double begun = seconds();
         for (int step = 0; step < DECODED && rc == DONE; step++) {
             if (based_step(r->session, any_token(r, (uint64_t)step), &e)) rc = fail(BAD_INPUT, "%s", e.text);
@@ -2091,12 +2088,13 @@ static int bench_depth(run *r, uint64_t depth, const benched *b, double prompt_s
 }
 
 /* `many` texts, one token of each at a time. */
-static int bench_batch(run *r, based_session **all, size_t many, const benched *b) {
+static int bench_batch(run *r, based_session **all, size_t many, benched *b) {
     timing t = { { 0 }, (double)many * BATCH_STEPS, BATCH_STEPS };
     int32_t ids[BATCH_MOST];
     char name[32];
     based_error e;
     for (int i = 0; i < REPEATS; i++) {
+        read_memory(b);
         double begun = seconds();
         for (int step = 0; step < BATCH_STEPS; step++) {
             for (size_t s = 0; s < many; s++) ids[s] = any_token(r, s * 977 + (size_t)step);
@@ -2110,7 +2108,7 @@ static int bench_batch(run *r, based_session **all, size_t many, const benched *
     return DONE;
 }
 
-static int bench_batches(run *r, const benched *b) {
+static int bench_batches(run *r, benched *b) {
     based_session *all[BATCH_MOST] = { r->session };
     based_error e;
     int rc = DONE;
@@ -2133,11 +2131,11 @@ static void print_head(const run *r, const benched *b) {
         return;
     }
     printf("%s, %s kernels, %d thread%s: %s bytes of weights per token, %s bytes of state, %s bytes of memory at most with one "
-           "session, memory read at %.1f GB/s\n\n"
-           "| test           |  tokens/s |  spread |   GB/s | read |\n"
-           "|----------------|-----------|---------|--------|------|\n",
+           "session\n\n"
+           "| test           |  tokens/s |  spread |   GB/s | memory | used |\n"
+           "|----------------|-----------|---------|--------|--------|------|\n",
            b->model, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s", grouped(weights, b->weights),
-           grouped(state, b->state), grouped(memory, b->memory), b->reads * 1e-9);
+           grouped(state, b->state), grouped(memory, b->memory));
 }
 
 static int bench(run *r) {
@@ -2154,12 +2152,15 @@ static int bench(run *r) {
     b.state = based_state_bytes(r->model);
     TRY(feed_any(r, BLOCK));                            /* touches all that a session will ever touch                */
     b.memory = peak_memory();
-    b.reads = read_speed(b.weights, b.threads);
+    b.reads = 0.0;
+    b.block = b.weights <= SIZE_MAX ? malloc((size_t)b.weights) : NULL;
+    if (b.block) memset(b.block, 1, (size_t)b.weights);
     print_head(r, &b);
     for (size_t i = 0; i < 3 && rc == DONE; i++) rc = bench_prompt(r, prompts[i], &b, &speed);
     if (rc == DONE) rc = bench_batches(r, &b);
     based_reset(r->session);                            /* what takes longest comes last: Ctrl-C loses no more       */
     for (size_t i = 0; i < 4 && rc == DONE; i++) rc = bench_depth(r, depths[i], &b, speed);
+    free(b.block);
     return rc == DONE ? flush_text() : rc;
 }
 
