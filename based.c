@@ -1475,6 +1475,7 @@ struct based_session {
     int both_ways;                      /* based_feed_window: all keys of the block are absorbed before any is read */
     int arrived, round;                 /* where threads meet                                                    */
     int crowded;                        /* more threads than processors                                          */
+    int looks;                          /* how often they look for each other before they sleep                  */
     void *owned;                        /* what based_session_free gives back                                    */
     struct row *row;                    /* (block)                                                               */
     float *x;                           /* (block, dim) the residual stream                                      */
@@ -1506,11 +1507,16 @@ static size_t share(size_t n, const struct worker *w, size_t end) {
 
 /* Waits until all workers are here. They usually arrive within microseconds. If not, another program has the processor of
  * one: to offer it ours too would cost us a whole turn at each meeting, so we sleep for a moment, and whoever has slept is
- * soon served. Only if there are more workers than processors do we step aside at once, for one of ours. */
+ * soon served. A program that has to sleep looks half as long before it does so the next time, and a little longer whenever it
+ * need not: two programs that look on while they keep each other from working had a tenth of their speed left. (Never less than
+ * some microseconds, or one who overslept would be waited for by others who then oversleep.) Only if there are more workers
+ * than processors do we step aside at once, for one of ours. */
+enum { LOOKS_LEAST = 8000, LOOKS_MOST = 400000, LOOKS_CROWDED = 4000 };
+
 static void meet(const struct worker *w) {
 #ifdef _OPENMP
     based_session *p = w->p;
-    int round, now, arrived;
+    int round, now, arrived, looks, slept = 0;
     if (w->of == 1) return;
 #pragma omp atomic read seq_cst
     round = p->round;
@@ -1522,15 +1528,21 @@ static void meet(const struct worker *w) {
         p->round = round ^ 1;
         return;
     }
-    for (int spins = 0;; spins++) {
+#pragma omp atomic read
+    looks = p->looks;
+    for (int seen = 0;; seen++) {
 #pragma omp atomic read seq_cst
         now = p->round;
-        if (now != round) return;
+        if (now != round) break;
 #ifdef BASED_POSIX
-        if (p->crowded && spins > 4000) sched_yield();
-        else if (spins > 400000) nanosleep(&(struct timespec){ 0, 20000 }, NULL);
+        if (p->crowded && seen > LOOKS_CROWDED) sched_yield();
+        else if (seen > looks) slept = nanosleep(&(struct timespec){ 0, 20000 }, NULL) == 0;
 #endif
     }
+    looks = slept ? looks / 2 : looks + looks / 32;
+    looks = looks < LOOKS_LEAST ? LOOKS_LEAST : looks > LOOKS_MOST ? LOOKS_MOST : looks;
+#pragma omp atomic write
+    p->looks = looks;
 #else
     (void)w;
 #endif
@@ -1724,7 +1736,8 @@ static void kernel_weights(float *w, const float *q, const float *k, size_t n, s
  *
  * The polynomial is never near zero, so a sum of everything ever read slowly drowns what matters now. A layer that forgets
  * takes a part of the sums off each time a chunk joins them: a token fades, exponentially, with its age. Errors fade with it,
- * so L is not there; l is, because z[0] grows by the same number each time, and so would its error. The first `keep` tokens never fade: models lean on them as on a zero point (Xiao et al. 2023).
+ * so L is not there; l is, because z[0] grows by the same number each time, and so would its error. The first `keep` tokens
+ * never fade: models lean on them as on a zero point (Xiao et al. 2023).
  */
 struct taylor_state {
     float *s, *z, *k, *v, *lost, *lost_z;
@@ -2423,6 +2436,7 @@ int based_session_init(based_session **out, const based_model *m, void *memory, 
     s->m = m;
     s->block = block;
     s->threads = 1;
+    s->looks = LOOKS_MOST;
     lay_out(s, m, block, memory);
     based_reset(s);
     *out = s;
