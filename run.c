@@ -2016,9 +2016,9 @@ static void print_timing(const run *r, const char *test, const timing *t, benche
     bandwidth = mean / t->tokens * t->readings * (double)b->weights;
     share = b->reads > 0.0 ? 100.0 * bandwidth / b->reads : 0.0;
     if (r->o->csv) {
-        printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model, based_model_kernels(r->model), b->threads,
-               (unsigned long long)b->weights, (unsigned long long)b->state, (unsigned long long)b->memory, b->reads * 1e-9, test,
-               mean, spread, bandwidth * 1e-9, share);
+        printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model, based_model_kernels(r->model),
+               b->threads, (unsigned long long)b->weights, (unsigned long long)b->state, (unsigned long long)b->memory,
+               b->reads * 1e-9, test, mean, spread, bandwidth * 1e-9, share);
     } else {
         printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, b->reads * 1e-9,
                share);
