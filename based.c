@@ -20,7 +20,7 @@
  */
 #if !defined(BASED_FREESTANDING) && (defined(__unix__) || defined(__APPLE__))
 #define BASED_POSIX 1
-#define _POSIX_C_SOURCE 200809L         /* sched_yield and nanosleep here, mmap at the end                       */
+#define _POSIX_C_SOURCE 200809L         /* clocks, sleep and sched_yield here, mmap at the end                   */
 #define _DEFAULT_SOURCE 1               /* syscall, on Linux                                                     */
 #endif
 #include "based.h"
@@ -1475,7 +1475,7 @@ struct based_session {
     int both_ways;                      /* based_feed_window: all keys of the block are absorbed before any is read */
     int arrived, round;                 /* where threads meet                                                    */
     int crowded;                        /* more threads than processors                                          */
-    int looks;                          /* how often they look for each other before they sleep                  */
+    int patience, wary;                 /* how long they wait awake (nanoseconds), and whether others need the processors */
     void *owned;                        /* what based_session_free gives back                                    */
     struct row *row;                    /* (block)                                                               */
     float *x;                           /* (block, dim) the residual stream                                      */
@@ -1505,44 +1505,78 @@ static size_t share(size_t n, const struct worker *w, size_t end) {
     return n / w->of * (w->id + end) + n % w->of * (w->id + end) / w->of;
 }
 
-enum { LOOKS_LEAST = 8000, LOOKS_MOST = 400000, LOOKS_CROWDED = 4000 };      /* some microseconds, half a millisecond     */
+enum { QUICK_LOOKS = 2000, PATIENCE_LEAST = 10000, PATIENCE_MOST = 500000, TAKEN = 300000, WARY = 8000 };
 
-/* Waits until all workers are here. They usually arrive within microseconds. If not, another program has the processor of
- * one: to offer it ours too would cost us a whole turn at each meeting, so we sleep for a moment, and whoever has slept is
- * soon served. A program that has to sleep looks half as long before it does so the next time, and a little longer whenever it
- * need not: two programs that look on while they keep each other from working had a tenth of their speed left. (Never less than
- * some microseconds, or one who overslept would be waited for by others who then oversleep.) Only if there are more workers
- * than processors do we step aside at once, for one of ours. */
+/* Waits awake until the round is over, as it usually is within microseconds. If not, another program may have the processor
+ * of one who is missing: to offer it ours too would cost us a whole turn at each meeting, so we sleep for a moment, and whoever
+ * has slept is soon served. Who was away for TAKEN nanoseconds between two looks knows that others want the processors, and
+ * for the next WARY waits each sleep halves the patience of all: two programs that look on while they keep each other from
+ * working had a tenth of their speed left. (Never below PATIENCE_LEAST, or one who overslept would be waited for by others who
+ * then oversleep.) Otherwise nobody is missing but someone is slower, and patience grows. Only if there are more workers than
+ * processors do we step aside at once, for one of ours. */
+#if defined(_OPENMP) && defined(BASED_POSIX)
+static int64_t nanoseconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void await(based_session *p, int round) {
+    int now, patience, was, wary, slept = 0;
+    int64_t begun = 0, last = 0;
+#pragma omp atomic read
+    was = p->patience;
+#pragma omp atomic read
+    wary = p->wary;
+    for (int seen = 0;; seen++) {
+#pragma omp atomic read seq_cst
+        now = p->round;
+        if (now != round) break;
+        if (seen < QUICK_LOOKS) continue;
+        int64_t t = nanoseconds();
+        if (begun == 0) begun = last = t;
+        if (t - last > TAKEN) wary = WARY;
+        last = t;
+        if (p->crowded) sched_yield();
+        else if (t - begun > was) slept = nanosleep(&(struct timespec){ 0, 20000 }, NULL) == 0;
+    }
+    if (wary > 0) {
+#pragma omp atomic write
+        p->wary = wary - 1;
+    }
+    patience = slept && wary > 0 ? was / 2 : was + was / 32;
+    patience = patience < PATIENCE_LEAST ? PATIENCE_LEAST : patience > PATIENCE_MOST ? PATIENCE_MOST : patience;
+    if (patience == was) return;
+#pragma omp atomic write
+    p->patience = patience;
+}
+#elif defined(_OPENMP)
+static void await(based_session *p, int round) {
+    int now;
+    do {
+#pragma omp atomic read seq_cst
+        now = p->round;
+    } while (now == round);
+}
+#endif
+
+/* Returns when all workers are here. */
 static void meet(const struct worker *w) {
 #ifdef _OPENMP
     based_session *p = w->p;
-    int round, now, arrived, looks, slept = 0;
+    int round, arrived;
     if (w->of == 1) return;
 #pragma omp atomic read seq_cst
     round = p->round;
 #pragma omp atomic capture seq_cst
     arrived = ++p->arrived;
-    if (arrived == (int)w->of) {
-        p->arrived = 0;
-#pragma omp atomic write seq_cst
-        p->round = round ^ 1;
+    if (arrived < (int)w->of) {
+        await(p, round);
         return;
     }
-#pragma omp atomic read
-    looks = p->looks;
-    for (int seen = 0;; seen++) {
-#pragma omp atomic read seq_cst
-        now = p->round;
-        if (now != round) break;
-#ifdef BASED_POSIX
-        if (p->crowded && seen > LOOKS_CROWDED) sched_yield();
-        else if (seen > looks) slept = nanosleep(&(struct timespec){ 0, 20000 }, NULL) == 0;
-#endif
-    }
-    looks = slept ? looks / 2 : looks + looks / 32;
-    looks = looks < LOOKS_LEAST ? LOOKS_LEAST : looks > LOOKS_MOST ? LOOKS_MOST : looks;
-#pragma omp atomic write
-    p->looks = looks;
+    p->arrived = 0;
+#pragma omp atomic write seq_cst
+    p->round = round ^ 1;
 #else
     (void)w;
 #endif
@@ -2436,7 +2470,7 @@ int based_session_init(based_session **out, const based_model *m, void *memory, 
     s->m = m;
     s->block = block;
     s->threads = 1;
-    s->looks = LOOKS_MOST;
+    s->patience = PATIENCE_MOST;
     lay_out(s, m, block, memory);
     based_reset(s);
     *out = s;

@@ -2076,6 +2076,7 @@ static int bench_depth(run *r, uint64_t depth, benched *b, double prompt_speed) 
     if (depth > based_count(r->session)) rc = feed_any(r, depth - based_count(r->session));
     for (int i = 0; i < REPEATS && rc == DONE; i++) {
         read_memory(b);
+        if (depth == 0) based_reset(r->session);
         double begun = seconds();
         for (int step = 0; step < DECODED && rc == DONE; step++) {
             if (based_step(r->session, any_token(r, (uint64_t)step), &e)) rc = fail(BAD_INPUT, "%s", e.text);

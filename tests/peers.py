@@ -129,7 +129,7 @@ def serve(pipe, kind, options, path):
         if not repeat:                                  # a new context, with all of its past but the last n, at least one token
             runtime.begin(length + 1)
             runtime.feed([1] * max(length - n, 1))
-        elif at_once > 1:
+        elif at_once > 1 or length == options.repeats * n:          # a prompt, or writing from the very beginning
             runtime.clear()
         ids, begun = [i * 7919 % 500 for i in range(n)], options.now()
         for at in range(0, n if repeat else 0, at_once):
