@@ -1168,7 +1168,7 @@ FLOAT_KERNELS(avx512, AVX512)
 typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector, to meet a word of each row         */
 
 /* Groups of weights that are asked for ahead, where that helps: Intel's processors with AMX write 5 to 12 % faster, the AVX2
- * tiles 10 % in 8 bits. With AVX-512 alone (Zen 5) it cost a sixth: that processor foresees better what it will need. */
+ * tiles 10 % in 8 bits. With AVX-512 alone (Zen 4) it cost a sixth: that processor foresees better what it will need. */
 enum { FAR = 4 };
 #define UNROLL8 _Pragma("GCC unroll 8")
 #define UNROLL16 _Pragma("GCC unroll 16")

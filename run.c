@@ -1954,8 +1954,9 @@ static int check(const run *r) {
  */
 enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 262144, PATIENCE = 600 };
 
-typedef struct {                                        /* seconds of each repetition                                */
-    double each[REPEATS];
+typedef struct {
+    double each[REPEATS];                               /* seconds of each repetition                                */
+    double reads[REPEATS];                              /* bytes that memory gave per second just before             */
     double tokens;                                      /* computed in each                                          */
     double readings;                                    /* of all weights, in each                                   */
 } timing;
@@ -1989,12 +1990,12 @@ typedef struct {
     int      threads;
     uint64_t weights, state, memory;                    /* bytes: read per token, of a session, of the process       */
     unsigned char *block;                               /* as many bytes as the weights: fewer would stay in a cache */
-    double   reads;                                     /* bytes per second, the most during this test               */
 } benched;
 
-/* How fast does this machine read, right now, with as many threads as the model uses? */
-static void read_memory(benched *b) {
+/* How many bytes does this machine read per second, right now, with as many threads as the model uses? 0: it cannot be told. */
+static double read_memory(const benched *b) {
     size_t part = (size_t)b->weights / (size_t)b->threads;
+    double most = 0.0;
     int found = 0;
     for (int way = 0; way < 2 && b->block; way++) {
         double begun = seconds(), spent;
@@ -2003,28 +2004,31 @@ static void read_memory(benched *b) {
 #endif
         for (int i = 0; i < b->threads; i++) found |= (way ? search : read_lines)(b->block + (size_t)i * part, part);
         spent = seconds() - begun;
-        if (!found && spent > 0.0 && (double)b->weights / spent > b->reads) b->reads = (double)b->weights / spent;
+        if (!found && spent > 0.0 && (double)b->weights / spent > most) most = (double)b->weights / spent;
     }
+    return most;
 }
 
-/* One line of the table; the next test reads memory anew. */
-static void print_timing(const run *r, const char *test, const timing *t, benched *b) {
-    double mean = 0.0, spread = 0.0, bandwidth, share;
-    for (int i = 0; i < REPEATS; i++) mean += t->tokens / t->each[i] / REPEATS;
+/* One line of the table. Memory is measured beside each repetition, not once at its best: where others use it too, its speed
+ * comes and goes. */
+static void print_timing(const run *r, const char *test, const timing *t, const benched *b) {
+    double mean = 0.0, spread = 0.0, reads = 0.0, bandwidth, used;
+    for (int i = 0; i < REPEATS; i++) {
+        mean += t->tokens / t->each[i] / REPEATS;
+        reads += t->reads[i] * 1e-9 / REPEATS;
+    }
     for (int i = 0; i < REPEATS; i++) spread += (t->tokens / t->each[i] - mean) * (t->tokens / t->each[i] - mean);
     spread = sqrt(spread / (REPEATS - 1));
-    bandwidth = mean / t->tokens * t->readings * (double)b->weights;
-    share = b->reads > 0.0 ? 100.0 * bandwidth / b->reads : 0.0;
+    bandwidth = mean / t->tokens * t->readings * (double)b->weights * 1e-9;
+    used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
     if (r->o->csv) {
         printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model, based_model_kernels(r->model),
-               b->threads, (unsigned long long)b->weights, (unsigned long long)b->state, (unsigned long long)b->memory,
-               b->reads * 1e-9, test, mean, spread, bandwidth * 1e-9, share);
+               b->threads, (unsigned long long)b->weights, (unsigned long long)b->state, (unsigned long long)b->memory, reads,
+               test, mean, spread, bandwidth, used);
     } else {
-        printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth * 1e-9, b->reads * 1e-9,
-               share);
+        printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread, bandwidth, reads, used);
     }
     fflush(stdout);
-    b->reads = 0.0;
 }
 
 static int32_t any_token(const run *r, uint64_t i) {
@@ -2045,11 +2049,11 @@ static int feed_any(run *r, uint64_t n) {
     return DONE;
 }
 
-static int bench_prompt(run *r, uint64_t n, benched *b, double *speed) {
-    timing t = { { 0 }, (double)n, ceil((double)n / BLOCK) };
+static int bench_prompt(run *r, uint64_t n, const benched *b, double *speed) {
+    timing t = { { 0 }, { 0 }, (double)n, ceil((double)n / BLOCK) };
     char name[32];
     for (int i = 0; i < REPEATS; i++) {
-        read_memory(b);
+        t.reads[i] = read_memory(b);
         based_reset(r->session);
         double begun = seconds();
         int rc = feed_any(r, n);
@@ -2062,8 +2066,8 @@ static int bench_prompt(run *r, uint64_t n, benched *b, double *speed) {
     return DONE;
 }
 
-static int bench_depth(run *r, uint64_t depth, benched *b, double prompt_speed) {
-    timing t = { { 0 }, DECODED, DECODED };
+static int bench_depth(run *r, uint64_t depth, const benched *b, double prompt_speed) {
+    timing t = { { 0 }, { 0 }, DECODED, DECODED };
     char name[32];
     double wait = ((double)depth - (double)based_count(r->session)) / prompt_speed;
     based_error e;
@@ -2075,7 +2079,7 @@ static int bench_depth(run *r, uint64_t depth, benched *b, double prompt_speed) 
     }
     if (depth > based_count(r->session)) rc = feed_any(r, depth - based_count(r->session));
     for (int i = 0; i < REPEATS && rc == DONE; i++) {
-        read_memory(b);
+        t.reads[i] = read_memory(b);
         if (depth == 0) based_reset(r->session);
         double begun = seconds();
         for (int step = 0; step < DECODED && rc == DONE; step++) {
@@ -2089,13 +2093,13 @@ static int bench_depth(run *r, uint64_t depth, benched *b, double prompt_speed) 
 }
 
 /* `many` texts, one token of each at a time. */
-static int bench_batch(run *r, based_session **all, size_t many, benched *b) {
-    timing t = { { 0 }, (double)many * BATCH_STEPS, BATCH_STEPS };
+static int bench_batch(run *r, based_session **all, size_t many, const benched *b) {
+    timing t = { { 0 }, { 0 }, (double)many * BATCH_STEPS, BATCH_STEPS };
     int32_t ids[BATCH_MOST];
     char name[32];
     based_error e;
     for (int i = 0; i < REPEATS; i++) {
-        read_memory(b);
+        t.reads[i] = read_memory(b);
         double begun = seconds();
         for (int step = 0; step < BATCH_STEPS; step++) {
             for (size_t s = 0; s < many; s++) ids[s] = any_token(r, s * 977 + (size_t)step);
@@ -2109,7 +2113,7 @@ static int bench_batch(run *r, based_session **all, size_t many, benched *b) {
     return DONE;
 }
 
-static int bench_batches(run *r, benched *b) {
+static int bench_batches(run *r, const benched *b) {
     based_session *all[BATCH_MOST] = { r->session };
     based_error e;
     int rc = DONE;
@@ -2153,7 +2157,6 @@ static int bench(run *r) {
     b.state = based_state_bytes(r->model);
     TRY(feed_any(r, BLOCK));                            /* touches all that a session will ever touch                */
     b.memory = peak_memory();
-    b.reads = 0.0;
     b.block = b.weights <= SIZE_MAX ? malloc((size_t)b.weights) : NULL;
     if (b.block) memset(b.block, 1, (size_t)b.weights);
     print_head(r, &b);
