@@ -1992,17 +1992,18 @@ typedef struct {
     unsigned char *block;                               /* as many bytes as the weights: fewer would stay in a cache */
 } benched;
 
-/* How many bytes does this machine read per second, right now, with as many threads as the model uses? 0: it cannot be told. */
+/* How many bytes does this machine read per second, right now, with as many threads as the model uses? 0: it cannot be told. What
+ * fits a cache gets there only after some readings. */
 static double read_memory(const benched *b) {
     size_t part = (size_t)b->weights / (size_t)b->threads;
-    double most = 0.0;
+    double most = 0.0, enough = seconds() + 0.05;
     int found = 0;
-    for (int way = 0; way < 2 && b->block; way++) {
+    for (int way = 0; b->block && (way < 2 || seconds() < enough); way++) {
         double begun = seconds(), spent;
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(b->threads) schedule(static) reduction(| : found)
 #endif
-        for (int i = 0; i < b->threads; i++) found |= (way ? search : read_lines)(b->block + (size_t)i * part, part);
+        for (int i = 0; i < b->threads; i++) found |= (way % 2 ? search : read_lines)(b->block + (size_t)i * part, part);
         spent = seconds() - begun;
         if (!found && spent > 0.0 && (double)b->weights / spent > most) most = (double)b->weights / spent;
     }
