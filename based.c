@@ -1507,13 +1507,6 @@ static size_t share(size_t n, const struct worker *w, size_t end) {
 
 enum { QUICK_LOOKS = 2000, PATIENCE_LEAST = 10000, PATIENCE_MOST = 500000, TAKEN = 300000, WARY = 8000 };
 
-/* Waits awake until the round is over, as it usually is within microseconds. If not, another program may have the processor
- * of one who is missing: to offer it ours too would cost us a whole turn at each meeting, so we sleep for a moment, and whoever
- * has slept is soon served. Who was away for TAKEN nanoseconds between two looks knows that others want the processors, and
- * for the next WARY waits each sleep halves the patience of all: two programs that look on while they keep each other from
- * working had a tenth of their speed left. (Never below PATIENCE_LEAST, or one who overslept would be waited for by others who
- * then oversleep.) Otherwise nobody is missing but someone is slower, and patience grows. Only if there are more workers than
- * processors do we step aside at once, for one of ours. */
 #if defined(_OPENMP) && defined(BASED_POSIX)
 static int64_t nanoseconds(void) {
     struct timespec t;
@@ -1521,6 +1514,13 @@ static int64_t nanoseconds(void) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
+/* Waits awake until the round is over, as it usually is within microseconds. If not, another program may have the processor
+ * of one who is missing: to offer it ours too would cost us a whole turn at each meeting, so we sleep for a moment, and whoever
+ * has slept is soon served. Who was away for TAKEN nanoseconds between two looks knows that others want the processors, and
+ * for the next WARY waits each sleep halves the patience of all: two programs that look on while they keep each other from
+ * working had a tenth of their speed left. (Never below PATIENCE_LEAST, or one who overslept would be waited for by others who
+ * then oversleep.) Otherwise nobody is missing but someone is slower, and patience grows. Only if there are more workers than
+ * processors do we step aside at once, for one of ours. */
 static void await(based_session *p, int round) {
     int now, patience, was, wary, slept = 0;
     int64_t begun = 0, last = 0;
