@@ -126,6 +126,7 @@ struct based_model {
     uint32_t slots;                     /* heads that may run at the same time                                   */
     size_t state;                       /* floats of state of one session                                        */
     uint64_t parameters, weight_bytes;
+    uint64_t bad_scales;                /* so many make a checkpoint useless                                     */
     void *self, *owned, *mapped;        /* what based_close gives back                                           */
     size_t mapped_size;
     struct layer layer[];
@@ -429,6 +430,12 @@ static size_t groups(uint32_t cols) { return ((size_t)cols + 31) / 32; }
 /* Words of one block, 16 rows by 32 columns. */
 static size_t block_words(uint32_t dtype) { return dtype == BASED_Q4 ? 64 : 128; }
 
+/* Two bfloat16s, each the upper half of a float: good are zero, and sizes from 2^-82 on and below 2^20 (see quantise_group). */
+static uint32_t bad_scales(uint32_t two) {
+    uint32_t low = two & 0x7fff, high = two >> 16 & 0x7fff;        /* without signs                                          */
+    return (low && low - (45u << 7) >= 102u << 7 ? 1u : 0u) + (high && high - (45u << 7) >= 102u << 7 ? 1u : 0u);
+}
+
 static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows, uint32_t cols, uint32_t dtype, int bias) {
     struct matrix a = { NULL, NULL, NULL, NULL, rows, cols, dtype };
     uint64_t blocks = U64(tiles(rows)) * groups(cols), before = c->at;
@@ -438,6 +445,7 @@ static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows
         a.scales = take(c, blocks * 32);
         a.words = take(c, blocks * 4 * block_words(dtype));
         m->widest_q = max_u32(m->widest_q, cols);
+        for (uint64_t i = 0; a.scales && i < blocks * 8; i++) m->bad_scales += bad_scales(a.scales[i]);
     }
     m->weight_bytes += c->at - before;
     if (bias) a.bias = take_floats(c, rows);
@@ -768,9 +776,13 @@ struct activations {
     const float *x;                     /* (n, cols) as they are                                                 */
     int8_t *q;                          /* (n/pack, groups, pack, 32) round(x / scale)                           */
     float *scale;                       /* (n/pack, groups, pack)                                                */
-    int32_t *offset;                    /* (n/pack, groups, pack) -128 times the sum of q                        */
+    int32_t *offset;                    /* (n/pack, groups, pack) SHIFT - middle times the sum of q              */
     size_t n, cols, groups, pack;
+    int32_t middle;                     /* what is added to the weights they meet: 128 or 8                      */
 };
+
+/* The bits of the float 1.5 * 2^23; SHIFT + s are those of 1.5 * 2^23 + s, for whole numbers |s| < 2^22. */
+enum { SHIFT = 0x4b400000 };
 
 /* The size of packs. */
 BODY size_t pack_of(size_t n) { return n < 4 ? 1 : n < 8 ? 4 : 16; }
@@ -782,6 +794,9 @@ BODY size_t group_at(const struct activations *a, size_t t, size_t g) {
 
 struct kernels {
     const char *name;
+    /* around all work of a thread on n vectors */
+    void (*begin)(size_t n);
+    void (*end)(void);
     /* out[t][r] = row r of w . x[t], for a few rows of float weights */
     void (*rows_f32)(float *out, size_t out_stride, const float *w, size_t rows, const struct activations *x);
     /* the same for one tile of 16 rows of quantised weights, of 8 and of 4 bits, and vectors from .. to - 1 */
@@ -937,42 +952,52 @@ BODY float soften_body(float *x, size_t n, float scale, float *top) {
     return sum(x, n);
 }
 
-/* x -> 8 bits, a group of 32 columns. The maximum is taken over the bits, which are in the order of the numbers once the
- * sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all the way, which
- * compilers vectorise. A NaN makes the scale, and so all that is computed with it, a NaN: its own bits are not the same
- * everywhere. An infinity counts as 3e38. */
-BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x) {
-    int32_t bits[32], top = 0, total = 0;
-    float high, inverse;
+/* x -> 8 bits, a group of 32 columns. The scale is a power of two, the smallest with which no number exceeds 127, so that
+ * scaling rounds nothing; with weights' scales from 2^-82 to 2^20 (see bad_scales) also no product with it does, whence
+ * kernels may fuse that product with the addition after it. The maximum is taken over the bits, which are in the order of the
+ * numbers once the sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all
+ * the way, which compilers vectorise. An infinity counts as 127 * 2^84. A NaN makes the scale, and so all that is computed
+ * with it, a NaN: its own bits are not the same everywhere. */
+BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x, int32_t middle) {
+    const int32_t least = (127 - 50) << 23, most = (127 + 90) << 23;
+    int32_t bits[32], top = 0, total = 0, power, opposite;
+    float inverse;
     memcpy(bits, x, sizeof bits);
     for (size_t l = 0; l < 32; l++) top = (bits[l] & 0x7fffffff) > top ? bits[l] & 0x7fffffff : top;
-    memcpy(&high, &top, sizeof high);
-    high = high < 3e38f ? high : 3e38f;
-    inverse = high > 1e-30f ? 127.0f / high : 0.0f;
+    power = top < least ? least : top > most ? most : top;
+    power = ((power + 0x1ffff) & 0x7f800000) - (6 << 23);          /* carries beyond 127/64 of a power of two            */
+    opposite = (254 << 23) - power;
+    memcpy(&inverse, &opposite, sizeof opposite);
     for (size_t l = 0; l < 32; l++) {
         float shifted = x[l] * inverse + 12582912.0f;
         int32_t n;
         memcpy(&n, &shifted, sizeof n);
-        n = n - 0x4b400000 > -127 ? n - 0x4b400000 : -127;
+        n = n - SHIFT > -127 ? n - SHIFT : -127;
         bits[l] = n < 127 ? n : 127;
     }
     for (size_t l = 0; l < 32; l++) q[l] = (int8_t)bits[l];
     for (size_t l = 0; l < 32; l++) total += bits[l];
-    *scale = top > 0x7f800000 ? (float)NAN : high / 127.0f;
-    *offset = -128 * total;
+    if (top > 0x7f800000) power = 0x7fc00000;
+    memcpy(scale, &power, sizeof power);
+    *offset = SHIFT - middle * total;
 }
 
 /* Groups `from` to `to` of all vectors, counted through; the last of each vector is filled up with zeros. */
 BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
+    size_t t = from / a->groups, g = from % a->groups, at = group_at(a, t, g);
     for (size_t i = from; i < to; i++) {
-        size_t t = i / a->groups, g = i % a->groups, n = a->cols - g * 32, at = group_at(a, t, g);
+        size_t n = a->cols - g * 32;
         const float *x = a->x + t * a->cols + g * 32;
         float filled[32];
         if (n < 32) {
             memset(filled, 0, sizeof filled);
             x = memcpy(filled, x, n * sizeof *x);
         }
-        quantise_group(a->q + at * 32, a->scale + at, a->offset + at, x);
+        quantise_group(a->q + at * 32, a->scale + at, a->offset + at, x, a->middle);
+        at += a->pack;
+        if (++g < a->groups) continue;
+        g = 0;
+        at = group_at(a, ++t, 0);
     }
 }
 
@@ -1003,6 +1028,8 @@ BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
 
 ROWS_KERNEL(plain, , 0)
 FLOAT_KERNELS(plain, )
+static void begin_plain(size_t n) { (void)n; }
+static void end_plain(void) { }
 
 /* ---- Quantised weights: the plain twin, which is the definition ----------------------------------------------------- */
 
@@ -1099,7 +1126,7 @@ BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, int32_t
 
 #endif
 
-/* y[r] += (float)(sum of products of the group) * (scale of the weights * scale of x), group after group. Weights are
+/* y[r] += (float)(sum of products of the group) * scale of the weights * scale of x, group after group. Weights are
  * kept as w + 128 or w + 8; `offset` takes that times the sum of x off again. 8 bits: word 16 c + r of a group holds columns
  * 4c .. 4c+3 of row r; 4 bits: columns 8c .. 8c+3 in the low halves of its bytes, 8c+4 .. 8c+7 in the high ones. */
 #ifdef BASED_NARROW
@@ -1113,11 +1140,11 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
             for (size_t g = 0; g < x->groups; g++, at += x->pack, two += 8, word += 16 * bits) {
                 float scale = x->scale[at];
                 int32_t s[4];
-                four_rows(s, word, x->q + at * 32, bits == 8 ? x->offset[at] : x->offset[at] / 16, bits);
-                y.a += (float)s[0] * (bf16(two[0] & 0xffff) * scale);
-                y.b += (float)s[1] * (bf16(two[0] >> 16) * scale);
-                y.c += (float)s[2] * (bf16(two[1] & 0xffff) * scale);
-                y.d += (float)s[3] * (bf16(two[1] >> 16) * scale);
+                four_rows(s, word, x->q + at * 32, x->offset[at] - SHIFT, bits);
+                y.a += (float)s[0] * bf16(two[0] & 0xffff) * scale;
+                y.b += (float)s[1] * bf16(two[0] >> 16) * scale;
+                y.c += (float)s[2] * bf16(two[1] & 0xffff) * scale;
+                y.d += (float)s[3] * bf16(two[1] >> 16) * scale;
             }
             memcpy(out + r, &y, sizeof y);
         }
@@ -1129,7 +1156,7 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
         float y[16] = { 0 };
         for (size_t g = 0; g < x->groups; g++) {
             size_t at = group_at(x, t, g);
-            int32_t s[16], offset = bits == 8 ? x->offset[at] : x->offset[at] / 16;
+            int32_t s[16], offset = x->offset[at] - SHIFT;
             for (size_t r = 0; r < 16; r++) s[r] = offset;
             for (size_t c = 0; c < 8; c++) {
                 const int8_t *q = x->q + at * 32 + 4 * c;
@@ -1142,7 +1169,7 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
             }
             for (size_t r = 0; r < 16; r++) {
                 float scale = bf16(scales[g * 8 + r / 2] >> (r % 2 * 16) & 0xffff);
-                y[r] += (float)s[r] * (scale * x->scale[at]);
+                y[r] += (float)s[r] * scale * x->scale[at];
             }
         }
         memcpy(out, y, sizeof y);
@@ -1153,7 +1180,7 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
 TILE_KERNELS(plain, )
 
 static const struct kernels plain_kernels = {
-    "plain", rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, add_products_plain, silu_times_plain,
+    "plain", begin_plain, end_plain, rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, add_products_plain, silu_times_plain,
     soften_plain, absorb_row_plain, quantise_plain
 };
 
@@ -1215,9 +1242,9 @@ AVX2 BODY void tile_ymm(float *out, size_t out_stride, const uint32_t *scales, c
             __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(scales + g * 8 + 4 * h));
             __m256 ws = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
             for (size_t i = 0; i < many; i++) {
-                __m256 scale = _mm256_mul_ps(ws, _mm256_set1_ps(x->scale[at + i]));
-                if (bits == 4) s[h][i] = _mm256_add_epi32(s[h][i], _mm256_set1_epi32(x->offset[at + i] / 16));
-                y[h][i] = _mm256_add_ps(y[h][i], _mm256_mul_ps(_mm256_cvtepi32_ps(s[h][i]), scale));
+                __m256 scale = _mm256_set1_ps(x->scale[at + i]);
+                if (bits == 4) s[h][i] = _mm256_add_epi32(s[h][i], _mm256_set1_epi32(x->offset[at + i] - SHIFT));
+                y[h][i] = _mm256_add_ps(y[h][i], _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtepi32_ps(s[h][i]), ws), scale));
             }
         }
     }
@@ -1245,10 +1272,21 @@ AVX512 BODY void load_group(__m512i v[8], const uint32_t *w, const int bits) {
     }
 }
 
-/* Its scales. */
-AVX512 BODY __m512 load_scales(const uint32_t *scales) {
+/* Its scales, and 1.5 * 2^23 times them. */
+struct scales { __m512 once, shift; };
+
+AVX512 BODY struct scales load_scales(const uint32_t *scales) {
     __m256i half = _mm256_loadu_si256((const __m256i *)(const void *)scales);
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    struct scales ws;
+    ws.once = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    ws.shift = _mm512_mul_ps(ws.once, _mm512_set1_ps(12582912.0f));
+    return ws;
+}
+
+/* y + (float)s * ws * x, where s comes as SHIFT + s: two instructions are enough. (A scale of weights has 8 bits, whence `shift`
+ * is exact, and the first rounds s * ws once.) */
+AVX512 BODY __m512 add_product(__m512 y, __m512i s, struct scales ws, float x) {
+    return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(s), ws.once, ws.shift), _mm512_set1_ps(x), y);
 }
 
 /* Sixteen rows at a time; `many` (a constant to the compiler) vectors from t on, all of one pack, against the same weights. */
@@ -1260,14 +1298,13 @@ AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales
     for (size_t g = 0; g < groups; g++, at += x->pack) {
         const four_bytes *q = (const four_bytes *)(x->q + at * 32);
         __m512i v[8];
-        __m512 ws = load_scales(scales + g * 8);
+        struct scales ws = load_scales(scales + g * 8);
         load_group(v, w + g * (bits == 8 ? 128 : 64), bits);
         for (int c = 0; c < bits && ask && t == 0; c++) PREFETCH(w + (g + FAR) * (bits == 8 ? 128 : 64) + 16 * c);
         UNROLL8 for (size_t i = 0; i < many; i++) {
-            __m512i s = _mm512_set1_epi32(bits == 8 ? x->offset[at + i] : x->offset[at + i] / 16);
-            __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(x->scale[at + i]));
+            __m512i s = _mm512_set1_epi32(x->offset[at + i]);
             for (size_t c = 0; c < 8; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[i * 8 + c]));
-            y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s), scale));
+            y[i] = add_product(y[i], s, ws, x->scale[at + i]);
         }
     }
     for (size_t i = 0; i < many; i++) _mm512_storeu_ps(out + i * out_stride, y[i]);
@@ -1292,11 +1329,11 @@ TILE_KERNELS(avx2, AVX2)
 TILE_KERNELS(avx512, AVX512)
 
 static const struct kernels avx2_kernels = {
-    "avx2", rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, add_products_avx2, silu_times_avx2, soften_avx2,
+    "avx2", begin_plain, end_plain, rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, add_products_avx2, silu_times_avx2, soften_avx2,
     absorb_row_avx2, quantise_avx2
 };
 static const struct kernels avx512_kernels = {
-    "avx512vnni", rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, add_products_avx512, silu_times_avx512,
+    "avx512vnni", begin_plain, end_plain, rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, add_products_avx512, silu_times_avx512,
     soften_avx512, absorb_row_avx512, quantise_avx512
 };
 
@@ -1313,17 +1350,15 @@ AVX512 BODY void unpack_panel(panel to, const uint32_t *w, size_t groups, const 
     }
 }
 
-/* Tile `sum` becomes sixteen vectors times sixteen rows of a group: [t][r]. (Tiles are named by literals.) */
+/* Tile `sum` becomes SHIFT (all of `shift`) + sixteen vectors times sixteen rows of a group: [t][r]. (Tiles are named by
+ * literals.) */
 #define MULTIPLY_TILES(sum, q, w)                                                                                        \
-    do { _tile_zero(sum); _tile_loadd(2, q, 32); _tile_loadd(3, w, 64); _tile_dpbssd(sum, 2, 3); } while (0)
+    do { _tile_loadd(sum, shift, 0); _tile_loadd(2, q, 32); _tile_loadd(3, w, 64); _tile_dpbssd(sum, 2, 3); } while (0)
 
 /* y[t] += the sums of a group, scaled. */
 AVX512 BODY void add_scaled(__m512 y[16], const __m512i s[16], const uint32_t *scales, const float *x_scale) {
-    __m512 ws = load_scales(scales);
-    UNROLL16 for (size_t i = 0; i < 16; i++) {
-        __m512 scale = _mm512_mul_ps(ws, _mm512_set1_ps(x_scale[i]));
-        y[i] = _mm512_add_ps(y[i], _mm512_mul_ps(_mm512_cvtepi32_ps(s[i]), scale));
-    }
+    struct scales ws = load_scales(scales);
+    UNROLL16 for (size_t i = 0; i < 16; i++) y[i] = add_product(y[i], s[i], ws, x_scale[i]);
 }
 
 /* A panel's part of the products of sixteen vectors, of which the first `many` are wanted; `at` is where their groups begin.
@@ -1333,6 +1368,7 @@ AMX BODY void add_panel(float *out, size_t out_stride, size_t many, const uint32
                         const struct activations *x, size_t at, int first, const char *ahead) {
     const int8_t *q = x->q + at * 32;
     const float *x_scale = x->scale + at;
+    const __m512i shift[1] = { _mm512_set1_epi32(SHIFT) };
     __m512i s[2][16];
     __m512 y[16];
     UNROLL16 for (size_t i = 0; i < 16; i++)
@@ -1357,15 +1393,11 @@ AMX BODY void add_panel(float *out, size_t out_stride, size_t many, const uint32
 
 AMX BODY void tile_amx(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
                        size_t from, size_t to, const int bits) {
-    static const struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
-        1, 0, { 0 }, { 64, 64, 32, 64 }, { 16, 16, 16, 8 }      /* sums twice, vectors, weights                      */
-    };
     panel weights;
     if (x->pack < 16 || from % 16) {
         tiles_vnni(out, out_stride, scales, w, x, from, to, bits, 1);
         return;
     }
-    _tile_loadconfig(&shape);
     for (size_t g = 0; g < x->groups; g += PANEL) {
         size_t groups = x->groups - g < PANEL ? x->groups - g : PANEL;
         unpack_panel(weights, w + g * (bits == 8 ? 128 : 64), groups, bits);
@@ -1373,6 +1405,17 @@ AMX BODY void tile_amx(float *out, size_t out_stride, const uint32_t *scales, co
             add_panel(out + (t - from) * out_stride, out_stride, to - t, scales + g * 8, weights, groups, x, group_at(x, t, g),
                       g == 0, (const char *)(w + (g + groups) * (bits == 8 ? 128 : 64)) + (t - from) / 16 * groups * 64);
     }
+}
+
+/* Setting the tiles up takes as long as ten products. */
+AMX static void begin_amx(size_t n) {
+    static const struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
+        1, 0, { 0 }, { 64, 64, 32, 64 }, { 16, 16, 16, 8 }      /* sums twice, vectors, weights                      */
+    };
+    if (pack_of(n) == 16) _tile_loadconfig(&shape);
+}
+
+AMX static void end_amx(void) {
     _tile_release();
 }
 
@@ -1380,7 +1423,7 @@ ROWS_KERNEL(amx, AVX2, 1)
 TILE_KERNELS(amx, AMX)
 
 static const struct kernels amx_kernels = {
-    "amx", rows_f32_amx, tile_q8_amx, tile_q4_amx, combine_avx512, add_products_avx512, silu_times_avx512,
+    "amx", begin_amx, end_amx, rows_f32_amx, tile_q8_amx, tile_q4_amx, combine_avx512, add_products_avx512, silu_times_avx512,
     soften_avx512, absorb_row_avx512, quantise_avx512
 };
 
@@ -1414,7 +1457,7 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
         for (size_t g = 0; g < x->groups; g++) {
             size_t at = group_at(x, t, g);
             int32x4_t s[4];
-            s[0] = s[1] = s[2] = s[3] = vdupq_n_s32(bits == 8 ? 0 : x->offset[at] / 16);
+            s[0] = s[1] = s[2] = s[3] = vdupq_n_s32(bits == 8 ? 0 : x->offset[at] - SHIFT);
             for (size_t c = 0; c < 8; c++) {
                 int32_t four;
                 memcpy(&four, x->q + at * 32 + 4 * c, 4);
@@ -1430,8 +1473,7 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
             for (size_t h = 0; h < 4; h++) {
                 uint16x4_t half = vreinterpret_u16_u32(vld1_u32(scales + g * 8 + 2 * h));
                 float32x4_t ws = vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(half), 16));
-                ws = vmulq_n_f32(ws, x->scale[at]);
-                y[h] = vaddq_f32(y[h], vmulq_f32(vcvtq_f32_s32(s[h]), ws));
+                y[h] = vfmaq_n_f32(y[h], vmulq_f32(vcvtq_f32_s32(s[h]), ws), x->scale[at]);
             }
         }
         for (size_t h = 0; h < 4; h++) vst1q_f32(out + 4 * h, y[h]);
@@ -1441,7 +1483,7 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
 TILE_KERNELS(dotprod, )
 
 static const struct kernels dotprod_kernels = {
-    "dotprod", rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, add_products_plain, silu_times_plain,
+    "dotprod", begin_plain, end_plain, rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, add_products_plain, silu_times_plain,
     soften_plain, absorb_row_plain, quantise_plain
 };
 
@@ -1582,6 +1624,16 @@ static void meet(const struct worker *w) {
 #endif
 }
 
+static void add_bias(float *y, const float *bias, size_t n) {
+    float sixteen[16];
+    if (n == 16) {                      /* a constant becomes vector code                                        */
+        for (size_t i = 0; i < 16; i++) sixteen[i] = y[i] + bias[i];
+        memcpy(y, sixteen, sizeof sixteen);
+    } else {
+        for (size_t i = 0; i < n; i++) y[i] += bias[i];
+    }
+}
+
 /* Sixteen rows of a (or the last ones) times all vectors. */
 static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows,
                         const struct activations *x, const struct kernels *k) {
@@ -1599,8 +1651,7 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
             memcpy(out + t * out_stride, y, rows * sizeof *y);
         }
     }
-    for (size_t t = 0; a->bias && t < x->n; t++)
-        for (size_t i = 0; i < rows; i++) out[t * out_stride + i] += a->bias[first + i];
+    for (size_t t = 0; a->bias && t < x->n; t++) add_bias(out + t * out_stride, a->bias + first, rows);
 }
 
 /* out[t][r] = a.row(first + r) . x[t] + bias, for `rows` rows and n vectors x (n, cols); first is a multiple of 16. Weights
@@ -1610,7 +1661,7 @@ static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t
                    size_t n, const struct worker *w) {
     based_session *p = w->p;
     struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols, groups(a->cols),
-                               pack_of(n) };
+                               pack_of(n), a->dtype == BASED_Q4 ? 8 : 128 };
     size_t count = (rows + 15) / 16;
     if (a->dtype != BASED_F32) {
         p->m->k->quantise(&act, share(n * act.groups, w, 0), share(n * act.groups, w, 1));
@@ -2075,6 +2126,14 @@ static void head(const struct worker *w, size_t first, size_t n) {
     }
 }
 
+static void compute_share(const struct worker *w, size_t n, size_t wanted) {
+    const struct kernels *k = w->p->m->k;
+    k->begin(n);
+    forward(w, n);
+    if (wanted) head(w, n - wanted, wanted);
+    k->end();
+}
+
 /* Computes the n rows in p->row, and the outputs of the last `wanted` of them. */
 static void compute(based_session *p, size_t n, size_t wanted) {
 #ifdef _OPENMP
@@ -2084,15 +2143,13 @@ static void compute(based_session *p, size_t n, size_t wanted) {
 #pragma omp parallel num_threads(p->threads)
         {
             struct worker w = { p, (size_t)omp_get_thread_num(), (size_t)omp_get_num_threads() };
-            forward(&w, n);
-            if (wanted) head(&w, n - wanted, wanted);
+            compute_share(&w, n, wanted);
         }
         return;
     }
 #endif
     struct worker alone = { p, 0, 1 };
-    forward(&alone, n);
-    if (wanted) head(&alone, n - wanted, wanted);
+    compute_share(&alone, n, wanted);
 }
 
 /* One 32-bit word more. Each step is one-to-one in h, so two texts of equal hash that go on alike stay equal, and no word is
@@ -2292,6 +2349,9 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     if (cursor.short_of_bytes || cursor.at != size)
         return fail(e, BASED_EFORMAT, "the header describes %s than the %u bytes there are; the checkpoint is damaged",
                     cursor.short_of_bytes ? "more" : "less", U64(size));
+    if (m->bad_scales)
+        return fail(e, BASED_EFORMAT, "%u scales of weights are neither zero nor between 2^-82 and 2^20; export the model again",
+                    m->bad_scales);
     multiplicity = (float *)(m->layer + c->layers);
     for (uint32_t i = 0; i < c->layers; i++) {
         struct layer *l = &m->layer[i];
@@ -2311,26 +2371,14 @@ struct census {
     uint64_t layer, of, bad, all;       /* layers: from 1, 0 for none; numbers there, how many are bad, bad anywhere  */
 };
 
-static void report_bad(struct census *c, uint64_t layer, const char *name, const char *part, uint64_t of, uint64_t bad) {
-    if (bad && !c->all) c->name = name, c->part = part, c->layer = layer, c->of = of, c->bad = bad;
-    c->all += bad;
-}
-
 static void look_at(struct census *c, uint64_t layer, const char *name, const char *part, const float *x, uint64_t n) {
     uint64_t bad = 0;
     for (uint64_t i = 0; x && i < n; i++) bad += is_finite(x[i]) ? 0 : 1;
-    report_bad(c, layer, name, part, n, bad);
-}
-
-/* A bfloat16 is the upper half of a float. */
-static uint64_t is_bad_scale(uint32_t half) {
-    return (half & 0x7f80u) == 0x7f80u ? 1 : 0;
+    if (bad && !c->all) c->name = name, c->part = part, c->layer = layer, c->of = n, c->bad = bad;
+    c->all += bad;
 }
 
 static void look_at_matrix(struct census *c, uint64_t layer, const char *name, const struct matrix *a) {
-    uint64_t words = a->scales ? U64(tiles(a->rows)) * groups(a->cols) * 8 : 0, bad = 0;
-    for (uint64_t i = 0; i < words; i++) bad += is_bad_scale(a->scales[i]) + is_bad_scale(a->scales[i] >> 16);
-    report_bad(c, layer, name, " scales", 2 * words, bad);
     look_at(c, layer, name, "", a->data, U64(a->rows) * a->cols);
     look_at(c, layer, name, ".bias", a->bias, a->rows);
 }

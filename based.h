@@ -36,7 +36,7 @@
 extern "C" {
 #endif
 
-#define BASED_VERSION "0.1.0"
+#define BASED_VERSION "0.2.0"
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * 1. Errors. A function that can fail returns BASED_OK (0) or a negative status (or NULL where it returns a pointer)
@@ -88,8 +88,8 @@ uint64_t            based_model_parameters(const based_model *m);   /* weights, 
 uint64_t            based_model_weight_bytes(const based_model *m); /* bytes read to produce one token            */
 const char         *based_model_kernels(const based_model *m);      /* the instruction set in use: "avx2", ...    */
 
-/* Looks at all floats and scales of the weights, which nothing else does: BASED_EFORMAT if one is a NaN or infinite, and e says
- * where the first of them is and how many there are. Reads the whole checkpoint once. */
+/* Looks at all floats of the weights, which nothing else does: BASED_EFORMAT if one is a NaN or infinite, and e says where the
+ * first of them is and how many there are. Reads the whole checkpoint once. (Scales were looked at when the model was opened.) */
 int                 based_check_weights(const based_model *m, based_error *e);
 
 /* ---------------------------------------------------------------------------------------------------------------------
@@ -319,7 +319,9 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *     values  Q8, 128 words: word 16 c + r holds columns 4c .. 4c+3 of row r, low byte first, each as weight / scale + 128
  *             Q4, 64 words: word 16 c + r holds columns 8c .. 8c+3 of row r in the low halves of its bytes, low byte first,
  *             and columns 8c+4 .. 8c+7 in the high halves, each as weight / scale + 8
- * Vectors that meet such a matrix are quantised too, each group of 32 to round(127 x / max|x|), halves to even.
+ *     A scale is zero, or its size is at least 2^-82 and less than 2^20.
+ * Vectors that meet such a matrix are quantised too, each group of 32 to round(x / s), halves to even: s is the smallest power
+ * of two, of at least 2^-56, with which no number exceeds 127. y = sum over the groups of (products of the group) * scale * s.
  *
  * What is computed, for each token (sum = running sum over the past, the present included):
  *

@@ -125,6 +125,7 @@ def quantised(name, bits, choose):
     def pack(array):
         t = tiled(array)
         scales = choose(t)
+        scales = np.where(np.abs(as_float(scales)) < 2.0 ** -82, np.uint16(0), scales)         # such weights are nothing
         values = rounded(t, as_float(scales)[..., None], 1 - middle if bits == 8 else -middle, middle - 1) + middle
         values = values.astype(np.uint8).reshape(*t.shape[:3], words, -1)                 # the columns of each word
         if bits == 4:

@@ -35,7 +35,7 @@ def fields(data, at, names):
 
 class Matrix:
     """Weights [rows, cols]; called with vectors [n, cols] gives products [n, rows]. Quantised weights meet quantised vectors:
-    each group of 32 of them in 255 steps."""
+    each group of 32 of them in steps of a power of two."""
 
     def __init__(self, values, quantised):
         self.values, self.quantised = values, quantised
@@ -45,7 +45,8 @@ class Matrix:
             groups = np.zeros((len(x), -(-x.shape[1] // 32), 32))
             groups.reshape(len(x), -1)[:, :x.shape[1]] = x
             largest = np.abs(groups).max(2, keepdims=True)
-            groups = np.rint(127 * groups / np.where(largest > 0, largest, 1)) * largest / 127
+            step = 2.0 ** np.ceil(np.log2(np.maximum(largest, 2.0 ** -50) / 127))
+            groups = np.rint(groups / step) * step
             x = groups.reshape(len(x), -1)[:, :x.shape[1]]
         return x @ self.values.T
 

@@ -107,17 +107,21 @@ static void test_kernels_agree(const struct kernels *k, size_t n) {
     for (size_t i = 0; i < COUNT(words); i++) words[i] = random_u32() ^ random_u32() << 7;
     words[3] = 0x0101ff01u;
     for (size_t i = 0; i < COUNT(scales); i++) scales[i] = 0x3c003c10u + (random_u32() & 0x00ff00ffu);
-    struct activations one = { x, q[0], scale[0], offset[0], n, COLS, GROUPS, pack_of(n) };
-    struct activations two = { x, q[1], scale[1], offset[1], n, COLS, GROUPS, pack_of(n) };
-    plain->quantise(&one, 0, n * GROUPS), k->quantise(&two, 0, 5), k->quantise(&two, 5, n * GROUPS);
-    CHECK(memcmp(q[0], q[1], sizeof q[0]) == 0 && memcmp(scale[0], scale[1], sizeof scale[0]) == 0);
-    CHECK(memcmp(offset[0], offset[1], sizeof offset[0]) == 0);
-    plain->tile_q8(a, ROWS, scales, words, &one, 0, n), k->tile_q8(b, ROWS, scales, words, &one, 0, n);
-    CHECK(memcmp(a, b, sizeof a) == 0);
-    plain->tile_q4(a, ROWS, scales, words, &one, 0, n), k->tile_q4(b, ROWS, scales, words, &one, 0, n);
-    CHECK(memcmp(a, b, sizeof a) == 0);
-    plain->tile_q4(a, ROWS, scales, words, &one, 2, n), k->tile_q4(b, ROWS, scales, words, &one, 2, n);
-    CHECK(memcmp(a, b, sizeof a) == 0);
+    struct activations one = { x, q[0], scale[0], offset[0], n, COLS, GROUPS, pack_of(n), 128 };
+    struct activations two = { x, q[1], scale[1], offset[1], n, COLS, GROUPS, pack_of(n), 128 };
+    k->begin(n);
+    for (size_t bits = 8; bits >= 4; bits -= 4) {
+        one.middle = two.middle = bits == 8 ? 128 : 8;
+        plain->quantise(&one, 0, n * GROUPS), k->quantise(&two, 0, 5), k->quantise(&two, 5, n * GROUPS);
+        CHECK(memcmp(q[0], q[1], sizeof q[0]) == 0 && memcmp(scale[0], scale[1], sizeof scale[0]) == 0);
+        CHECK(memcmp(offset[0], offset[1], sizeof offset[0]) == 0);
+        for (size_t from = 0; from <= 2; from += 2) {
+            (bits == 8 ? plain->tile_q8 : plain->tile_q4)(a, ROWS, scales, words, &one, from, n);
+            (bits == 8 ? k->tile_q8 : k->tile_q4)(b, ROWS, scales, words, &one, from, n);
+            CHECK(memcmp(a, b, sizeof a) == 0);
+        }
+    }
+    k->end();
     for (size_t rows = 1; rows <= ROWS; rows++) {
         plain->rows_f32(a, ROWS, w, rows, &one), k->rows_f32(b, ROWS, w, rows, &one);
         CHECK(memcmp(a, b, sizeof a) == 0);
@@ -156,7 +160,7 @@ static void test_quantised_definition(int bits) {
     static uint32_t words[256], scales[16];
     float scale[2];
     int32_t offset[2];
-    struct activations a = { x, q, scale, offset, 1, 50, 2, 1 };
+    struct activations a = { x, q, scale, offset, 1, 50, 2, 1, bits == 8 ? 128 : 8 };
     fill(x, 64);
     for (size_t i = 0; i < 256; i++) words[i] = random_u32() ^ random_u32() << 9;
     for (size_t i = 0; i < 16; i++) scales[i] = 0x3f803f00u;           /* rows 2i: 0.5, rows 2i + 1: 1                   */
@@ -179,7 +183,7 @@ static void test_quantised_nan(const struct kernels *k) {
     static uint32_t words[256], scales[16];
     float scale[2];
     int32_t offset[2];
-    struct activations a = { x, q, scale, offset, 1, 64, 2, 1 };
+    struct activations a = { x, q, scale, offset, 1, 64, 2, 1, 128 };
     const uint32_t none[] = { 0x7fc00000u, 0xffc00000u, 0x7f800001u, 0xff800001u };
     for (size_t i = 0; i < 16; i++) scales[i] = 0x3f803f80u;
     for (size_t i = 0; i < COUNT(none); i++) {
@@ -191,7 +195,17 @@ static void test_quantised_nan(const struct kernels *k) {
     }
     x[40] = (float)INFINITY;
     k->quantise(&a, 0, 2);
-    CHECK(scale[1] == 3e38f / 127.0f && q[40] == 127 && q[41] == 0);
+    CHECK(scale[1] == 0x1p84f && q[40] == 127 && q[41] == 0);
+    x[40] = -0x1.fcp20f;                /* 127/64 of a power of two just fits                                    */
+    k->quantise(&a, 0, 2);
+    CHECK(scale[1] == 0x1p14f && q[40] == -127);
+    x[40] = 0x1.fc0002p20f;
+    k->quantise(&a, 0, 2);
+    CHECK(scale[1] == 0x1p15f && q[40] == 64);
+    x[40] = 0.0f;
+    for (size_t i = 32; i < 64; i++) x[i] *= 1e-20f;
+    k->quantise(&a, 0, 2);
+    CHECK(scale[1] == 0x1p-56f && q[40] == 0 && q[41] == 0);
 }
 
 /* ---- the Taylor features ---- */
@@ -368,6 +382,16 @@ static void test_check_weights(void) {
     CHECK(based_check_weights(m, &e) == BASED_EFORMAT);
     CHECK_TEXT(e.text, "embedding: 3 of the 32768 numbers are NaN or infinite, 4 in all; export the model again, or train it "
                "again");
+}
+
+static void test_bad_scales(void) {
+    static const uint32_t good[] = { 0, 0x8000, 0x3f80, 0xbf80, 0x1680, 0x497f, 0xc97f };
+    static const uint32_t bad[] = { 0x7f80, 0xff80, 0x7fc0, 0x0001, 0x8001, 0x167f, 0x967f, 0x4980, 0xc980 };
+    for (size_t i = 0; i < COUNT(good); i++) CHECK(bad_scales(good[i] << 16 | good[i]) == 0);
+    for (size_t i = 0; i < COUNT(bad); i++) {
+        CHECK(bad_scales(bad[i]) == 1 && bad_scales(bad[i] << 16) == 1 && bad_scales(0x3f800000u | bad[i]) == 1);
+        CHECK(bad_scales(bad[i] << 16 | bad[i]) == 2);
+    }
 }
 
 /* The largest sums that the maxima allow are more than 32 bits can count. */
@@ -558,6 +582,7 @@ int main(void) {
     test_bit_flips();
     test_extreme_fields();
     test_check_weights();
+    test_bad_scales();
     test_session_beyond_addresses();
     test_caller_memory();
     test_bad_tokens();

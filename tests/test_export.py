@@ -398,6 +398,32 @@ def shape(tmp_path):
     return tmp_path / "config.json"
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scales_that_the_runtime_accepts(bits):
+    """Weights too small for a scale of based.h part 7 become nothing; others keep their size."""
+    dtype = export.DTYPES[1 if bits == 8 else 2]
+    weights = np.random.default_rng(1).standard_normal((16, 96)).astype(np.float32)
+    weights[:, :32] *= np.float32(1e-22)
+    weights[:, 32:64] *= np.float32(1e-28)
+    got = dtype.unpack(dtype.pack(weights).tobytes(), weights.shape)
+    assert not got[:, 32:64].any()
+    for part in (got[:, :32] / weights[:, :32], got[:, 64:] / weights[:, 64:]):
+        assert 0.98 < np.median(part) < 1.02
+
+
+def test_scale_out_of_range_is_refused(tmp_path):
+    path = reference.random_checkpoint(np.random.default_rng(4), tmp_path / "m.bin", dtype=export.DTYPE_CODES["q8"])
+    good = bytearray(Path(path).read_bytes())
+    placed = next(p for p in export.Checkpoint(path).placed if p.dtype.name == "q8")
+    for scale in (0x7fc0, 0x7f80, 0x0001, 0x4980):
+        bad = good[:]
+        bad[placed.offset:placed.offset + 2] = scale.to_bytes(2, "little")
+        (tmp_path / "bad.bin").write_bytes(bad)
+        done = subprocess.run([ROOT / "run", tmp_path / "bad.bin", "--info", "--no-checksum"], capture_output=True, text=True)
+        assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+        assert "1 scales of weights are neither zero nor between 2^-82 and 2^20" in done.stderr
+
+
 def test_random(capsys, tmp_path, shape):
     """Random weights load, give finite and lively logits, and depend on the seed alone."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
