@@ -145,6 +145,27 @@ static void test_kernels_agree(const struct kernels *k, size_t n) {
         }
 }
 
+/* Fusing an addition with the multiplication before it must not show, neither where products are all but too small nor where
+ * they are all but too large to be exact. */
+static void test_extreme_scales(const struct kernels *k, uint32_t scale, float size, int bits) {
+    enum { N = 17, GROUPS = 3, PACKED = 32 };
+    static float x[N * GROUPS * 32], a[N * 16], b[N * 16], x_scale[PACKED * GROUPS];
+    static int8_t q[PACKED * GROUPS * 32];
+    static int32_t offset[PACKED * GROUPS];
+    static uint32_t words[GROUPS * 128], scales[GROUPS * 8];
+    struct activations act = { x, q, x_scale, offset, N, GROUPS * 32, GROUPS, 16, bits == 8 ? 128 : 8 };
+    fill(x, COUNT(x));
+    for (size_t i = 0; i < COUNT(x); i++) x[i] *= size;
+    for (size_t i = 0; i < COUNT(words); i++) words[i] = random_u32() ^ random_u32() << 7;
+    for (size_t i = 0; i < COUNT(scales); i++) scales[i] = scale | scale << 16;
+    plain_kernels.quantise(&act, 0, N * GROUPS);
+    k->begin(N);
+    (bits == 8 ? plain_kernels.tile_q8 : plain_kernels.tile_q4)(a, 16, scales, words, &act, 0, N);
+    (bits == 8 ? k->tile_q8 : k->tile_q4)(b, 16, scales, words, &act, 0, N);
+    k->end();
+    CHECK(memcmp(a, b, sizeof a) == 0 && a[0] == a[0] && fabsf(a[0]) <= FLT_MAX);
+}
+
 /* The weight in row r and column i of a block of `bits`, as part 7 of based.h says. */
 static double weight_of(const uint32_t *words, size_t r, size_t i, int bits) {
     const uint32_t *word = words + i / 32 * (bits == 8 ? 128 : 64) + r;
@@ -576,6 +597,10 @@ int main(void) {
     for (size_t i = 0; i < COUNT(sets); i++)
         for (size_t n = 3; n <= 43; n += 4) test_kernels_agree(choose_kernels(sets[i]), n);
     for (size_t i = 0; i < COUNT(sets); i++) test_quantised_nan(choose_kernels(sets[i]));
+    for (size_t i = 0; i < COUNT(sets); i++)
+        for (size_t j = 0; j < 16; j++)
+            test_extreme_scales(choose_kernels(sets[i]), j & 1 ? 0x497fu : 0x1680u,
+                                (const float[]){ 0x1p-80f, 0x1p-50f, 0x1p-49f, 0x1p120f }[j >> 2], j & 2 ? 8 : 4);
     test_features();
     load_stories();
     test_truncation();
