@@ -1180,7 +1180,8 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
 TILE_KERNELS(plain, )
 
 static const struct kernels plain_kernels = {
-    "plain", begin_plain, end_plain, rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, add_products_plain, silu_times_plain,
+    "plain", begin_plain, end_plain,
+    rows_f32_plain, tile_q8_plain, tile_q4_plain, combine_plain, add_products_plain, silu_times_plain,
     soften_plain, absorb_row_plain, quantise_plain
 };
 
@@ -1283,8 +1284,8 @@ AVX512 BODY struct scales load_scales(const uint32_t *scales) {
     return ws;
 }
 
-/* y + (float)s * ws * x, where s comes as SHIFT + s: two instructions are enough. (A scale of weights has 8 bits, whence `shift`
- * is exact, and the first rounds s * ws once.) */
+/* y + (float)s * ws * x, where s comes as SHIFT + s: two instructions are enough. (A scale of weights has 8 bits, whence
+ * `shift` is exact, and the first rounds s * ws once.) */
 AVX512 BODY __m512 add_product(__m512 y, __m512i s, struct scales ws, float x) {
     return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(s), ws.once, ws.shift), _mm512_set1_ps(x), y);
 }
@@ -1329,11 +1330,13 @@ TILE_KERNELS(avx2, AVX2)
 TILE_KERNELS(avx512, AVX512)
 
 static const struct kernels avx2_kernels = {
-    "avx2", begin_plain, end_plain, rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, add_products_avx2, silu_times_avx2, soften_avx2,
+    "avx2", begin_plain, end_plain,
+    rows_f32_avx2, tile_q8_avx2, tile_q4_avx2, combine_avx2, add_products_avx2, silu_times_avx2, soften_avx2,
     absorb_row_avx2, quantise_avx2
 };
 static const struct kernels avx512_kernels = {
-    "avx512vnni", begin_plain, end_plain, rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, add_products_avx512, silu_times_avx512,
+    "avx512vnni", begin_plain, end_plain,
+    rows_f32_avx2, tile_q8_avx512, tile_q4_avx512, combine_avx512, add_products_avx512, silu_times_avx512,
     soften_avx512, absorb_row_avx512, quantise_avx512
 };
 
@@ -1423,7 +1426,8 @@ ROWS_KERNEL(amx, AVX2, 1)
 TILE_KERNELS(amx, AMX)
 
 static const struct kernels amx_kernels = {
-    "amx", begin_amx, end_amx, rows_f32_amx, tile_q8_amx, tile_q4_amx, combine_avx512, add_products_avx512, silu_times_avx512,
+    "amx", begin_amx, end_amx,
+    rows_f32_amx, tile_q8_amx, tile_q4_amx, combine_avx512, add_products_avx512, silu_times_avx512,
     soften_avx512, absorb_row_avx512, quantise_avx512
 };
 
@@ -1483,7 +1487,8 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
 TILE_KERNELS(dotprod, )
 
 static const struct kernels dotprod_kernels = {
-    "dotprod", begin_plain, end_plain, rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, add_products_plain, silu_times_plain,
+    "dotprod", begin_plain, end_plain,
+    rows_f32_plain, tile_q8_dotprod, tile_q4_dotprod, combine_plain, add_products_plain, silu_times_plain,
     soften_plain, absorb_row_plain, quantise_plain
 };
 
@@ -2350,8 +2355,8 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
         return fail(e, BASED_EFORMAT, "the header describes %s than the %u bytes there are; the checkpoint is damaged",
                     cursor.short_of_bytes ? "more" : "less", U64(size));
     if (m->bad_scales)
-        return fail(e, BASED_EFORMAT, "%u scales of weights are neither zero nor between 2^-82 and 2^20; export the model again",
-                    m->bad_scales);
+        return fail(e, BASED_EFORMAT, "%u scales of weights are neither zero nor between 2^-82 and 2^20; export the "
+                    "model again", m->bad_scales);
     multiplicity = (float *)(m->layer + c->layers);
     for (uint32_t i = 0; i < c->layers; i++) {
         struct layer *l = &m->layer[i];

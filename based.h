@@ -89,7 +89,7 @@ uint64_t            based_model_weight_bytes(const based_model *m); /* bytes rea
 const char         *based_model_kernels(const based_model *m);      /* the instruction set in use: "avx2", ...    */
 
 /* Looks at all floats of the weights, which nothing else does: BASED_EFORMAT if one is a NaN or infinite, and e says where the
- * first of them is and how many there are. Reads the whole checkpoint once. (Scales were looked at when the model was opened.) */
+ * first of them is and how many there are. Reads the whole checkpoint once. (Opening has looked at the scales.) */
 int                 based_check_weights(const based_model *m, based_error *e);
 
 /* ---------------------------------------------------------------------------------------------------------------------
