@@ -430,10 +430,10 @@ static size_t groups(uint32_t cols) { return ((size_t)cols + 31) / 32; }
 /* Words of one block, 16 rows by 32 columns. */
 static size_t block_words(uint32_t dtype) { return dtype == BASED_Q4 ? 64 : 128; }
 
-/* Two bfloat16s, each the upper half of a float: good are zero, and sizes from 2^-82 on and below 2^20 (see quantise_group). */
-static uint32_t bad_scales(uint32_t two) {
-    uint32_t low = two & 0x7fff, high = two >> 16 & 0x7fff;        /* without signs                                          */
-    return (low && low - (45u << 7) >= 102u << 7 ? 1u : 0u) + (high && high - (45u << 7) >= 102u << 7 ? 1u : 0u);
+/* A bfloat16 is the upper half of a float. Good are zero, and sizes from 2^-82 on and below 2^20: see quantise_group. */
+static uint32_t is_bad_scale(uint32_t half) {
+    uint32_t size = half & 0x7fff;
+    return size && (size < (127 - 82) << 7 || size >= (127 + 20) << 7) ? 1 : 0;
 }
 
 static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows, uint32_t cols, uint32_t dtype, int bias) {
@@ -445,7 +445,9 @@ static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows
         a.scales = take(c, blocks * 32);
         a.words = take(c, blocks * 4 * block_words(dtype));
         m->widest_q = max_u32(m->widest_q, cols);
-        for (uint64_t i = 0; a.scales && i < blocks * 8; i++) m->bad_scales += bad_scales(a.scales[i]);
+        for (uint64_t i = 0; a.scales && i < blocks * 8; i++) {
+            m->bad_scales += is_bad_scale(a.scales[i]) + is_bad_scale(a.scales[i] >> 16);
+        }
     }
     m->weight_bytes += c->at - before;
     if (bias) a.bias = take_floats(c, rows);
@@ -953,7 +955,7 @@ BODY float soften_body(float *x, size_t n, float scale, float *top) {
 }
 
 /* x -> 8 bits, a group of 32 columns. The scale is a power of two, the smallest with which no number exceeds 127, so that
- * scaling rounds nothing; with weights' scales from 2^-82 to 2^20 (see bad_scales) also no product with it does, whence
+ * scaling rounds nothing; with weights' scales from 2^-82 to 2^20 (see is_bad_scale) also no product with it does, whence
  * kernels may fuse that product with the addition after it. The maximum is taken over the bits, which are in the order of the
  * numbers once the sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all
  * the way, which compilers vectorise. An infinity counts as 127 * 2^84. A NaN makes the scale, and so all that is computed

@@ -408,11 +408,8 @@ static void test_check_weights(void) {
 static void test_bad_scales(void) {
     static const uint32_t good[] = { 0, 0x8000, 0x3f80, 0xbf80, 0x1680, 0x497f, 0xc97f };
     static const uint32_t bad[] = { 0x7f80, 0xff80, 0x7fc0, 0x0001, 0x8001, 0x167f, 0x967f, 0x4980, 0xc980 };
-    for (size_t i = 0; i < COUNT(good); i++) CHECK(bad_scales(good[i] << 16 | good[i]) == 0);
-    for (size_t i = 0; i < COUNT(bad); i++) {
-        CHECK(bad_scales(bad[i]) == 1 && bad_scales(bad[i] << 16) == 1 && bad_scales(0x3f800000u | bad[i]) == 1);
-        CHECK(bad_scales(bad[i] << 16 | bad[i]) == 2);
-    }
+    for (size_t i = 0; i < COUNT(good); i++) CHECK(!is_bad_scale(good[i]) && !is_bad_scale(0x7fff0000u | good[i]));
+    for (size_t i = 0; i < COUNT(bad); i++) CHECK(is_bad_scale(bad[i]) && is_bad_scale(0x3f800000u | bad[i]));
 }
 
 /* The largest sums that the maxima allow are more than 32 bits can count. */
