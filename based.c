@@ -974,8 +974,8 @@ BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *
         float shifted = x[l] * inverse + 12582912.0f;
         int32_t n;
         memcpy(&n, &shifted, sizeof n);
-        n = n - SHIFT > -127 ? n - SHIFT : -127;
-        bits[l] = n < 127 ? n : 127;
+        n = n > SHIFT - 127 ? n : SHIFT - 127;
+        bits[l] = (n < SHIFT + 127 ? n : SHIFT + 127) - SHIFT;
     }
     for (size_t l = 0; l < 32; l++) q[l] = (int8_t)bits[l];
     for (size_t l = 0; l < 32; l++) total += bits[l];
