@@ -126,7 +126,6 @@ struct based_model {
     uint32_t slots;                     /* heads that may run at the same time                                   */
     size_t state;                       /* floats of state of one session                                        */
     uint64_t parameters, weight_bytes;
-    uint64_t bad_scales;                /* so many make a checkpoint useless                                     */
     void *self, *owned, *mapped;        /* what based_close gives back                                           */
     size_t mapped_size;
     struct layer layer[];
@@ -138,6 +137,7 @@ struct cursor {
     const unsigned char *bytes;         /* NULL: only count                                                      */
     uint64_t at, size;
     int short_of_bytes;                 /* a section did not fit                                                 */
+    uint64_t bad_scales;                /* scales of weights that are out of range                               */
 };
 
 /* The next section of n bytes, aligned to 64, or NULL. n < 2^58 by the maxima of based.h, so nothing overflows. */
@@ -445,9 +445,8 @@ static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows
         a.scales = take(c, blocks * 32);
         a.words = take(c, blocks * 4 * block_words(dtype));
         m->widest_q = max_u32(m->widest_q, cols);
-        for (uint64_t i = 0; a.scales && i < blocks * 8; i++) {
-            m->bad_scales += is_bad_scale(a.scales[i]) + is_bad_scale(a.scales[i] >> 16);
-        }
+        for (uint64_t i = 0; a.scales && i < blocks * 8; i++)
+            c->bad_scales += is_bad_scale(a.scales[i]) + is_bad_scale(a.scales[i] >> 16);
     }
     m->weight_bytes += c->at - before;
     if (bias) a.bias = take_floats(c, rows);
@@ -1631,16 +1630,6 @@ static void meet(const struct worker *w) {
 #endif
 }
 
-static void add_bias(float *y, const float *bias, size_t n) {
-    float sixteen[16];
-    if (n == 16) {                      /* a constant becomes vector code                                        */
-        for (size_t i = 0; i < 16; i++) sixteen[i] = y[i] + bias[i];
-        memcpy(y, sixteen, sizeof sixteen);
-    } else {
-        for (size_t i = 0; i < n; i++) y[i] += bias[i];
-    }
-}
-
 /* Sixteen rows of a (or the last ones) times all vectors. */
 static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows,
                         const struct activations *x, const struct kernels *k) {
@@ -1658,7 +1647,8 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
             memcpy(out + t * out_stride, y, rows * sizeof *y);
         }
     }
-    for (size_t t = 0; a->bias && t < x->n; t++) add_bias(out + t * out_stride, a->bias + first, rows);
+    for (size_t t = 0; a->bias && t < x->n; t++)
+        for (size_t i = 0; i < rows; i++) out[t * out_stride + i] += a->bias[first + i];
 }
 
 /* out[t][r] = a.row(first + r) . x[t] + bias, for `rows` rows and n vectors x (n, cols); first is a multiple of 16. Weights
@@ -2339,7 +2329,7 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     size_t need = status ? 0 : based_model_bytes(bytes, size, e);
     const based_config *c = bytes;
     based_model *m = memory;
-    struct cursor cursor = { bytes, 0, size, 0 };
+    struct cursor cursor = { bytes, 0, size, 0, 0 };
     float *multiplicity;
     if (status) return status;
     if (!need) return BASED_ENOMEM;
@@ -2356,9 +2346,9 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     if (cursor.short_of_bytes || cursor.at != size)
         return fail(e, BASED_EFORMAT, "the header describes %s than the %u bytes there are; the checkpoint is damaged",
                     cursor.short_of_bytes ? "more" : "less", U64(size));
-    if (m->bad_scales)
+    if (cursor.bad_scales)
         return fail(e, BASED_EFORMAT, "%u scales of weights are neither zero nor between 2^-82 and 2^20; export the "
-                    "model again", m->bad_scales);
+                    "model again", cursor.bad_scales);
     multiplicity = (float *)(m->layer + c->layers);
     for (uint32_t i = 0; i < c->layers; i++) {
         struct layer *l = &m->layer[i];

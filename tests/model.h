@@ -58,7 +58,7 @@ static inline based_model *make_model(struct wish wish) {
     void *memory = block_of(MODEL_ROOM);
     based_config *c = (based_config *)(void *)bytes;
     based_layer *l = (based_layer *)(void *)(c + 1);
-    struct cursor cursor = { bytes, 0, MODEL_ROOM, 0 };
+    struct cursor cursor = { bytes, 0, MODEL_ROOM, 0, 0 };
     based_model *m = memory;
     based_error e;
     uint64_t sum;

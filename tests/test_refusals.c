@@ -232,7 +232,7 @@ static void test_largest(void) {
         CHECK_EQUAL(based_model_bytes(bytes, BYTES, &e), need + tables);
         if (tables) REFUSED(opens(bytes, BYTES), BASED_ENOMEM, "are needed");
         else REFUSED(opens(bytes, BYTES), BASED_EFORMAT, "the header describes more than the");
-        struct cursor cursor = { bytes, 0, UINT64_MAX / 4, 0 };
+        struct cursor cursor = { bytes, 0, UINT64_MAX / 4, 0, 0 };
         memset(m, 0, MODEL_ROOM);
         m->c = c, m->k = choose_kernels(0);
         bind(&cursor, m);

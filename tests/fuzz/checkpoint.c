@@ -153,7 +153,7 @@ static size_t change_layers(unsigned char *p, size_t size, size_t most) {
 static size_t wanted(const unsigned char *p, size_t most) {
     static uint64_t memory[MODEL_MOST / 8];
     based_model *m = (void *)memory;
-    struct cursor cursor = { p, 0, most, 0 };
+    struct cursor cursor = { p, 0, most, 0, 0 };
     size_t need = based_model_bytes(p, most, NULL);
     if (need == 0 || need > MODEL_MOST) return 0;
     memset(memory, 0, need);
