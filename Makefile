@@ -36,7 +36,7 @@ help:
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
 demo: run
-	./run $(DEMO) -s 11 -t 0.75 -p 0.95 --min-p 0.05 --repeat-penalty 1.12 --repeat-last-n 128 \
+	./run $(DEMO) -s 38 -t 0.75 -p 0.95 --min-p 0.05 --repeat-penalty 1.12 --repeat-last-n 128 \
 	    -i "Once upon a time there was a little mouse who"
 
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))

@@ -77,6 +77,13 @@ static int fail(based_error *e, int status, const char *format, ...) {
 
 #define U64(x) ((uint64_t)(x))
 
+/* Small enough to become part of whoever calls it, and so of every instruction set it is compiled for. */
+#ifdef __GNUC__
+#define BODY static inline __attribute__((always_inline))
+#else
+#define BODY static inline
+#endif
+
 /* ==== The checkpoint in memory =======================================================================================
  * based.h part 7 describes the bytes. Nothing is copied: a model is a table of pointers into them.
  */
@@ -121,7 +128,7 @@ struct based_model {
     struct matrix embedding, input, head;
     struct norm final_norm;
     uint32_t widest_in, widest_mid;     /* of what in/up produce, of what out/down consume                       */
-    uint32_t widest_q;                  /* columns of the widest quantised matrix, 0 if there is none            */
+    uint32_t widest_q, most_groups;     /* columns of the widest quantised matrix, in whole groups, and the most groups */
     size_t slot;                        /* floats of scratch that one head needs                                 */
     uint32_t slots;                     /* heads that may run at the same time                                   */
     size_t state;                       /* floats of state of one session                                        */
@@ -425,10 +432,15 @@ static uint32_t max_u32(uint32_t a, uint32_t b) { return a > b ? a : b; }
 /* At least one tile of rows. */
 static size_t align16(size_t n) { return n ? (n + 15) / 16 * 16 : 16; }
 static size_t tiles(uint32_t rows) { return ((size_t)rows + 15) / 16; }
-static size_t groups(uint32_t cols) { return ((size_t)cols + 31) / 32; }
 
-/* Words of one block, 16 rows by 32 columns. */
-static size_t block_words(uint32_t dtype) { return dtype == BASED_Q4 ? 64 : 128; }
+/* Quantised weights of 8 bits share a scale in groups of 64 columns, those of 4 bits in groups of 32. Columns are filled up
+ * to a multiple of 32, so that the last group of 64 may be half a one. */
+static int bits_of(uint32_t dtype) { return dtype == BASED_Q4 ? 4 : 8; }
+BODY size_t group_width(const int bits) { return bits == 8 ? 64 : 32; }
+BODY size_t group_words(const int bits) { return bits == 8 ? 256 : 64; }        /* of a tile of 16 rows                  */
+static size_t groups(size_t cols, int bits) { return (cols + group_width(bits) - 1) / group_width(bits); }
+static size_t filled_up(size_t cols) { return (cols + 31) / 32 * 32; }
+static size_t tile_words(size_t cols, int bits) { return filled_up(cols) * (bits == 8 ? 4 : 2); }
 
 /* A bfloat16 is the upper half of a float. Good are zero, and sizes from 2^-82 on and below 2^20: see quantise_group. */
 static uint32_t is_bad_scale(uint32_t half) {
@@ -438,14 +450,16 @@ static uint32_t is_bad_scale(uint32_t half) {
 
 static struct matrix take_matrix(struct cursor *c, based_model *m, uint32_t rows, uint32_t cols, uint32_t dtype, int bias) {
     struct matrix a = { NULL, NULL, NULL, NULL, rows, cols, dtype };
-    uint64_t blocks = U64(tiles(rows)) * groups(cols), before = c->at;
+    size_t many = groups(cols, bits_of(dtype)), width = group_width(bits_of(dtype));
+    uint64_t before = c->at, scales = U64(tiles(rows)) * many * 8;
     if (dtype == BASED_F32) {
         a.data = take_floats(c, U64(rows) * cols);
     } else {
-        a.scales = take(c, blocks * 32);
-        a.words = take(c, blocks * 4 * block_words(dtype));
-        m->widest_q = max_u32(m->widest_q, cols);
-        for (uint64_t i = 0; a.scales && i < blocks * 8; i++)
+        a.scales = take(c, scales * 4);
+        a.words = take(c, U64(tiles(rows)) * tile_words(cols, bits_of(dtype)) * 4);
+        m->most_groups = max_u32(m->most_groups, (uint32_t)many);
+        m->widest_q = max_u32(m->widest_q, (uint32_t)(many * width));
+        for (uint64_t i = 0; a.scales && i < scales; i++)
             c->bad_scales += is_bad_scale(a.scales[i]) + is_bad_scale(a.scales[i] >> 16);
     }
     m->weight_bytes += c->at - before;
@@ -588,13 +602,6 @@ static int arithmetic_is_strict(void) {
  * sqrt, in an order that is written down.
  */
 #define LANES 16
-
-/* Small enough to become part of whoever calls it, and so of every instruction set it is compiled for. */
-#ifdef __GNUC__
-#define BODY static inline __attribute__((always_inline))
-#else
-#define BODY static inline
-#endif
 
 /* Asks for memory that will be read soon: what processors foresee by themselves ends where a page does. */
 #ifdef __GNUC__
@@ -771,16 +778,25 @@ static void normalise(float *out, const float *x, const struct norm *n, size_t d
 #elif defined(BASED_NARROW) && defined(__ARM_FEATURE_SIMD32)
 #include <arm_acle.h>
 #endif
-/* n vectors as quantised products want them: groups of 32 columns share a scale; the last group is filled up with zeros.
- * Vectors are packed in sixteens (fours, ones, if there are fewer), so that the same group of sixteen lies side by side. */
+/* n vectors as quantised products want them: groups as wide as those of the weights they meet share a scale; the last is
+ * filled up with zeros. Vectors are packed in sixteens (fours, ones, if there are fewer), so that the same group of sixteen
+ * lies side by side. */
 struct activations {
     const float *x;                     /* (n, cols) as they are                                                 */
-    int8_t *q;                          /* (n/pack, groups, pack, 32) round(x / scale)                           */
+    int8_t *q;                          /* (n/pack, groups, pack, group_width) round(x / scale)                  */
     float *scale;                       /* (n/pack, groups, pack)                                                */
-    int32_t *offset;                    /* (n/pack, groups, pack) SHIFT - middle times the sum of q              */
+    int32_t *offset;                    /* (n/pack, groups, pack) SHIFT - what is added to weights * the sum of q */
     size_t n, cols, groups, pack;
-    int32_t middle;                     /* what is added to the weights they meet: 128 or 8                      */
+    int bits;                           /* of the weights they meet                                              */
 };
+
+/* How many groups of the weights they meet are whole, and the columns of group g. */
+BODY size_t whole_groups(const struct activations *a, const int bits) {
+    return a->groups - (bits == 8 && (a->cols - 1) % 64 < 32 ? 1 : 0);
+}
+BODY size_t group_columns(const struct activations *a, size_t g, const int bits) {
+    return g < whole_groups(a, bits) ? group_width(bits) : 32;
+}
 
 /* The bits of the float 1.5 * 2^23; SHIFT + s are those of 1.5 * 2^23 + s, for whole numbers |s| < 2^22. */
 enum { SHIFT = 0x4b400000 };
@@ -953,53 +969,59 @@ BODY float soften_body(float *x, size_t n, float scale, float *top) {
     return sum(x, n);
 }
 
-/* x -> 8 bits, a group of 32 columns. The scale is a power of two, the smallest with which no number exceeds 127, so that
+/* x -> 8 bits, a group. The scale is a power of two, the smallest with which no number exceeds 127, so that
  * scaling rounds nothing; with weights' scales from 2^-82 to 2^20 (see is_bad_scale) also no product with it does, whence
  * kernels may fuse that product with the addition after it. The maximum is taken over the bits, which are in the order of the
  * numbers once the sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all
  * the way, which compilers vectorise. An infinity counts as 127 * 2^84. A NaN makes the scale, and so all that is computed
  * with it, a NaN: its own bits are not the same everywhere. */
-BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x, int32_t middle) {
-    const int32_t least = (127 - 50) << 23, most = (127 + 90) << 23;
-    int32_t bits[32], top = 0, total = 0, power, opposite;
+BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x, const int bits) {
+    const int32_t least = (127 - 50) << 23, most = (127 + 90) << 23, middle = bits == 8 ? 128 : 8;
+    const size_t width = group_width(bits);
+    int32_t n[64], top = 0, total = 0, power, opposite;
     float inverse;
-    memcpy(bits, x, sizeof bits);
-    for (size_t l = 0; l < 32; l++) top = (bits[l] & 0x7fffffff) > top ? bits[l] & 0x7fffffff : top;
+    memcpy(n, x, width * sizeof *n);
+    for (size_t l = 0; l < width; l++) top = (n[l] & 0x7fffffff) > top ? n[l] & 0x7fffffff : top;
     power = top < least ? least : top > most ? most : top;
     power = ((power + 0x1ffff) & 0x7f800000) - (6 << 23);          /* carries beyond 127/64 of a power of two            */
     opposite = (254 << 23) - power;
     memcpy(&inverse, &opposite, sizeof opposite);
-    for (size_t l = 0; l < 32; l++) {
+    for (size_t l = 0; l < width; l++) {
         float shifted = x[l] * inverse + 12582912.0f;
-        int32_t n;
-        memcpy(&n, &shifted, sizeof n);
-        n = n > SHIFT - 127 ? n : SHIFT - 127;
-        bits[l] = (n < SHIFT + 127 ? n : SHIFT + 127) - SHIFT;
+        int32_t whole;
+        memcpy(&whole, &shifted, sizeof whole);
+        whole = whole > SHIFT - 127 ? whole : SHIFT - 127;
+        n[l] = (whole < SHIFT + 127 ? whole : SHIFT + 127) - SHIFT;
     }
-    for (size_t l = 0; l < 32; l++) q[l] = (int8_t)bits[l];
-    for (size_t l = 0; l < 32; l++) total += bits[l];
+    for (size_t l = 0; l < width; l++) q[l] = (int8_t)n[l];
+    for (size_t l = 0; l < width; l++) total += n[l];
     if (top > 0x7f800000) power = 0x7fc00000;
     memcpy(scale, &power, sizeof power);
     *offset = SHIFT - middle * total;
 }
 
 /* Groups `from` to `to` of all vectors, counted through; the last of each vector is filled up with zeros. */
-BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
-    size_t t = from / a->groups, g = from % a->groups, at = group_at(a, t, g);
+BODY void quantise_groups(const struct activations *a, size_t from, size_t to, const int bits) {
+    size_t t = from / a->groups, g = from % a->groups, at = group_at(a, t, g), width = group_width(bits);
     for (size_t i = from; i < to; i++) {
-        size_t n = a->cols - g * 32;
-        const float *x = a->x + t * a->cols + g * 32;
-        float filled[32];
-        if (n < 32) {
+        size_t n = a->cols - g * width;
+        const float *x = a->x + t * a->cols + g * width;
+        float filled[64];
+        if (n < width) {
             memset(filled, 0, sizeof filled);
             x = memcpy(filled, x, n * sizeof *x);
         }
-        quantise_group(a->q + at * 32, a->scale + at, a->offset + at, x, a->middle);
+        quantise_group(a->q + at * width, a->scale + at, a->offset + at, x, bits);
         at += a->pack;
         if (++g < a->groups) continue;
         g = 0;
         at = group_at(a, ++t, 0);
     }
+}
+
+BODY void quantise_body(const struct activations *a, size_t from, size_t to) {
+    if (a->bits == 8) quantise_groups(a, from, to, 8);
+    else quantise_groups(a, from, to, 4);
 }
 
 /* Every instruction set gets its own copies of the float kernels. */
@@ -1050,25 +1072,37 @@ static float bf16(uint32_t bits) {
 #define TILE_KERNELS(set, target) TILE_KERNEL(tile_q8, set, target, 8) TILE_KERNEL(tile_q4, set, target, 4)
 
 #if defined(BASED_NARROW) && defined(__ARM_FEATURE_MVE)
-/* Four rows of a group, with the Helium unit of Cortex-M55 and M85: a load gathers the words of a row from where they lie
- * between those of its neighbours, and one instruction sums sixteen products of bytes with sign. */
-BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, int32_t offset, const int bits) {
+/* The Helium unit of Cortex-M55 and M85: a load gathers the words of a row from where they lie between those of its
+ * neighbours, and one instruction sums sixteen products of bytes with sign. */
+BODY int8x16_t gather_row(const uint32_t *word, uint32x4_t rows) {
+    return vreinterpretq_s8_u32(vldrwq_gather_shifted_offset_u32(word, rows));
+}
+
+/* Four rows of a group. */
+BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, size_t columns, int32_t offset, const int bits) {
     const uint32x4_t rows = vshlq_n_u32(vidupq_n_u32(0, 1), 4), second = vshlq_n_u32(vidupq_n_u32(0, 1), 1);
     const int32_t *x = (const int32_t *)(const void *)q;        /* four columns to a word, as on the other side            */
-    int8x16_t low = vldrbq_s8(q), high = vldrbq_s8(q + 16);
-    if (bits == 4) {                    /* every second word, as the halves of the bytes have it                   */
-        low = vreinterpretq_s8_s32(vldrwq_gather_shifted_offset_s32(x, second));
-        high = vreinterpretq_s8_s32(vldrwq_gather_shifted_offset_s32(x + 1, second));
-    }
-    for (size_t r = 0; r < 4; r++) {
-        int8x16_t v = vreinterpretq_s8_u32(vldrwq_gather_shifted_offset_u32(word + r, rows)), next;
-        if (bits == 8) {                /* w + 128 with its highest bit turned is w, so no offset is left              */
-            next = vreinterpretq_s8_u32(vldrwq_gather_shifted_offset_u32(word + r + 64, rows));
-            s[r] = vmladavq_s8(veorq_s8(v, vdupq_n_s8(-128)), low);
-            s[r] = vmladavaq_s8(s[r], veorq_s8(next, vdupq_n_s8(-128)), high);
-        } else {
-            next = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4));
-            s[r] = vmladavaq_s8(vmladavaq_s8(offset, vandq_s8(v, vdupq_n_s8(15)), low), next, high);
+    if (bits == 8) {                    /* w + 128 with its highest bit turned is w, so no offset is left              */
+        const int8x16_t turn = vdupq_n_s8(-128);
+        int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+        for (const int8_t *end = q + columns; q < end; q += 16, word += 64) {
+            const int8x16_t v = vldrbq_s8(q);
+            s0 = vmladavaq_s8(s0, veorq_s8(gather_row(word, rows), turn), v);
+            s1 = vmladavaq_s8(s1, veorq_s8(gather_row(word + 1, rows), turn), v);
+            s2 = vmladavaq_s8(s2, veorq_s8(gather_row(word + 2, rows), turn), v);
+            s3 = vmladavaq_s8(s3, veorq_s8(gather_row(word + 3, rows), turn), v);
+        }
+        s[0] = s0;
+        s[1] = s1;
+        s[2] = s2;
+        s[3] = s3;
+    } else {                            /* the halves of the bytes meet every second word                          */
+        const int8x16_t low = vreinterpretq_s8_s32(vldrwq_gather_shifted_offset_s32(x, second)),
+                        high = vreinterpretq_s8_s32(vldrwq_gather_shifted_offset_s32(x + 1, second));
+        (void)columns;
+        for (size_t r = 0; r < 4; r++) {
+            int8x16_t v = gather_row(word + r, rows), upper = vreinterpretq_s8_u8(vshrq_n_u8(vreinterpretq_u8_s8(v), 4));
+            s[r] = vmladavaq_s8(vmladavaq_s8(offset, vandq_s8(v, vdupq_n_s8(15)), low), upper, high);
         }
     }
 }
@@ -1110,9 +1144,9 @@ BODY int32_t add_word(int32_t s, uint32_t word, struct columns q, struct columns
 }
 
 /* Four rows of a group: their sums, the columns and the pointers just fit in thirteen registers. */
-BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, int32_t offset, const int bits) {
+BODY void four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, size_t columns, int32_t offset, const int bits) {
     int32_t s0 = offset, s1 = offset, s2 = offset, s3 = offset;
-    for (const int8_t *end = q + 32; q < end; q += bits == 8 ? 4 : 8, word += 16) {
+    for (const int8_t *end = q + columns; q < end; q += bits == 8 ? 4 : 8, word += 16) {
         struct columns c = four_columns(q), high = four_columns(bits == 8 ? q : q + 4);
         s0 = add_word(s0, word[0], c, high, bits);
         s1 = add_word(s1, word[1], c, high, bits);
@@ -1138,10 +1172,10 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
             const uint32_t *two = scales + r / 2, *word = w + r;
             struct four y = { 0, 0, 0, 0 };
             size_t at = group_at(x, t, 0);
-            for (size_t g = 0; g < x->groups; g++, at += x->pack, two += 8, word += 16 * bits) {
+            for (size_t g = 0; g < x->groups; g++, at += x->pack, two += 8, word += group_words(bits)) {
                 float scale = x->scale[at];
                 int32_t s[4];
-                four_rows(s, word, x->q + at * 32, x->offset[at] - SHIFT, bits);
+                four_rows(s, word, x->q + at * group_width(bits), group_columns(x, g, bits), x->offset[at] - SHIFT, bits);
                 y.a += (float)s[0] * bf16(two[0] & 0xffff) * scale;
                 y.b += (float)s[1] * bf16(two[0] >> 16) * scale;
                 y.c += (float)s[2] * bf16(two[1] & 0xffff) * scale;
@@ -1156,12 +1190,12 @@ BODY void tile_plain(float *out, size_t out_stride, const uint32_t *scales, cons
     for (size_t t = from; t < to; t++, out += out_stride) {
         float y[16] = { 0 };
         for (size_t g = 0; g < x->groups; g++) {
-            size_t at = group_at(x, t, g);
+            size_t at = group_at(x, t, g), quads = group_columns(x, g, bits) / 4;
             int32_t s[16], offset = x->offset[at] - SHIFT;
             for (size_t r = 0; r < 16; r++) s[r] = offset;
-            for (size_t c = 0; c < 8; c++) {
-                const int8_t *q = x->q + at * 32 + 4 * c;
-                const uint32_t *word = bits == 8 ? w + g * 128 + 16 * c : w + g * 64 + 16 * (c / 2);
+            for (size_t c = 0; c < quads; c++) {
+                const int8_t *q = x->q + at * group_width(bits) + 4 * c;
+                const uint32_t *word = w + g * group_words(bits) + 16 * (bits == 8 ? c : c / 2);
                 for (size_t r = 0; r < 16; r++) {
                     uint32_t v = bits == 8 ? word[r] : (c % 2 ? word[r] >> 4 : word[r]) & 0x0f0f0f0f;
                     s[r] += (int32_t)(v & 255) * q[0] + (int32_t)(v >> 8 & 255) * q[1] + (int32_t)(v >> 16 & 255) * q[2]
@@ -1196,9 +1230,9 @@ FLOAT_KERNELS(avx512, AVX512)
 
 typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantised vector, to meet a word of each row         */
 
-/* Groups of weights that are asked for ahead, where that helps: Intel's processors with AMX write 5 to 12 % faster, the AVX2
- * tiles 10 % in 8 bits. With AVX-512 alone (Zen 4) it cost a sixth: that processor foresees better what it will need. */
-enum { FAR = 4 };
+/* How many words of weights ahead are asked for, where that helps: Intel's processors with AMX write 5 to 12 % faster, the
+ * AVX2 tiles 10 % in 8 bits. With AVX-512 alone (Zen 4) it cost a sixth: that processor foresees better what it will need. */
+enum { FAR = 512 };
 #define UNROLL8 _Pragma("GCC unroll 8")
 #define UNROLL16 _Pragma("GCC unroll 16")
 #define ROLLED _Pragma("GCC unroll 1")  /* unrolled, more would be kept at hand than there are registers         */
@@ -1206,10 +1240,11 @@ enum { FAR = 4 };
 /* The sums of a group, eight rows in a register, for `many` (a constant to the compiler) vectors: s[half of the rows][vector].
  * Products of bytes want one factor without sign, and are summed in pairs of 16 bits. 8-bit weights: |w| <= 128, and x with
  * the sign of w; a pair just fits. 4-bit ones have no sign, and all sixteen products fit: 16 * 15 * 127 < 32768. */
-AVX2 BODY void sum_group(__m256i s[2][4], const __m256i *word, const four_bytes *q, const size_t many, const int bits) {
+AVX2 BODY void sum_group(__m256i s[2][4], const __m256i *word, const four_bytes *q, size_t columns, const size_t many,
+                         const int bits) {
     const __m256i bias = _mm256_set1_epi8(-128), one = _mm256_set1_epi16(1), low = _mm256_set1_epi8(15);
     for (size_t i = 0; i < many; i++) s[0][i] = s[1][i] = _mm256_setzero_si256();
-    ROLLED for (size_t pair = 0; pair < 8; pair += 2) {
+    ROLLED for (size_t pair = 0; pair < columns / 4; pair += 2) {
         for (size_t part = 0; part < 4; part++) {
             size_t c = pair + part / 2, h = part % 2;
             __m256i v = _mm256_loadu_si256(word + h + (bits == 8 ? 2 * c : pair)), size;
@@ -1217,7 +1252,7 @@ AVX2 BODY void sum_group(__m256i s[2][4], const __m256i *word, const four_bytes 
             else v = _mm256_and_si256(c > pair ? _mm256_srli_epi16(v, 4) : v, low);
             size = bits == 8 ? _mm256_abs_epi8(v) : v;
             for (size_t i = 0; i < many; i++) {
-                __m256i x = _mm256_set1_epi32(q[i * 8 + c]);
+                __m256i x = _mm256_set1_epi32(q[i * (group_width(bits) / 4) + c]);
                 x = _mm256_maddubs_epi16(size, bits == 8 ? _mm256_sign_epi8(x, v) : x);
                 if (bits == 8) s[h][i] = _mm256_add_epi32(s[h][i], _mm256_madd_epi16(x, one));
                 else s[h][i] = _mm256_add_epi16(s[h][i], x);
@@ -1233,13 +1268,14 @@ AVX2 BODY void sum_group(__m256i s[2][4], const __m256i *word, const four_bytes 
 /* Vectors t .. t + many - 1, all of one pack, against the same weights. */
 AVX2 BODY void tile_ymm(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
                         size_t t, const size_t many, const int bits) {
-    size_t groups = x->groups, at = group_at(x, t, 0), words = bits == 8 ? 128 : 64;
+    size_t groups = x->groups, at = group_at(x, t, 0), words = group_words(bits);
     __m256 y[2][4];
     for (size_t i = 0; i < many; i++) y[0][i] = y[1][i] = _mm256_setzero_ps();
     for (size_t g = 0; g < groups; g++, at += x->pack) {
         __m256i s[2][4];
-        for (int c = 0; c < bits && t == 0; c++) PREFETCH(w + (g + FAR) * words + 16 * c);
-        sum_group(s, (const __m256i *)(const void *)(w + g * words), (const four_bytes *)(x->q + at * 32), many, bits);
+        const four_bytes *q = (const four_bytes *)(x->q + at * group_width(bits));
+        for (size_t i = 0; i < words && t == 0; i += 16) PREFETCH(w + FAR + g * words + i);
+        sum_group(s, (const __m256i *)(const void *)(w + g * words), q, group_columns(x, g, bits), many, bits);
         for (size_t h = 0; h < 2; h++) {
             __m128i half = _mm_loadu_si128((const __m128i *)(const void *)(scales + g * 8 + 4 * h));
             __m256 ws = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
@@ -1263,11 +1299,11 @@ AVX2 BODY void tile_avx2(float *out, size_t out_stride, const uint32_t *scales, 
     for (; t < to; t++, out += out_stride) tile_ymm(out, out_stride, scales, w, x, t, 1, bits);
 }
 
-/* One group of weights, sixteen rows in a register, four columns in each of eight. */
-AVX512 BODY void load_group(__m512i v[8], const uint32_t *w, const int bits) {
+/* One group of weights, sixteen rows and four columns in a register. */
+AVX512 BODY void load_group(__m512i v[16], const uint32_t *w, const size_t columns, const int bits) {
     const __m512i low = _mm512_set1_epi8(15);
-    for (int c = 0; c < 8 && bits == 8; c++) v[c] = _mm512_loadu_si512(w + 16 * c);
-    for (int c = 0; c < 8 && bits == 4; c += 2) {
+    for (size_t c = 0; c < columns / 4 && bits == 8; c++) v[c] = _mm512_loadu_si512(w + 16 * c);
+    for (size_t c = 0; c < 8 && bits == 4; c += 2) {
         __m512i two = _mm512_loadu_si512(w + 8 * c);
         v[c] = _mm512_and_si512(two, low);
         v[c + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), low);
@@ -1291,24 +1327,33 @@ AVX512 BODY __m512 add_product(__m512 y, __m512i s, struct scales ws, float x) {
     return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(s), ws.once, ws.shift), _mm512_set1_ps(x), y);
 }
 
+/* The part of one group in y, which is sixteen rows times `many` vectors. (Constants to the compiler: many, columns, bits.) */
+AVX512 BODY void add_group(__m512 y[8], const uint32_t *scales, const uint32_t *w, const struct activations *x, size_t at,
+                           const size_t many, const size_t columns, const int bits) {
+    const size_t half = columns / 8, stride = group_width(bits) / 4;
+    const four_bytes *q = (const four_bytes *)(x->q + at * group_width(bits));
+    struct scales ws = load_scales(scales);
+    __m512i v[16];
+    load_group(v, w, columns, bits);
+    UNROLL8 for (size_t i = 0; i < many; i++, q += stride) {
+        __m512i s = _mm512_set1_epi32(x->offset[at + i]), more = _mm512_setzero_si512();
+        for (size_t c = 0; c < half; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[c]));
+        for (size_t c = half; c < 2 * half; c++) more = _mm512_dpbusd_epi32(more, v[c], _mm512_set1_epi32(q[c]));
+        y[i] = add_product(y[i], _mm512_add_epi32(s, more), ws, x->scale[at + i]);
+    }
+}
+
 /* Sixteen rows at a time; `many` (a constant to the compiler) vectors from t on, all of one pack, against the same weights. */
 AVX512 BODY void tile_vnni(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,
                            const struct activations *x, size_t t, const size_t many, const int bits, const int ask) {
-    size_t groups = x->groups, at = group_at(x, t, 0);
+    size_t whole = whole_groups(x, bits), at = group_at(x, t, 0), words = group_words(bits);
     __m512 y[8];
     for (size_t i = 0; i < many; i++) y[i] = _mm512_setzero_ps();
-    for (size_t g = 0; g < groups; g++, at += x->pack) {
-        const four_bytes *q = (const four_bytes *)(x->q + at * 32);
-        __m512i v[8];
-        struct scales ws = load_scales(scales + g * 8);
-        load_group(v, w + g * (bits == 8 ? 128 : 64), bits);
-        for (int c = 0; c < bits && ask && t == 0; c++) PREFETCH(w + (g + FAR) * (bits == 8 ? 128 : 64) + 16 * c);
-        UNROLL8 for (size_t i = 0; i < many; i++) {
-            __m512i s = _mm512_set1_epi32(x->offset[at + i]);
-            for (size_t c = 0; c < 8; c++) s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[i * 8 + c]));
-            y[i] = add_product(y[i], s, ws, x->scale[at + i]);
-        }
+    for (size_t g = 0; g < whole; g++, at += x->pack, scales += 8, w += words) {
+        for (size_t i = 0; i < words && ask && t == 0; i += 16) PREFETCH(w + FAR + i);
+        add_group(y, scales, w, x, at, many, group_width(bits), bits);
     }
+    if (whole < x->groups) add_group(y, scales, w, x, at, many, 32, bits);
     for (size_t i = 0; i < many; i++) _mm512_storeu_ps(out + i * out_stride, y[i]);
 }
 
@@ -1343,21 +1388,35 @@ static const struct kernels avx512_kernels = {
 
 #ifdef BASED_AMX
 #define AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,amx-tile,amx-int8")))
-enum { PANEL = 32 };                    /* groups unpacked at a time: they and the sums fit the first-level cache */
-typedef __m512i panel[PANEL][8];        /* weights as bytes with sign                                            */
+enum { PANEL = 1024 };                  /* columns unpacked at a time: they and the sums fit the first-level cache   */
+typedef __m512i panel[PANEL / 4];       /* weights as bytes with sign, four columns of sixteen rows each             */
 
-AVX512 BODY void unpack_panel(panel to, const uint32_t *w, size_t groups, const int bits) {
-    for (size_t g = 0; g < groups; g++) {
-        __m512i v[8];
-        load_group(v, w + g * (bits == 8 ? 128 : 64), bits);
-        for (int c = 0; c < 8; c++) to[g][c] = _mm512_sub_epi8(v[c], _mm512_set1_epi8(bits == 8 ? -128 : 8));
+/* Zeros take the place of the half that the last group may lack. */
+AVX512 BODY void unpack_panel(panel to, const uint32_t *w, size_t columns, const int bits) {
+    __m512i *next = to;
+    for (size_t i = 0; i < columns; i += 32, next += 8, w += 16 * bits) {
+        __m512i v[16];
+        load_group(v, w, 32, bits);
+        for (size_t c = 0; c < 8; c++) next[c] = _mm512_sub_epi8(v[c], _mm512_set1_epi8(bits == 8 ? -128 : 8));
     }
+    for (size_t c = 0; c < 8 && columns % group_width(bits); c++) next[c] = _mm512_setzero_si512();
 }
 
-/* Tile `sum` becomes SHIFT (all of `shift`) + sixteen vectors times sixteen rows of a group: [t][r]. (Tiles are named by
+/* Tile `sum` becomes SHIFT (all of `shift`) + sixteen vectors times sixteen rows of group g: [t][r]. (Tiles are named by
  * literals.) */
-#define MULTIPLY_TILES(sum, q, w)                                                                                        \
-    do { _tile_loadd(sum, shift, 0); _tile_loadd(2, q, 32); _tile_loadd(3, w, 64); _tile_dpbssd(sum, 2, 3); } while (0)
+#define MULTIPLY_TILES(sum, g)                                                                                           \
+    do {                                                                                                                 \
+        _tile_loadd(sum, shift, 0);                                                                                      \
+        if (bits == 8) {                                                                                                 \
+            _tile_loadd(2, q + (g) * 1024, 64);                                                                          \
+            _tile_loadd(3, w + (g) * 16, 64);                                                                            \
+            _tile_dpbssd(sum, 2, 3);                                                                                     \
+        } else {                                                                                                         \
+            _tile_loadd(4, q + (g) * 512, 32);                                                                           \
+            _tile_loadd(5, w + (g) * 8, 64);                                                                             \
+            _tile_dpbssd(sum, 4, 5);                                                                                     \
+        }                                                                                                                \
+    } while (0)
 
 /* y[t] += the sums of a group, scaled. */
 AVX512 BODY void add_scaled(__m512 y[16], const __m512i s[16], const uint32_t *scales, const float *x_scale) {
@@ -1365,30 +1424,37 @@ AVX512 BODY void add_scaled(__m512 y[16], const __m512i s[16], const uint32_t *s
     UNROLL16 for (size_t i = 0; i < 16; i++) y[i] = add_product(y[i], s[i], ws, x_scale[i]);
 }
 
+/* With each group, asks for so many bytes of what lies ahead. */
+BODY size_t asked(const int bits) { return bits == 8 ? 128 : 64; }
+BODY void ask(const char *ahead, const int bits) {
+    PREFETCH(ahead);
+    if (bits == 8) PREFETCH(ahead + 64);
+}
+
 /* A panel's part of the products of sixteen vectors, of which the first `many` are wanted; `at` is where their groups begin.
  * While one group is scaled, the tile unit hands out the next and multiplies the one after; and weights that will be needed,
  * at `ahead`, are asked of memory. */
 AMX BODY void add_panel(float *out, size_t out_stride, size_t many, const uint32_t *scales, panel w, size_t groups,
-                        const struct activations *x, size_t at, int first, const char *ahead) {
-    const int8_t *q = x->q + at * 32;
+                        const struct activations *x, size_t at, int first, const char *ahead, const int bits) {
+    const int8_t *q = x->q + at * group_width(bits);
     const float *x_scale = x->scale + at;
     const __m512i shift[1] = { _mm512_set1_epi32(SHIFT) };
     __m512i s[2][16];
     __m512 y[16];
     UNROLL16 for (size_t i = 0; i < 16; i++)
         y[i] = first || i >= many ? _mm512_setzero_ps() : _mm512_loadu_ps(out + i * out_stride);
-    MULTIPLY_TILES(0, q, w[0]);
+    MULTIPLY_TILES(0, 0);
     _tile_stored(0, s[0], 64);
-    if (groups > 1) MULTIPLY_TILES(1, q + 512, w[1]);
+    if (groups > 1) MULTIPLY_TILES(1, 1);
     for (size_t g = 0;;) {
-        if (g + 2 < groups) MULTIPLY_TILES(0, q + (g + 2) * 512, w[g + 2]);
+        if (g + 2 < groups) MULTIPLY_TILES(0, g + 2);
         _tile_stored(1, s[1], 64);
-        PREFETCH(ahead + g * 64);
+        ask(ahead + g * asked(bits), bits);
         add_scaled(y, s[0], scales + g * 8, x_scale + g * 16);
         if (++g == groups) break;
-        if (g + 2 < groups) MULTIPLY_TILES(1, q + (g + 2) * 512, w[g + 2]);
+        if (g + 2 < groups) MULTIPLY_TILES(1, g + 2);
         _tile_stored(0, s[0], 64);
-        PREFETCH(ahead + g * 64);
+        ask(ahead + g * asked(bits), bits);
         add_scaled(y, s[1], scales + g * 8, x_scale + g * 16);
         if (++g == groups) break;
     }
@@ -1397,24 +1463,28 @@ AMX BODY void add_panel(float *out, size_t out_stride, size_t many, const uint32
 
 AMX BODY void tile_amx(float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, const struct activations *x,
                        size_t from, size_t to, const int bits) {
+    const size_t width = group_width(bits), stored = filled_up(x->cols);
     panel weights;
     if (x->pack < 16 || from % 16) {
         tiles_vnni(out, out_stride, scales, w, x, from, to, bits, 1);
         return;
     }
-    for (size_t g = 0; g < x->groups; g += PANEL) {
-        size_t groups = x->groups - g < PANEL ? x->groups - g : PANEL;
-        unpack_panel(weights, w + g * (bits == 8 ? 128 : 64), groups, bits);
+    for (size_t first = 0; first < stored; first += PANEL) {
+        size_t columns = stored - first < PANEL ? stored - first : PANEL;
+        size_t g = first / width, groups = (columns + width - 1) / width;
+        unpack_panel(weights, w, columns, bits);
+        w += tile_words(columns, bits);
         for (size_t t = from; t < to; t += 16)
             add_panel(out + (t - from) * out_stride, out_stride, to - t, scales + g * 8, weights, groups, x, group_at(x, t, g),
-                      g == 0, (const char *)(w + (g + groups) * (bits == 8 ? 128 : 64)) + (t - from) / 16 * groups * 64);
+                      g == 0, (const char *)w + (t - from) / 16 * groups * asked(bits), bits);
     }
 }
 
 /* Setting the tiles up takes as long as six products, so it is done once for a block. */
 AMX static void begin_amx(size_t n) {
     static const struct { uint8_t palette, start, reserved[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = {
-        1, 0, { 0 }, { 64, 64, 32, 64 }, { 16, 16, 16, 8 }      /* sums twice, vectors, weights                      */
+        1, 0, { 0 },                    /* sums twice; vectors and weights of 8 bits, of 4 bits                      */
+        { 64, 64, 64, 64, 32, 64 }, { 16, 16, 16, 16, 16, 8 }
     };
     if (pack_of(n) == 16) _tile_loadconfig(&shape);
 }
@@ -1460,15 +1530,15 @@ BODY void tile_dotprod(float *out, size_t out_stride, const uint32_t *scales, co
     for (size_t t = from; t < to; t++, out += out_stride) {
         float32x4_t y[4] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) };
         for (size_t g = 0; g < x->groups; g++) {
-            size_t at = group_at(x, t, g);
+            size_t at = group_at(x, t, g), quads = group_columns(x, g, bits) / 4;
             int32x4_t s[4];
             s[0] = s[1] = s[2] = s[3] = vdupq_n_s32(bits == 8 ? 0 : x->offset[at] - SHIFT);
-            for (size_t c = 0; c < 8; c++) {
+            for (size_t c = 0; c < quads; c++) {
+                const uint32_t *word = w + g * group_words(bits) + 16 * (bits == 8 ? c : c / 2);
                 int32_t four;
-                memcpy(&four, x->q + at * 32 + 4 * c, 4);
+                memcpy(&four, x->q + at * group_width(bits) + 4 * c, 4);
                 int8x16_t xv = vreinterpretq_s8_s32(vdupq_n_s32(four));
                 for (size_t h = 0; h < 4; h++) {
-                    const uint32_t *word = bits == 8 ? w + g * 128 + 16 * c : w + g * 64 + 16 * (c / 2);
                     uint8x16_t v = vreinterpretq_u8_u32(vld1q_u32(word + 4 * h));
                     if (bits == 8) v = veorq_u8(v, bias);
                     else v = c % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, low);
@@ -1532,7 +1602,7 @@ struct based_session {
     float *u;                           /* (block, widest_in) what in/up produce                                 */
     float *y;                           /* (block, widest_mid) what out/down consume                             */
     float *slot;                        /* (slots, slot) scratch of the heads                                    */
-    float *q;                           /* (block, groups, 32 bytes) quantised vectors                           */
+    float *q;                           /* (block, groups, group_width bytes) quantised vectors                  */
     float *q_scale, *q_offset;          /* (block, groups) their scales, and offsets as int32                    */
     float *state;                       /* (state) everything that the past determines                           */
     float *logits;                      /* (width) of the last token                                             */
@@ -1636,10 +1706,10 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
     if (a->dtype == BASED_F32) {
         k->rows_f32(out, out_stride, a->data + first * a->cols, rows, x);
     } else {
-        size_t block = first / 16 * x->groups;
-        const uint32_t *scales = a->scales + block * 8, *words = a->words + block * block_words(a->dtype);
+        const uint32_t *scales = a->scales + first / 16 * x->groups * 8;
+        const uint32_t *words = a->words + first / 16 * tile_words(a->cols, x->bits);
         void (*tile)(float *, size_t, const uint32_t *, const uint32_t *, const struct activations *, size_t, size_t) =
-            a->dtype == BASED_Q4 ? k->tile_q4 : k->tile_q8;
+            x->bits == 4 ? k->tile_q4 : k->tile_q8;
         if (rows == 16) tile(out, out_stride, scales, words, x, 0, x->n);
         for (size_t t = 0; rows < 16 && t < x->n; t++) {        /* a tile that sticks out must not write there            */
             float y[16];
@@ -1657,8 +1727,8 @@ static void matmul_tile(float *out, size_t out_stride, const struct matrix *a, s
 static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t first, size_t rows, const float *x,
                    size_t n, const struct worker *w) {
     based_session *p = w->p;
-    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols, groups(a->cols),
-                               pack_of(n), a->dtype == BASED_Q4 ? 8 : 128 };
+    struct activations act = { x, (int8_t *)p->q, p->q_scale, (int32_t *)(void *)p->q_offset, n, a->cols,
+                               groups(a->cols, bits_of(a->dtype)), pack_of(n), bits_of(a->dtype) };
     size_t count = (rows + 15) / 16;
     if (a->dtype != BASED_F32) {
         p->m->k->quantise(&act, share(n * act.groups, w, 0), share(n * act.groups, w, 1));
@@ -2087,18 +2157,19 @@ static void forward(const struct worker *w, size_t n) {
  */
 static void embed(float *x, const based_model *m, int32_t token) {
     const struct matrix *a = &m->embedding;
-    size_t row = (size_t)token, block = row / 16 * groups(a->cols);
+    int bits = bits_of(a->dtype);
+    size_t row = (size_t)token, r = row % 16, tile = row / 16, width = group_width(bits);
     if (a->dtype == BASED_F32) {
         memcpy(x, a->data + row * a->cols, a->cols * sizeof *x);
         return;
     }
+    const uint32_t *word = a->words + tile * tile_words(a->cols, bits) + r;
+    const uint32_t *two = a->scales + tile * groups(a->cols, bits) * 8 + r / 2;
     for (size_t e = 0; e < a->cols; e++) {
-        size_t g = block + e / 32, c = e % 32 / 4;
-        const uint32_t *word = a->words + g * block_words(a->dtype) + row % 16;
-        uint32_t two = a->scales[g * 8 + row % 16 / 2], v;
-        if (a->dtype == BASED_Q8) v = word[16 * c] >> (e % 4 * 8) & 255;
-        else v = word[16 * (c / 2)] >> (e % 4 * 8 + c % 2 * 4) & 15;
-        x[e] = (float)((int32_t)v - (a->dtype == BASED_Q8 ? 128 : 8)) * bf16(two >> (row % 2 * 16) & 0xffff);
+        size_t c = e / 4;
+        uint32_t v = bits == 8 ? word[16 * c] >> (e % 4 * 8) & 255 : word[16 * (c / 2)] >> (e % 4 * 8 + c % 2 * 4) & 15;
+        float scale = bf16(two[e / width * 8] >> (r % 2 * 16) & 0xffff);
+        x[e] = (float)((int32_t)v - (bits == 8 ? 128 : 8)) * scale;
     }
 }
 
@@ -2480,11 +2551,12 @@ int based_tokenizer_open(based_tokenizer *t, const based_model *m, based_error *
 
 /* Lays out a session: with memory NULL it only counts. */
 static uint64_t lay_out(based_session *s, const based_model *m, uint64_t block, unsigned char *memory) {
-    uint64_t at = 0, q_groups = (block < 4 ? block : (block + 15) / 16 * 16) * groups(m->widest_q);
+    uint64_t at = 0, packed = block < 4 ? block : (block + 15) / 16 * 16, q_groups = packed * m->most_groups;
     struct { float **where; uint64_t n; } part[] = {
         { &s->x, block * m->c->dim }, { &s->xn, block * m->c->dim }, { &s->xs, block * m->c->dim },
         { &s->u, block * align16(m->widest_in) }, { &s->y, block * m->widest_mid },
-        { &s->slot, U64(m->slots) * m->slot }, { &s->q, q_groups * 8 }, { &s->q_scale, q_groups }, { &s->q_offset, q_groups },
+        { &s->slot, U64(m->slots) * m->slot },
+        { &s->q, packed * m->widest_q / 4 }, { &s->q_scale, q_groups }, { &s->q_offset, q_groups },
         { &s->state, m->state }, { &s->logits, based_width(m) }
     };
     at += align64(sizeof *s);

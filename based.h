@@ -36,7 +36,7 @@
 extern "C" {
 #endif
 
-#define BASED_VERSION "0.2.0"
+#define BASED_VERSION "0.3.0"
 
 /* ---------------------------------------------------------------------------------------------------------------------
  * 1. Errors. A function that can fail returns BASED_OK (0) or a negative status (or NULL where it returns a pointer)
@@ -280,7 +280,7 @@ int    based_session_init(based_session **out, const based_model *m, void *memor
 int based_to_native(void *bytes, size_t size, int flags, based_error *e);
 
 /* ---------------------------------------------------------------------------------------------------------------------
- * 7. The checkpoint format, version 1.
+ * 7. The checkpoint format, version 2.
  *
  * One little-endian file. No offsets are stored: every size follows from the header, and the sum must equal the file
  * size exactly. Every section begins at a multiple of 64 bytes; the gaps are zero.
@@ -313,15 +313,16 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *
  * Vectors and tables are float32 (turns: two uint32, low first). A matrix has the dtype its header field names.
  *
- * Q8, Q4: rows are padded with zeros to a multiple of 16 and columns to a multiple of 32. Two sections take the matrix's
- * place, for tiles of 16 rows, from top to bottom, and in each for groups of 32 columns, from left to right:
- *     scales  8 words: word i holds the bfloat16 scales of rows 2i (low half) and 2i + 1 of the tile
- *     values  Q8, 128 words: word 16 c + r holds columns 4c .. 4c+3 of row r, low byte first, each as weight / scale + 128
- *             Q4, 64 words: word 16 c + r holds columns 8c .. 8c+3 of row r in the low halves of its bytes, low byte first,
- *             and columns 8c+4 .. 8c+7 in the high halves, each as weight / scale + 8
+ * Q8, Q4: rows are padded with zeros to a multiple of 16 and columns to a multiple of 32. The columns of a row share a scale
+ * in groups of 64 (Q8; the last may be half a one) or 32 (Q4). Two sections take the matrix's place, each for tiles of 16
+ * rows from top to bottom:
+ *     scales  for each group, from left to right, 8 words: word i holds the bfloat16 scales of rows 2i (low half) and 2i + 1
+ *     values  Q8: word 16 c + r holds columns 4c .. 4c+3 of row r, low byte first, each as weight / scale + 128
+ *             Q4: word 16 c + r holds columns 8c .. 8c+3 of row r in the low halves of its bytes, low byte first, and columns
+ *             8c+4 .. 8c+7 in the high halves, each as weight / scale + 8
  *     A scale is zero, or its size is at least 2^-82 and less than 2^20.
- * Vectors that meet such a matrix are quantised too, each group of 32 to round(x / s), halves to even: s is the smallest power
- * of two, of at least 2^-56, with which no number exceeds 127. y = sum over the groups of (products of the group) * scale * s.
+ * Vectors that meet such a matrix are quantised too, each group to round(x / s), halves to even: s is the smallest power of
+ * two, of at least 2^-56, with which no number exceeds 127. y = sum over the groups of (products of the group) * scale * s.
  *
  * What is computed, for each token (sum = running sum over the past, the present included):
  *
@@ -355,7 +356,7 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  * The checksum is based_checksum over all bytes from offset 32 to the end of the file.
  */
 #define BASED_MAGIC "BASED\r\n\032"     /* 8 bytes; a transfer in text mode breaks it visibly                     */
-#define BASED_FORMAT      1u
+#define BASED_FORMAT      2u
 #define BASED_BYTE_ORDER  0x01020304u
 #define BASED_NONE        0xffffffffu
 
@@ -374,8 +375,8 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
 
 enum based_dtype {
     BASED_F32 = 0,                      /* float32, row-major                                                    */
-    BASED_Q8 = 1,                       /* 8 bits in groups of 32 columns that share a scale, see above          */
-    BASED_Q4 = 2                        /* 4 bits, likewise                                                      */
+    BASED_Q8 = 1,                       /* 8 bits in groups of 64 columns that share a scale, see above          */
+    BASED_Q4 = 2                        /* 4 bits in groups of 32                                                */
 };
 
 enum based_config_flags {

@@ -31,7 +31,7 @@ import numpy as np
 # ----------------------------------------------------------------------------------------------------------------------
 # 1. The format.
 
-MAGIC, FORMAT, BYTE_ORDER, NONE = b"BASED\r\n\032", 1, 0x01020304, 0xFFFFFFFF
+MAGIC, FORMAT, BYTE_ORDER, NONE = b"BASED\r\n\032", 2, 0x01020304, 0xFFFFFFFF
 CONFIG_BYTES, LAYER_BYTES, ALIGN = 256, 128, 64
 
 TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL = 1, 2, 4, 8
@@ -103,44 +103,40 @@ def as_float(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def tiled(array, rows=16, cols=32):
-    """[rows, cols] padded with zeros and cut up: (tiles, groups, 16 rows, 32 columns)."""
-    array = np.asarray(array, np.float32)
-    padded = np.zeros([-(-n // step) * step for n, step in zip(array.shape, (rows, cols))], np.float32)
-    padded[:array.shape[0], :array.shape[1]] = array
-    return padded.reshape(padded.shape[0] // rows, rows, -1, cols).swapaxes(1, 2)
-
-
 def quantised(name, bits, choose):
-    """A dtype of based.h part 7 with `bits` per weight. choose(blocks) -> scales: one per row and group, as bfloat16."""
-    middle, words = 1 << (bits - 1), 32 * bits // 32      # what is added to a weight; words per row and group
+    """A dtype of based.h part 7 with `bits` per weight. choose(groups) -> scales: one per row and group, as bfloat16."""
+    middle, width, block = 1 << (bits - 1), 8 * bits, 32  # what is added to a weight; columns of a group, and filled up to
 
-    def blocks(shape):
-        return -(-shape[0] // 16), -(-shape[1] // 32)
+    def sizes(shape):
+        """Tiles, groups, and columns that are stored."""
+        return -(-shape[0] // 16), -(-shape[1] // width), -(-shape[1] // block) * block
 
     def nbytes(shape):
-        tiles, groups = blocks(shape)
-        return align(tiles * groups * 32) + tiles * groups * 64 * words
+        tiles, groups, columns = sizes(shape)
+        return align(tiles * groups * 32) + tiles * 16 * columns * bits // 8
 
     def pack(array):
-        t = tiled(array)
+        tiles, groups, columns = sizes(array.shape)
+        t = np.zeros((tiles * 16, groups * width), np.float32)
+        t[:array.shape[0], :array.shape[1]] = array
+        t = t.reshape(tiles, 16, groups, width)
         scales = choose(t)
         scales = np.where(np.abs(as_float(scales)) < 2.0 ** -82, np.uint16(0), scales)         # such weights are nothing
         values = rounded(t, as_float(scales)[..., None], 1 - middle if bits == 8 else -middle, middle - 1) + middle
-        values = values.astype(np.uint8).reshape(*t.shape[:3], words, -1)                 # the columns of each word
-        if bits == 4:
+        values = values.astype(np.uint8).reshape(tiles, 16, -1)[..., :columns].reshape(tiles, 16, -1, 32 // bits)
+        if bits == 4:                                     # the columns of each word
             values = values[..., :4] | values[..., 4:] << 4
-        scales = scales.astype("<u2").tobytes()
-        return np.frombuffer(scales + bytes(align(len(scales)) - len(scales)) + values.swapaxes(2, 3).tobytes(), np.uint8)
+        scales = scales.swapaxes(1, 2).astype("<u2").tobytes()
+        return np.frombuffer(scales + bytes(align(len(scales)) - len(scales)) + values.swapaxes(1, 2).tobytes(), np.uint8)
 
     def unpack(data, shape):
-        tiles, groups = blocks(shape)
-        scales = np.frombuffer(data[:tiles * groups * 32], "<u2").reshape(tiles, groups, 16, 1)
-        values = np.frombuffer(data[align(tiles * groups * 32):], np.uint8).reshape(tiles, groups, words, 16, 4).swapaxes(2, 3)
+        tiles, groups, columns = sizes(shape)
+        scales = np.frombuffer(data[:tiles * groups * 32], "<u2").reshape(tiles, groups, 16).swapaxes(1, 2)
+        values = np.frombuffer(data[align(tiles * groups * 32):], np.uint8).reshape(tiles, -1, 16, 4).swapaxes(1, 2)
         if bits == 4:
             values = np.concatenate([values & 15, values >> 4], axis=-1)
-        weights = (values.reshape(tiles, groups, 16, 32).astype(np.float32) - middle) * as_float(scales)
-        return weights.swapaxes(1, 2).reshape(tiles * 16, groups * 32)[:shape[0], :shape[1]]
+        each = np.repeat(as_float(scales).reshape(tiles * 16, groups), width, axis=1)[:, :columns]
+        return ((values.reshape(tiles * 16, columns).astype(np.float32) - middle) * each)[:shape[0], :shape[1]]
 
     return Dtype(name, nbytes, pack, unpack)
 

@@ -46,7 +46,7 @@ struct wish {
 static inline void set_scales(unsigned char *bytes, const struct matrix *a) {
     if (!a->scales) return;
     size_t at = (size_t)((const unsigned char *)a->scales - bytes);
-    for (size_t i = 0; i < (a->rows + 15) / 16 * groups(a->cols) * 8; i++) {
+    for (size_t i = 0; i < (a->rows + 15) / 16 * groups(a->cols, bits_of(a->dtype)) * 8; i++) {
         uint32_t two = 0x3b003b00u + (random_u32() & 0x007f007fu);
         memcpy(bytes + at + 4 * i, &two, 4);
     }

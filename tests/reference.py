@@ -34,15 +34,15 @@ def fields(data, at, names):
 
 
 class Matrix:
-    """Weights [rows, cols]; called with vectors [n, cols] gives products [n, rows]. Quantised weights meet quantised vectors:
-    each group of 32 of them in steps of a power of two."""
+    """Weights [rows, cols]; called with vectors [n, cols] gives products [n, rows]. Weights quantised in groups of `group`
+    columns meet vectors quantised likewise, in steps of a power of two."""
 
-    def __init__(self, values, quantised):
-        self.values, self.quantised = values, quantised
+    def __init__(self, values, group=None):
+        self.values, self.group = values, group
 
     def __call__(self, x):
-        if self.quantised:
-            groups = np.zeros((len(x), -(-x.shape[1] // 32), 32))
+        if self.group:
+            groups = np.zeros((len(x), -(-x.shape[1] // self.group), self.group))
             groups.reshape(len(x), -1)[:, :x.shape[1]] = x
             largest = np.abs(groups).max(2, keepdims=True)
             step = 2.0 ** np.ceil(np.log2(np.maximum(largest, 2.0 ** -50) / 127))
@@ -54,7 +54,7 @@ class Matrix:
 def read(path):
     """A checkpoint as a namespace: config fields, `layer` (a list of namespaces), every tensor an attribute."""
     data = open(path, "rb").read()
-    assert data[:8] == b"BASED\r\n\x1a" and struct.unpack_from("<II", data, 8) == (1, 0x01020304)
+    assert data[:8] == b"BASED\r\n\x1a" and struct.unpack_from("<II", data, 8) == (2, 0x01020304)
     assert struct.unpack_from("<Q", data, 16)[0] == len(data)
     m = fields(data, 0, CONFIG)
     m.layer = [fields(data, 256 + 128 * i, LAYER) for i in range(m.layers)]
@@ -73,22 +73,20 @@ def read(path):
 
     def matrix(dtype, rows, cols):
         if dtype == 0:
-            return Matrix(vector(rows, cols), False)
-        assert dtype in (1, 2), "unknown dtype"
-        tiles, groups = -(-rows // 16), -(-cols // 32)
+            return Matrix(vector(rows, cols))
+        group, high = {1: (64, 0), 2: (32, 4)}[dtype]         # columns that share a scale, bits to those of the upper halves
+        tiles, groups, columns = -(-rows // 16), -(-cols // group), -(-cols // 32) * 32
         scale = np.frombuffer(section(32 * tiles * groups), "<u2").astype(np.uint32) << 16
         scale = scale.view(np.float32).astype(np.float64).reshape(tiles, groups, 16)
-        words = 8 if dtype == 1 else 4                      # of one row in one group
-        word = np.frombuffer(section(64 * tiles * groups * words), "<u4").reshape(tiles, groups, words, 16).astype(np.int64)
-        whole = np.zeros((16 * tiles, 32 * groups))
+        in_word = 8 if high else 4
+        word = np.frombuffer(section(64 * tiles * columns // in_word), "<u4").reshape(tiles, -1, 16).astype(np.int64)
+        whole = np.zeros((16 * tiles, columns))
         for r in range(16):
-            for column in range(32):
-                if dtype == 1:
-                    stored = (word[:, :, column // 4, r] >> 8 * (column % 4) & 255) - 128
-                else:
-                    stored = (word[:, :, column // 8, r] >> 8 * (column % 4) + 4 * (column % 8 // 4) & 15) - 8
-                whole[r::16, column::32] = stored * scale[:, :, r]
-        return Matrix(whole[:rows, :cols], True)
+            for column in range(columns):
+                stored = word[:, column // in_word, r] >> 8 * (column % 4) + high * (column % in_word // 4)
+                stored = (stored & 15) - 8 if high else (stored & 255) - 128
+                whole[r::16, column] = stored * scale[:, column // group, r]
+        return Matrix(whole[:rows, :cols], group)
 
     def norm(into, name, kind):
         if kind:

@@ -140,10 +140,10 @@ static void test_other_words(void) {
         REFUSED(opens(bytes, n), BASED_EFORMAT, "not a based checkpoint");
         bytes[i] ^= 0x20;
     }
-    const uint32_t formats[] = { 0, BASED_FORMAT + 1, BASED_FORMAT << 24, 0xffffffffu };
+    const uint32_t formats[] = { 0, BASED_FORMAT - 1, BASED_FORMAT + 1, BASED_FORMAT << 24, 0xffffffffu };
     for (size_t i = 0; i < COUNT(formats); i++) {
         c->format = formats[i];
-        REFUSED(opens(bytes, n), BASED_EFORMAT, "this program reads format 1");
+        REFUSED(opens(bytes, n), BASED_EFORMAT, "this program reads format 2");
     }
     c->format = BASED_FORMAT;
     const uint32_t orders[] = { 0, 0x01020305u, 0x02010403u, 0x03040102u, 0xffffffffu };
