@@ -67,6 +67,7 @@ class Based:
         self.model = based.Model(path, 0, based.build("-O3", "-fopenmp"))
 
     def begin(self, length):
+        self.session = None                             # never two of them in memory
         self.session = self.based.Session(self.model, 128, self.threads)
 
     def clear(self):
