@@ -969,12 +969,12 @@ BODY float soften_body(float *x, size_t n, float scale, float *top) {
     return sum(x, n);
 }
 
-/* x -> 8 bits, a group. The scale is a power of two, the smallest with which no number exceeds 127, so that
- * scaling rounds nothing; with weights' scales from 2^-82 to 2^20 (see is_bad_scale) also no product with it does, whence
- * kernels may fuse that product with the addition after it. The maximum is taken over the bits, which are in the order of the
- * numbers once the sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all
- * the way, which compilers vectorise. An infinity counts as 127 * 2^84. A NaN makes the scale, and so all that is computed
- * with it, a NaN: its own bits are not the same everywhere. */
+/* x -> 8 bits, a group. The scale is a power of two, the smallest with which no number exceeds 127, so that scaling rounds
+ * nothing; with weights' scales from 2^-82 to 2^20 (see is_bad_scale) also no product with it does, whence kernels may fuse
+ * that product with the addition after it. The maximum is taken over the bits, which are in the order of the numbers once the
+ * sign is off, and halves round to even by adding 1.5 * 2^23 and looking at the low bits: whole numbers all the way, which
+ * compilers vectorise. An infinity counts as 127 * 2^84. A NaN makes the scale, and so all that is computed with it, a NaN:
+ * its own bits are not the same everywhere. */
 BODY void quantise_group(int8_t *q, float *scale, int32_t *offset, const float *x, const int bits) {
     const int32_t least = (127 - 50) << 23, most = (127 + 90) << 23, middle = bits == 8 ? 128 : 8;
     const size_t width = group_width(bits);
@@ -1327,7 +1327,8 @@ AVX512 BODY __m512 add_product(__m512 y, __m512i s, struct scales ws, float x) {
     return _mm512_fmadd_ps(_mm512_fmsub_ps(_mm512_castsi512_ps(s), ws.once, ws.shift), _mm512_set1_ps(x), y);
 }
 
-/* The part of one group in y, which is sixteen rows times `many` vectors. (Constants to the compiler: many, columns, bits.) */
+/* The part of one group in y, which is sixteen rows times `many` vectors. Two sums, for one would wait for itself. (Constants
+ * to the compiler: many, columns, bits.) */
 AVX512 BODY void add_group(__m512 y[8], const uint32_t *scales, const uint32_t *w, const struct activations *x, size_t at,
                            const size_t many, const size_t columns, const int bits) {
     const size_t half = columns / 8, stride = group_width(bits) / 4;
