@@ -437,10 +437,10 @@ static size_t tiles(uint32_t rows) { return ((size_t)rows + 15) / 16; }
  * to a multiple of 32, so that the last group of 64 may be half a one. */
 static int bits_of(uint32_t dtype) { return dtype == BASED_Q4 ? 4 : 8; }
 BODY size_t group_width(const int bits) { return bits == 8 ? 64 : 32; }
-BODY size_t group_words(const int bits) { return bits == 8 ? 256 : 64; }        /* of a tile of 16 rows                  */
-static size_t groups(size_t cols, int bits) { return (cols + group_width(bits) - 1) / group_width(bits); }
-static size_t filled_up(size_t cols) { return (cols + 31) / 32 * 32; }
-static size_t tile_words(size_t cols, int bits) { return filled_up(cols) * (bits == 8 ? 4 : 2); }
+BODY size_t groups(size_t cols, const int bits) { return (cols + group_width(bits) - 1) / group_width(bits); }
+BODY size_t filled_up(size_t cols) { return (cols + 31) / 32 * 32; }
+BODY size_t tile_words(size_t cols, const int bits) { return filled_up(cols) * (bits == 8 ? 4 : 2); }  /* of 16 rows         */
+BODY size_t group_words(const int bits) { return tile_words(group_width(bits), bits); }
 
 /* A bfloat16 is the upper half of a float. Good are zero, and sizes from 2^-82 on and below 2^20: see quantise_group. */
 static uint32_t is_bad_scale(uint32_t half) {
@@ -792,7 +792,7 @@ struct activations {
 
 /* How many groups of the weights they meet are whole, and the columns of group g. */
 BODY size_t whole_groups(const struct activations *a, const int bits) {
-    return a->groups - (bits == 8 && (a->cols - 1) % 64 < 32 ? 1 : 0);
+    return filled_up(a->cols) / group_width(bits);
 }
 BODY size_t group_columns(const struct activations *a, size_t g, const int bits) {
     return g < whole_groups(a, bits) ? group_width(bits) : 32;
@@ -1395,7 +1395,7 @@ typedef __m512i panel[PANEL / 4];       /* weights as bytes with sign, four colu
 /* Zeros take the place of the half that the last group may lack. */
 AVX512 BODY void unpack_panel(panel to, const uint32_t *w, size_t columns, const int bits) {
     __m512i *next = to;
-    for (size_t i = 0; i < columns; i += 32, next += 8, w += 16 * bits) {
+    for (size_t i = 0; i < columns; i += 32, next += 8, w += tile_words(32, bits)) {
         __m512i v[16];
         load_group(v, w, 32, bits);
         for (size_t c = 0; c < 8; c++) next[c] = _mm512_sub_epi8(v[c], _mm512_set1_epi8(bits == 8 ? -128 : 8));
