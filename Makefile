@@ -32,6 +32,7 @@ help:
 	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
 	@echo 'make page      the same in a browser: $(BUILD)/based.html'
+	@echo 'make format-check  lines of C and Python over 100 columns, with a tab or with a blank at the end'
 	@echo 'make clean     remove what was built'
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
@@ -44,7 +45,7 @@ UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 # A unit test includes the source it tests, so that it reaches what is static there.
 $(BUILD)/test_%: tests/test_%.c tests/test.h tests/model.h based.c tokenizer.c based.h
 	@mkdir -p $(BUILD)
-	$(CC) $(FLAGS) -g -pthread -I. -o $@ $< $(if $(findstring tokenizer,$@),,tokenizer.c) -lm
+	$(CC) $(FLAGS) -g -pthread -I. -o $@ $< -lm
 
 unit: $(UNITS)
 	@for t in $(UNITS); do ./$$t || exit 1; done
@@ -58,6 +59,18 @@ $(BUILD)/venv/ready: tests/requirements.txt
 test: run $(UNITS) $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/run_tests.py $(UNITS)
 
+# The same columns everywhere: continuation bytes of UTF-8 do not count. Without git, all files here are looked at.
+.PHONY: format-check
+format-check:
+	@{ git ls-files '*.c' '*.h' '*.py' 2>/dev/null || find . -name $(BUILD) -prune -o -name '*.[ch]' -print -o -name '*.py' -print; } | \
+	LC_ALL=C xargs awk ' \
+	    function bad(what) { print FILENAME ":" FNR ": " what; count++ } \
+	    { text = $$0; gsub(/[\200-\277]/, "", text) } \
+	    length(text) > 100 { bad(length(text) " columns, at most 100") } \
+	    /\t/ { bad("a tab") } \
+	    /[ \t]$$/ { bad("a blank at the end") } \
+	    END { exit count > 0 }'
+
 .PHONY: coverage reproduce endless bench
 coverage: $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/coverage.py $(COVERAGE_FLAGS)
@@ -67,7 +80,7 @@ FUZZERS := $(patsubst tests/fuzz/%.c,%,$(filter-out %/main.c,$(wildcard tests/fu
 FUZZ_SECONDS ?= 60
 FUZZ_CC ?= clang-14
 FUZZ_FLAGS ?= -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all
-fuzz_sources = tests/fuzz/$1.c $(if $(filter state checkpoint options,$1),tokenizer.c) $(if $(filter options,$1),based.c)
+fuzz_sources = tests/fuzz/$1.c $(if $(filter checkpoint options,$1),tokenizer.c) $(if $(filter options,$1),based.c)
 fuzz_depends := tests/fuzz/fuzz.h tests/fuzz/text.h tests/sections.h tests/model.h based.c tokenizer.c run.c based.h
 
 $(BUILD)/fuzz_%: tests/fuzz/%.c $(fuzz_depends)

@@ -1,4 +1,5 @@
-"""based.h for Python tests: builds based.c and tokenizer.c into a shared library and calls it through ctypes.
+"""based.h for Python tests: builds based.c and tokenizer.c into a shared library and calls it
+through ctypes.
 
     model = Model(path)
     session = Session(model, block=32)
@@ -38,7 +39,8 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_step": (C.c_int, [C.c_void_p, C.c_int32, C.POINTER(Error)]),
     "based_feed": (C.c_int, [C.c_void_p, IDS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_feed_vectors": (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
-    "based_feed_window": (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
+    "based_feed_bidirectional":
+        (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_step_many": (C.c_int, [C.POINTER(C.c_void_p), IDS, C.c_size_t, C.POINTER(Error)]),
     "based_logits": (FLOATS, [C.c_void_p]),
     "based_count": (C.c_uint64, [C.c_void_p]),
@@ -50,19 +52,21 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_tokenizer_open": (C.c_int, [C.c_void_p, C.c_void_p, C.POINTER(Error)]),
     "based_encode_bound": (C.c_size_t, [C.c_void_p, C.c_size_t]),
     "based_encode_scratch": (C.c_size_t, [C.c_void_p, C.c_size_t]),
-    "based_encode": (C.c_int64, [C.c_void_p, C.c_char_p, C.c_size_t, C.c_int, IDS, C.c_char_p, C.POINTER(Error)]),
+    "based_encode": (C.c_int64, [C.c_void_p, C.c_char_p, C.c_size_t, C.c_int, IDS, C.c_char_p,
+                                 C.POINTER(Error)]),
     "based_token_bytes": (C.c_void_p, [C.c_void_p, C.c_int32, C.POINTER(C.c_size_t)]),
 }
 _library = None
 
 
 def build(*extra):
-    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags into a temporary directory; loads and returns
-    it."""
+    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags into a temporary
+    directory; loads and returns it."""
     with tempfile.TemporaryDirectory(prefix="based-test-") as directory:
         out = os.path.join(directory, "based.so")
         sources = [os.path.join(ROOT, name) for name in ("based.c", "tokenizer.c")]
-        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(), *shlex.split(os.environ.get("CFLAGS", "")), *extra]
+        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(),
+                   *shlex.split(os.environ.get("CFLAGS", "")), *extra]
         subprocess.run([*command, "-o", out, *sources, "-lm"], check=True)
         lib = C.CDLL(out)                                 # stays loaded when the file is gone
     for name, (result, arguments) in PROTOTYPES.items():
@@ -92,8 +96,8 @@ def ids(array):
 
 
 class Model:
-    """A checkpoint opened for use, by the library of every test or by one of build(). Closed when it and its sessions are
-    gone."""
+    """A checkpoint opened for use, by the library of every test or by one of build(). Closed when
+    it and its sessions are gone."""
 
     def __init__(self, path, flags=0, lib=None):
         self.lib, error = lib or library(), Error()
@@ -151,12 +155,14 @@ class Session:
         return self.logits()
 
     def feed(self, tokens):
-        """Feeds tokens (ids, or rows of float32 for a model of vectors); returns the output after each."""
+        """Feeds tokens (ids, or rows of float32 for a model of vectors); returns the output after
+        each."""
         tokens, error = np.asarray(tokens), Error()
         out = np.full((len(tokens), self.model.width), np.nan, np.float32)
         if tokens.ndim == 2:
             x = np.ascontiguousarray(tokens, np.float32)
-            status = self.lib.based_feed_vectors(self.handle, floats(x), len(x), floats(out), C.byref(error))
+            status = self.lib.based_feed_vectors(self.handle, floats(x), len(x), floats(out),
+                                                 C.byref(error))
         else:
             x = np.ascontiguousarray(tokens, np.int32)
             status = self.lib.based_feed(self.handle, ids(x), len(x), floats(out), C.byref(error))
@@ -167,7 +173,8 @@ class Session:
         """Feeds vectors that all see each other; returns the output of each."""
         x, error = np.ascontiguousarray(x, np.float32), Error()
         out = np.full((len(x), self.model.width), np.nan, np.float32)
-        check(self.lib.based_feed_window(self.handle, floats(x), len(x), floats(out), C.byref(error)), error)
+        check(self.lib.based_feed_bidirectional(self.handle, floats(x), len(x), floats(out),
+                                                C.byref(error)), error)
         return out
 
     def feed_last(self, tokens):

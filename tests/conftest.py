@@ -1,4 +1,5 @@
-"""Makes export.py and the helpers in this directory importable, and gives every test one compiled library."""
+"""Makes export.py and the helpers in this directory importable, and gives every test one compiled
+library."""
 import os
 import sys
 
@@ -13,7 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session")
 def random_model(tmp_path_factory):
-    """random_model(seed, **overrides) -> path of a random checkpoint, the same for the same arguments, written once."""
+    """random_model(seed, **overrides) -> path of a random checkpoint, the same for the same
+    arguments, written once."""
     import numpy as np
     import reference
     directory, written = tmp_path_factory.mktemp("random"), {}
@@ -22,6 +24,7 @@ def random_model(tmp_path_factory):
         key = repr((seed, sorted(overrides.items())))
         if key not in written:
             path = directory / f"{len(written)}.bin"
-            written[key] = reference.random_checkpoint(np.random.default_rng(seed), path, **overrides)
+            written[key] = reference.random_checkpoint(np.random.default_rng(seed), path,
+                                                       **overrides)
         return written[key]
     return make

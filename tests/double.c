@@ -1,6 +1,6 @@
-/* double.c - based.c with every float a double: how much of an error is arithmetic, how much is a wrong formula.
+/* double.c - based.c with every float a double, to tell errors of arithmetic from wrong formulas.
  *
- * Good for based.h part 9 only: a checkpoint has floats, and our exp and erf have the digits of one.
+ * For based.h part 9 only: a checkpoint has floats, and exp and erf have the precision of a float.
  */
 #include <float.h>
 #include <math.h>

@@ -1,14 +1,15 @@
-/* endless.c - does the error of a taylor layer grow with the length of the text?
+/* endless.c - measures whether the error of a taylor layer grows with the length of the text.
  *
  *     endless CHECKPOINT TOKENS SHAPE
  *
- * CHECKPOINT (written by endless.py) is one taylor layer that takes q (16), k (16) and v (64) as they are. Feeds it TOKENS
- * random ones, keeps the same sums in float64, and prints at 1, 2 and 5 times every power of ten the largest relative error
- * of the output, |y - y64| / |y64|, over the last tokens up to there. SHAPE says what the numbers look like:
- *     centred   q, k, v around 0
- *     shifted   q, k, v each around a vector of their own as large as their spread, as in trained models
- *     biased    far from 0, so that the sums grow as fast as they can
- *     drifting  around means that wander, so that the sums turn back
+ * CHECKPOINT (written by endless.py) is one taylor layer whose input is q (16), k (16) and v (64).
+ * The program feeds it TOKENS random tokens and keeps the same sums in float64. At 1, 2 and 5 times
+ * every power of ten it prints the largest relative error of the output, |y - y64| / |y64|, over
+ * the last block of tokens. SHAPE is the distribution of the numbers:
+ *     centred   q, k, v have mean 0
+ *     shifted   q, k, v have means as large as their standard deviation, as in trained models
+ *     biased    the means are far from 0, so that the sums grow as fast as possible
+ *     drifting  the means change slowly, so that the sums grow and shrink
  */
 #include "based.h"
 
@@ -17,11 +18,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { KEY = 16, VALUE = 64, DIM = 2 * KEY + VALUE, FEATURES = 1 + KEY + KEY * (KEY + 1) / 2, BLOCK = 64 };
+enum { KEY = 16, VALUE = 64, DIM = 2 * KEY + VALUE, BLOCK = 64 };
+enum { FEATURES = 1 + KEY + KEY * (KEY + 1) / 2 };
 
 static uint64_t generator = 1;
 
-/* About normal, mean 0 and spread 1: a sum of eight bytes. */
+/* About normal, mean 0 and standard deviation 1: a sum of eight bytes. */
 static float bell(void) {
     uint64_t z = generator += 0x9e3779b97f4a7c15u;
     int sum = -1020;
@@ -32,7 +34,8 @@ static float bell(void) {
     return (float)sum / 209.0f;
 }
 
-/* The monomials of x up to degree 2 and, for a query, how often each counts in 1 + s + s^2/2, s = q.k/4. */
+/* The monomials of x up to degree 2 and, for a query, how often each counts in 1 + s + s^2/2, s =
+ * q.k/4. */
 static void monomials(double *phi, const float *x, int query) {
     double scale = query ? 0.25 : 1.0;
     *phi++ = 1;
@@ -95,16 +98,19 @@ static int measure(based_session *s, uint64_t tokens, const char *shape) {
         double worst = 0;
         uint64_t next = n + BLOCK;
         draw(x, mean, shape, spread);
-        for (uint64_t m = 10; m <= tokens; m *= 10)         /* a block ends at every milestone                          */
-            for (uint64_t f = 1; f <= 5; f += f == 1 ? 1 : 3) if (f * m > n && f * m < next) next = f * m;
-        if (based_feed_vectors(s, x, (size_t)(next - n), y, &e)) return fprintf(stderr, "%s\n", e.text), 1;
+        for (uint64_t m = 10; m <= tokens; m *= 10)         /* a block ends at every milestone */
+            for (uint64_t f = 1; f <= 5; f += f == 1 ? 1 : 3)
+                if (f * m > n && f * m < next) next = f * m;
+        if (based_feed_vectors(s, x, (size_t)(next - n), y, &e))
+            return fprintf(stderr, "%s\n", e.text), 1;
         for (size_t r = 0; n < next; r++, n++) {
             add_token(x + r * DIM + KEY, x + r * DIM + 2 * KEY);
             if (!is_milestone(next)) continue;
             double error = error_of(y + r * DIM, x + r * DIM);
             worst = error > worst ? error : worst;
         }
-        if (is_milestone(next)) printf("%llu %.3g\n", (unsigned long long)next, worst), fflush(stdout);
+        if (is_milestone(next))
+            printf("%llu %.3g\n", (unsigned long long)next, worst), fflush(stdout);
     }
     return 0;
 }

@@ -1,9 +1,9 @@
-/* faults.c - makes one call of a program to the C library fail. test_torture.py links it into run with the linker's --wrap and
- * lets the first call fail, then the second, ... until the program has made all its calls.
+/* faults.c - makes one call of a program to the C library fail. test_torture.py links it into run
+ * with the linker's --wrap and makes the first call fail, then the second, and so on for all calls.
  *
- *     FAULT_AT=N           the Nth call fails, with an errno that fits it; half of what fwrite was to write is written
- *     FAULT_KILL=1         it does not fail: the process dies there and then, as by kill -9
- *     FAULT_REPORT=FD      at the end, how many calls there were is written to this file descriptor
+ *     FAULT_AT=N           the Nth call fails with a suitable errno; fwrite then writes half
+ *     FAULT_KILL=1         instead of failing, the Nth call kills the process, as kill -9 does
+ *     FAULT_REPORT=FD      at the end, the number of calls is written to this file descriptor
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -21,10 +21,10 @@ static unsigned long number(const char *name) {
     return value ? strtoul(value, NULL, 10) : 0;
 }
 
-/* Is it the turn of the next call? */
+/* Whether the next call is the one that fails. */
 static int next_fails(void) { return calls + 1 == number("FAULT_AT"); }
 
-/* Counts a call; if it is its turn, it fails for that reason. */
+/* Counts a call. Returns 1, with errno set to `why`, if it is the one that fails. */
 static int fails(int why) {
     int turn = next_fails();
     calls++;
@@ -37,9 +37,9 @@ __attribute__((destructor)) static void report(void) {
     if (number("FAULT_REPORT")) dprintf((int)number("FAULT_REPORT"), "%lu\n", calls);
 }
 
-#define WRAP(type, name, parameters, arguments, why, failed)                                                             \
-    type __real_##name parameters;                                                                                       \
-    type __wrap_##name parameters;                                                                                       \
+#define WRAP(type, name, parameters, arguments, why, failed) \
+    type __real_##name parameters; \
+    type __wrap_##name parameters; \
     type __wrap_##name parameters { return fails(why) ? (failed) : __real_##name arguments; }
 
 WRAP(void *, malloc, (size_t n), (n), ENOMEM, NULL)
@@ -47,14 +47,15 @@ WRAP(void *, calloc, (size_t n, size_t size), (n, size), ENOMEM, NULL)
 WRAP(void *, realloc, (void *p, size_t n), (p, n), ENOMEM, NULL)
 WRAP(int, open, (const char *path, int flags), (path, flags), EMFILE, -1)
 WRAP(int, fstat, (int fd, struct stat *st), (fd, st), EIO, -1)
-WRAP(void *, mmap, (void *at, size_t n, int how, int flags, int fd, off_t from), (at, n, how, flags, fd, from), ENODEV, MAP_FAILED)
+WRAP(void *, mmap, (void *at, size_t n, int how, int flags, int fd, off_t from),
+     (at, n, how, flags, fd, from), ENODEV, MAP_FAILED)
 WRAP(ssize_t, read, (int fd, void *to, size_t n), (fd, to, n), EIO, -1)
 WRAP(FILE *, fopen, (const char *path, const char *mode), (path, mode), EMFILE, NULL)
 WRAP(int, fsync, (int fd), (fd), EIO, -1)
 WRAP(int, rename, (const char *from, const char *to), (from, to), EACCES, -1)
 
-/* Streams also remember that they failed, which only the C library can set: by a call in the direction that a stream was not
- * opened for. */
+/* Streams also remember that they failed, which only the C library can set: by a call in the
+ * direction that a stream was not opened for. */
 static int failed_writing(FILE *f, int why) {
     getc(f);
     errno = why;

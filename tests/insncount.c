@@ -1,13 +1,14 @@
 /* insncount.c - a QEMU plugin that counts executed instructions, exactly.
  *
- * An emulator's clock says nothing about a microcontroller, and its cycles are not modelled; but the instructions that
- * a program executes are the same in every run and on every host. Measured with
+ * An emulator's clock says nothing about a microcontroller, and QEMU does not model cycles; but the
+ * instructions that a program executes are the same in every run and on every host. Measured with
  *
  *     qemu-system-arm ... -plugin file=insncount.so,out=counts.txt,mark=0x1234,profile=profile.txt
  *
- * out gets one line each time the instruction at `mark` is reached, with the number of instructions executed before it,
- * and a last line with the total. profile gets "address count" for every instruction that ran, to be added up by
- * function. It is written against the plugin interface of QEMU 4.2 to 8, declared here so that no header is needed.
+ * out gets one line each time the instruction at `mark` is reached, with the number of instructions
+ * executed before it, and a last line with the total. profile gets "address count" for every
+ * instruction that ran, to be added up by function. It is written against the plugin interface of
+ * QEMU 4.2 to 8, declared here so that no header is needed.
  */
 #include <stdint.h>
 #include <stdio.h>
@@ -21,10 +22,13 @@ struct qemu_plugin_insn;
 size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *tb);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *tb, size_t i);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *insn);
-void qemu_plugin_register_vcpu_insn_exec_inline(struct qemu_plugin_insn *insn, int add, void *counter, uint64_t one);
-void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn, void (*called)(unsigned, void *), int registers,
+void qemu_plugin_register_vcpu_insn_exec_inline(struct qemu_plugin_insn *insn, int add,
+                                                void *counter, uint64_t one);
+void qemu_plugin_register_vcpu_insn_exec_cb(struct qemu_plugin_insn *insn,
+                                            void (*called)(unsigned, void *), int registers,
                                             void *data);
-void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id, void (*called)(uint64_t, struct qemu_plugin_tb *));
+void qemu_plugin_register_vcpu_tb_trans_cb(uint64_t id,
+                                           void (*called)(uint64_t, struct qemu_plugin_tb *));
 void qemu_plugin_register_atexit_cb(uint64_t id, void (*called)(uint64_t, void *), void *data);
 
 EXPORT int qemu_plugin_version = 1;
@@ -43,7 +47,8 @@ static void reached(unsigned cpu, void *data) {
     fprintf(out, "%llu\n", (unsigned long long)executed);
 }
 
-/* QEMU shows each block of instructions once, when it translates it; the counters are then part of what it made. */
+/* QEMU shows each block of instructions once, when it translates it; the counters are then part of
+ * what it made. */
 static void translated(uint64_t id, struct qemu_plugin_tb *tb) {
     (void)id;
     for (size_t i = 0; i < qemu_plugin_tb_n_insns(tb); i++) {
@@ -66,7 +71,8 @@ static void ended(uint64_t id, void *data) {
     fprintf(out, "%llu\n", (unsigned long long)executed);
     fclose(out);
     for (struct place *p = places; f && p; p = p->next)
-        if (p->count) fprintf(f, "%llx %llu\n", (unsigned long long)p->address, (unsigned long long)p->count);
+        if (p->count)
+            fprintf(f, "%llx %llu\n", (unsigned long long)p->address, (unsigned long long)p->count);
     if (f) fclose(f);
 }
 

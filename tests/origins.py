@@ -1,5 +1,6 @@
-"""Models in the forms of their origins, for the tests of export.py: the 12-token model of HazyResearch/based whose weights
-follow from a formula, and llama2.c checkpoints with a forward pass of their own."""
+"""Models in the forms of their origins, for the tests of export.py: the 12-token model of
+HazyResearch/based whose weights follow from a formula, and llama2.c checkpoints with a forward pass
+of their own."""
 import json
 import math
 import struct
@@ -7,21 +8,27 @@ import struct
 import numpy as np
 
 TWELVE = {
-    "vocab_size": 50, "n_embd": 32, "n_head": 2, "n_layer": 4, "n_inner": 64, "rms_norm": True, "layer_norm_epsilon": 1e-5,
-    "activation_function": "swiglu", "rotary_emb_fraction": 1, "alt_mixer_layers": [1], "alt_mixer_2_layers": [2],
+    "vocab_size": 50, "n_embd": 32, "n_head": 2, "n_layer": 4, "n_inner": 64, "rms_norm": True,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "swiglu", "rotary_emb_fraction": 1, "alt_mixer_layers": [1],
+    "alt_mixer_2_layers": [2],
     "mixer": {"l_max": 2048, "expand_proj": 4, "kernel_sizes": 3},
-    "alt_mixer": {"num_heads": 2, "feature_dim": 16, "feature_map": {"_target_": "based.models.mixers.linear_attention.TaylorExp",
+    "alt_mixer": {"num_heads": 2, "feature_dim": 16,
+                  "feature_map": {"_target_": "based.models.mixers.linear_attention.TaylorExp",
                                                                       "input_dim": 16}},
     "alt_mixer_2": {"num_heads": 2, "window_size": 8, "causal": True},
 }
 
 # The order in which the formula numbers the tensors.
-CONV = [("mixer.in_proj.weight", (128, 32)), ("mixer.in_proj.bias", (128,)), ("mixer.out_proj.weight", (32, 64)),
+CONV = [("mixer.in_proj.weight", (128, 32)), ("mixer.in_proj.bias", (128,)),
+        ("mixer.out_proj.weight", (32, 64)),
         ("mixer.out_proj.bias", (32,)), ("mixer.conv.conv.weight", (64, 1, 3))]
-LINEAR = [("mixer.proj_q.weight", (32, 32)), ("mixer.proj_k.weight", (32, 32)), ("mixer.proj_v.weight", (32, 32)),
+LINEAR = [("mixer.proj_q.weight", (32, 32)), ("mixer.proj_k.weight", (32, 32)),
+          ("mixer.proj_v.weight", (32, 32)),
           ("mixer.out_proj.weight", (32, 32))]
 SLIDING = [("mixer.Wqkv.weight", (96, 32)), ("mixer.out_proj.weight", (32, 32))]
-REST = [("norm1.weight", (32,)), ("mlp.fc1.weight", (512, 32)), ("mlp.fc2.weight", (32, 256)), ("norm2.weight", (32,))]
+REST = [("norm1.weight", (32,)), ("mlp.fc1.weight", (512, 32)), ("mlp.fc2.weight", (32, 256)),
+        ("norm2.weight", (32,))]
 EMBEDDING, HEAD = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
 
 
@@ -33,7 +40,8 @@ def twelve_state():
     named.append(("transformer.ln_f.weight", (32,)))
     state = {}
     for k, (name, shape) in enumerate(named):
-        u = (np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435761) + np.uint64(k * 40503 + 12345)) % np.uint64(2**32)
+        u = (np.arange(math.prod(shape), dtype=np.uint64) * np.uint64(2654435761)
+             + np.uint64(k * 40503 + 12345)) % np.uint64(2**32)
         value = u.astype(np.float64) / 2**31 - 1
         if "norm" in name or "ln_f" in name:
             value = 1 + 0.1 * value
@@ -52,36 +60,44 @@ def write_based(directory, state, settings, form="safetensors"):
         (directory / "config.json").write_text(json.dumps(settings))
     if form == "safetensors":
         from safetensors.numpy import save_file
-        save_file({name: np.ascontiguousarray(array) for name, array in state.items()}, directory / "model.safetensors")
+        save_file({name: np.ascontiguousarray(array) for name, array in state.items()},
+                  directory / "model.safetensors")
     elif form == "bin":
         import torch
-        torch.save({name: torch.from_numpy(np.array(array)) for name, array in state.items()}, directory / "pytorch_model.bin")
+        torch.save({name: torch.from_numpy(np.array(array)) for name, array in state.items()},
+                   directory / "pytorch_model.bin")
     return str(directory)
 
 
-LLAMA_PARTS = ("embedding", "rms_att", "wq", "wk", "wv", "wo", "rms_ffn", "w1", "w2", "w3", "rms_final", "freq", "wcls")
+LLAMA_PARTS = ("embedding", "rms_att", "wq", "wk", "wv", "wo", "rms_ffn", "w1", "w2", "w3",
+               "rms_final", "freq", "wcls")
 
 
 def llama_shapes(dim, hidden, layers, heads, kv, vocab, seq):
     width = dim // heads
-    return [(abs(vocab), dim), (layers, dim), (layers, dim, dim), (layers, kv * width, dim), (layers, kv * width, dim),
-            (layers, dim, dim), (layers, dim), (layers, hidden, dim), (layers, dim, hidden), (layers, hidden, dim), (dim,),
+    return [(abs(vocab), dim), (layers, dim), (layers, dim, dim), (layers, kv * width, dim),
+            (layers, kv * width, dim),
+            (layers, dim, dim), (layers, dim), (layers, hidden, dim), (layers, dim, hidden),
+            (layers, hidden, dim), (dim,),
             (seq * width,)] + ([(-vocab, dim)] if vocab < 0 else [])
 
 
 def write_llama(path, rng, header):
-    """A random llama2.c checkpoint; header: dim, hidden, layers, heads, kv heads, vocab (negative: own head), seq_len."""
+    """A random llama2.c checkpoint; header: dim, hidden, layers, heads, kv heads, vocab (negative:
+    own head), seq_len."""
     with open(path, "wb") as f:
         f.write(struct.pack("<7i", *header))
         for name, shape in zip(LLAMA_PARTS, llama_shapes(*header)):
-            values = rng.standard_normal(shape) / math.sqrt(shape[-1]) if "rms" not in name else rng.uniform(0.7, 1.3, shape)
+            values = (rng.uniform(0.7, 1.3, shape) if "rms" in name else
+                      rng.standard_normal(shape) / math.sqrt(shape[-1]))
             f.write(values.astype("<f4").tobytes())
     return path
 
 
 def llama_logits(path, tokens):
-    """Logits [tokens, vocab] of a llama2.c checkpoint in float64, with its own layout: neighbouring rotary pairs, full
-    attention, position by position. Frequencies are rounded to float32 as run.c of llama2.c does."""
+    """Logits [tokens, vocab] of a llama2.c checkpoint in float64, with its own layout: neighboring
+    rotary pairs, full attention, position by position. Frequencies are rounded to float32 as run.c
+    of llama2.c does."""
     data = open(path, "rb").read()
     header = struct.unpack_from("<7i", data)
     dim, hidden, layers, heads, kv, vocab, seq = header
@@ -90,7 +106,8 @@ def llama_logits(path, tokens):
         w[name] = np.frombuffer(data, "<f4", math.prod(shape), at).reshape(shape).astype(np.float64)
         at += 4 * math.prod(shape)
     assert at == len(data)
-    frequency = [float(np.float32(1) / np.float32(10000.0 ** float(np.float32(2 * i) / np.float32(width)))) for i in range(width // 2)]
+    exponents = [float(np.float32(2 * i) / np.float32(width)) for i in range(width // 2)]
+    frequency = [float(np.float32(1) / np.float32(10000.0 ** e)) for e in exponents]
 
     def rms(x, weight):
         return x / math.sqrt((x * x).mean() + 1e-5) * weight
@@ -99,7 +116,8 @@ def llama_logits(path, tokens):
         y = head.copy()
         for i, f in enumerate(frequency):
             c, s = math.cos(t * f), math.sin(t * f)
-            y[2 * i], y[2 * i + 1] = head[2 * i] * c - head[2 * i + 1] * s, head[2 * i] * s + head[2 * i + 1] * c
+            a, b = head[2 * i:2 * i + 2]
+            y[2 * i], y[2 * i + 1] = a * c - b * s, a * s + b * c
         return y
 
     keys, values, out = [[] for _ in range(layers)], [[] for _ in range(layers)], []

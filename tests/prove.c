@@ -1,6 +1,7 @@
-/* prove.c - for tests/prove.sh: all files of up to two layers, as far as based_model_bytes reads them. Eva knows each number by
- * an interval alone, and not what a relation of two of them implies; so the cases are told apart here, and together are all.
- * Each array is as long as the shortest file of its case: a read that needs the file to be longer is an alarm, too.
+/* prove.c - for tests/prove.sh: all files of up to two layers, as far as based_model_bytes reads
+ * them. Eva knows only an interval for each number, not a relation between two numbers. Therefore
+ * the cases are separated here; together they are all cases. Each array is as long as the shortest
+ * file of its case, so a read that needs a longer file is an alarm as well.
  */
 #include "based.c"
 #include "__fc_builtin.h"
@@ -9,9 +10,10 @@
 #define ALIGNED __attribute__((aligned(64)))
 enum { HEADER = sizeof(based_config), LAYER = sizeof(based_layer) };
 
-static unsigned char nothing[1] ALIGNED, header[HEADER] ALIGNED, one[HEADER + LAYER] ALIGNED, two[HEADER + 2 * LAYER] ALIGNED;
+static unsigned char nothing[1] ALIGNED, header[HEADER] ALIGNED;
+static unsigned char one[HEADER + LAYER] ALIGNED, two[HEADER + 2 * LAYER] ALIGNED;
 
-/* Any bytes that have room for so many layers and not for one more. */
+/* Any bytes with room for exactly `room` layers. */
 static void parse(unsigned char *file, uint32_t room) {
     based_config *c = (based_config *)file;
     based_layer *l = (based_layer *)(c + 1);

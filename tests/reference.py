@@ -1,11 +1,13 @@
-"""The whole of based.h, part 7, once more: in float64, from the formulas, with the entire past in memory.
+"""The whole of based.h, part 7, once more: in float64, from the formulas, with the entire past in
+memory.
 
-Written to be compared with, not to be fast: every layer sees all tokens at once, attention is a full table of scores and
-nothing is carried from token to token. It shares no code with export.py or based.c, and reads checkpoint files itself.
+Written to be compared with, not to be fast: every layer sees all tokens at once, attention is a
+full table of scores and nothing is carried from token to token. It shares no code with export.py or
+based.c, and reads checkpoint files itself.
 
     model = read(path)               header fields and tensors, float64
     logits = run(model, tokens)      [tokens, vocab] (or vectors in: [n, input])
-    path = random_checkpoint(rng, path, **overrides)      a small model with a random choice of everything
+    path = random_checkpoint(rng, path, **overrides)      a small model, everything chosen at random
 """
 import math
 import struct
@@ -16,26 +18,34 @@ import numpy as np
 FLT_MAX = float(np.finfo(np.float32).max)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading: the numbers on the left are the offsets that based.h names.
 
-CONFIG = {32: "flags", 36: "dim", 40: "layers", 44: "vocab", 48: "rows", 52: "input", 56: "embedding_dtype",
-          60: "head_dtype", 64: "final_norm", 68: "final_norm_eps", 72: "tokenizer_bytes", 76: "context"}
-LAYER = {0: "mixer", 4: "flags", 8: "norm1", 12: "norm2", 16: "norm1_eps", 20: "norm2_eps", 24: "heads", 28: "kv_heads",
-         32: "key_width", 36: "value_width", 40: "taps", 44: "window", 48: "chunk", 52: "degree", 56: "kernel",
-         60: "normaliser", 64: "normaliser_eps", 68: "scale", 72: "rotary", 76: "mlp", 80: "hidden", 84: "in_dtype",
-         88: "out_dtype", 92: "up_dtype", 96: "down_dtype", 100: "keep", 104: "forget"}
+CONFIG = {32: "flags", 36: "dim", 40: "layers", 44: "vocab", 48: "rows", 52: "input",
+          56: "embedding_dtype",
+          60: "head_dtype", 64: "final_norm", 68: "final_norm_eps", 72: "tokenizer_bytes",
+          76: "context"}
+LAYER = {0: "mixer", 4: "flags", 8: "norm1", 12: "norm2", 16: "norm1_eps", 20: "norm2_eps",
+         24: "heads", 28: "kv_heads",
+         32: "head_dim_k", 36: "head_dim_v", 40: "conv_width", 44: "window", 48: "chunk",
+         52: "degree", 56: "kernel",
+         60: "normalizer", 64: "normalizer_eps", 68: "scale", 72: "rope_pairs", 76: "mlp",
+         80: "hidden_dim", 84: "in_dtype",
+         88: "out_dtype", 92: "up_dtype", 96: "down_dtype", 100: "sinks", 104: "decay"}
 
 
 def fields(data, at, names):
     """The fields of one struct: 32-bit words, floats where the name says so."""
-    return SimpleNamespace(**{name: struct.unpack_from("<f" if "eps" in name or name in ("scale", "forget") else "<I", data, at + offset)[0]
-                              for offset, name in names.items()})
+    def field(name, offset):
+        is_float = "eps" in name or name in ("scale", "decay")
+        return struct.unpack_from("<f" if is_float else "<I", data, at + offset)[0]
+    return SimpleNamespace(**{name: field(name, offset) for offset, name in names.items()})
 
 
 class Matrix:
-    """Weights [rows, cols]; called with vectors [n, cols] gives products [n, rows]. Weights quantised in groups of `group`
-    columns meet vectors quantised likewise, in steps of a power of two."""
+    """Weights [rows, cols]; called with vectors [n, cols] gives products [n, rows]. Weights
+    quantized in groups of `group` columns are multiplied with vectors quantized likewise, in steps
+    of a power of two."""
 
     def __init__(self, values, group=None):
         self.values, self.group = values, group
@@ -52,7 +62,8 @@ class Matrix:
 
 
 def read(path):
-    """A checkpoint as a namespace: config fields, `layer` (a list of namespaces), every tensor an attribute."""
+    """A checkpoint as a namespace: config fields, `layer` (a list of namespaces), every tensor an
+    attribute."""
     data = open(path, "rb").read()
     assert data[:8] == b"BASED\r\n\x1a" and struct.unpack_from("<II", data, 8) == (2, 0x01020304)
     assert struct.unpack_from("<Q", data, 16)[0] == len(data)
@@ -74,16 +85,19 @@ def read(path):
     def matrix(dtype, rows, cols):
         if dtype == 0:
             return Matrix(vector(rows, cols))
-        group, high = {1: (64, 0), 2: (32, 4)}[dtype]         # columns that share a scale, bits to those of the upper halves
+        # columns that share a scale, bits to those of the upper halves
+        group, high = {1: (64, 0), 2: (32, 4)}[dtype]
         tiles, groups, columns = -(-rows // 16), -(-cols // group), -(-cols // 32) * 32
         scale = np.frombuffer(section(32 * tiles * groups), "<u2").astype(np.uint32) << 16
         scale = scale.view(np.float32).astype(np.float64).reshape(tiles, groups, 16)
         in_word = 8 if high else 4
-        word = np.frombuffer(section(64 * tiles * columns // in_word), "<u4").reshape(tiles, -1, 16).astype(np.int64)
+        word = np.frombuffer(section(64 * tiles * columns // in_word),
+                             "<u4").reshape(tiles, -1, 16).astype(np.int64)
         whole = np.zeros((16 * tiles, columns))
         for r in range(16):
             for column in range(columns):
-                stored = word[:, column // in_word, r] >> 8 * (column % 4) + high * (column % in_word // 4)
+                stored = word[:, column // in_word,
+                              r] >> 8 * (column % 4) + high * (column % in_word // 4)
                 stored = (stored & 15) - 8 if high else (stored & 255) - 128
                 whole[r::16, column] = stored * scale[:, column // group, r]
         return Matrix(whole[:rows, :cols], group)
@@ -100,20 +114,22 @@ def read(path):
     if m.flags & 4:
         m.input_weight, m.input_bias = matrix(0, m.dim, m.input), vector(m.dim)
     for l in m.layer:
-        inner = l.heads * l.value_width
-        l.both_ways = 1 << 30 if m.flags & 8 else 0         # so many first tokens see each other
+        inner = l.heads * l.head_dim_v
+        l.bidirectional = 1 << 30 if m.flags & 8 else 0     # so many first tokens see each other
         norm(l, "norm1", l.norm1)
         if l.mixer:
-            l.parts = [inner, inner] if l.mixer == 1 else [l.heads * l.key_width, l.kv_heads * l.key_width, l.kv_heads * l.value_width]
+            l.parts = [inner, inner] if l.mixer == 1 else [l.heads * l.head_dim_k,
+                                                           l.kv_heads * l.head_dim_k,
+                                                           l.kv_heads * l.head_dim_v]
             l.in_weight = matrix(l.in_dtype, sum(l.parts), m.dim)
             l.in_bias = vector(sum(l.parts)) if l.flags & 1 else 0
         if l.mixer == 1:
-            l.tap = vector(l.taps, inner)
-            l.taps_bias = vector(inner) if l.flags & 4 else 0
-        if l.rotary:
-            l.turns = np.frombuffer(section(8 * l.rotary), "<u8")
+            l.conv_weight = vector(l.conv_width, inner)
+            l.conv_bias = vector(inner) if l.flags & 4 else 0
+        if l.rope_pairs:
+            l.rope_freq = np.frombuffer(section(8 * l.rope_pairs), "<u8")
         if l.flags & 512:
-            l.key_mean = vector(l.kv_heads, l.key_width)
+            l.key_mean = vector(l.kv_heads, l.head_dim_k)
         if l.mixer == 2:
             l.coefficients = vector(l.heads, l.degree + 1)
         if l.flags & 32:
@@ -123,9 +139,9 @@ def read(path):
             l.out_bias = vector(m.dim) if l.flags & 2 else 0
         norm(l, "norm2", l.norm2)
         if l.mlp:
-            l.up_weight = matrix(l.up_dtype, l.hidden * (2 if l.mlp == 1 else 1), m.dim)
+            l.up_weight = matrix(l.up_dtype, l.hidden_dim * (2 if l.mlp == 1 else 1), m.dim)
             l.up_bias = vector(len(l.up_weight.values)) if l.flags & 8 else 0
-            l.down_weight = matrix(l.down_dtype, m.dim, l.hidden)
+            l.down_weight = matrix(l.down_dtype, m.dim, l.hidden_dim)
             l.down_bias = vector(m.dim) if l.flags & 16 else 0
     norm(m, "final_norm", m.final_norm)
     if m.rows:
@@ -135,7 +151,7 @@ def read(path):
     return m
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Computing. x is [n, dim], row t is token t.
 
 def sigmoid(x):
@@ -154,8 +170,8 @@ def normed(x, kind, eps, weight, bias=0):
     if kind == 1:
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
     if kind == 2:
-        centred = x - x.mean(-1, keepdims=True)
-        return centred / np.sqrt((centred * centred).mean(-1, keepdims=True) + eps) * weight + bias
+        x = x - x.mean(-1, keepdims=True)
+        return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight + bias
     if kind == 3:
         length = np.sqrt((x * x).sum(-1, keepdims=True))
         return x / np.maximum(length, eps) * math.sqrt(x.shape[-1]) * weight
@@ -164,7 +180,8 @@ def normed(x, kind, eps, weight, bias=0):
 
 def apply_norm(x, owner, name):
     kind = getattr(owner, name)
-    return normed(x, kind, getattr(owner, name + "_eps"), getattr(owner, name + "_weight", 1), getattr(owner, name + "_bias", 0))
+    return normed(x, kind, getattr(owner, name + "_eps"), getattr(owner, name + "_weight", 1),
+                  getattr(owner, name + "_bias", 0))
 
 
 def previous(x, by):
@@ -172,11 +189,12 @@ def previous(x, by):
     return np.concatenate([np.zeros((min(by, len(x)),) + x.shape[1:]), x[:max(len(x) - by, 0)]])
 
 
-def turned(x, turns, first):
-    """x [n, heads, width] turned by its positions, from position `first` on. The angle t * frequency is taken modulo a
-    whole turn in integers, so that it is exact however far t is."""
-    half, pairs = x.shape[-1] // 2, len(turns)
-    fraction = np.array([[(first + t) * int(turn) % 2**64 / 2**64 for turn in turns] for t in range(len(x))])
+def rotated(x, freq, first):
+    """x [n, heads, width] rotated by its positions, from position `first` on. The angle t *
+    frequency is taken modulo a whole turn in integers, so that it is exact however far t is."""
+    half, pairs = x.shape[-1] // 2, len(freq)
+    fraction = np.array([[(first + t) * int(f) % 2**64 / 2**64 for f in freq]
+                         for t in range(len(x))])
     cos, sin = np.cos(2 * math.pi * fraction)[:, None], np.sin(2 * math.pi * fraction)[:, None]
     a, b = x[..., :pairs], x[..., half:half + pairs]
     y = x.copy()
@@ -185,55 +203,61 @@ def turned(x, turns, first):
 
 
 def conv(l, u, g):
-    c = sum(l.tap[i] * previous(u, l.taps - 1 - i) for i in range(l.taps)) + l.taps_bias
+    c = sum(l.conv_weight[i] * previous(u, l.conv_width - 1 - i)
+            for i in range(l.conv_width)) + l.conv_bias
     return silu(c) * g
 
 
 def divided(l, total, z):
     with np.errstate(divide="ignore", invalid="ignore"):
-        if l.normaliser == 0:
-            return total / (z + l.normaliser_eps)
-        if l.normaliser == 1:
-            return total / np.maximum(z, l.normaliser_eps)
-        if l.normaliser == 2:
+        if l.normalizer == 0:
+            return total / (z + l.normalizer_eps)
+        if l.normalizer == 1:
+            return total / np.maximum(z, l.normalizer_eps)
+        if l.normalizer == 2:
             return np.nan_to_num(total / z, nan=0.0, posinf=FLT_MAX, neginf=-FLT_MAX)
         return total
 
 
-def joined_chunks(l, n):
-    """[n, n]: how many chunks have joined the sums since the one that key j is in did, query by query; below 0: it has not."""
-    t = np.maximum(np.arange(n), min(n, l.both_ways) - 1)[:, None]
-    chunk = np.where(np.arange(n) < l.keep, n, (np.arange(n) - l.keep) // l.chunk)
-    return np.maximum(t - l.keep - l.window, 0) // l.chunk - 1 - chunk
+def flushed_chunks(l, n):
+    """[n, n]: for query i and key j, how many chunks were flushed into the sums after that of
+    key j; below 0: its own was not."""
+    t = np.maximum(np.arange(n), min(n, l.bidirectional) - 1)[:, None]
+    chunk = np.where(np.arange(n) < l.sinks, n, (np.arange(n) - l.sinks) // l.chunk)
+    return np.maximum(t - l.sinks - l.window, 0) // l.chunk - 1 - chunk
 
 
-def with_window(score, w, past, joined):
-    """The weights of Taylor attention, w, with exp(score) where keys have not joined the sums; each row in units of its own."""
-    joined = past & joined
-    old = np.where(joined, w, 0)
+def with_window(score, w, past, flushed):
+    """The weights of Taylor attention, w, with exp(score) for keys that are not in the sums; each
+    row in units of its own."""
+    flushed = past & flushed
+    old = np.where(flushed, w, 0)
     old = np.where(old.sum(1, keepdims=True) > 0, old, 0)
-    top = np.maximum(np.where(past & ~joined, score, -np.inf).max(1, keepdims=True), np.where(old.any(1, keepdims=True), 0, -np.inf))
-    return old * np.exp(-top) + np.where(past & ~joined, np.exp(np.minimum(score - top, 0)), 0)
+    top = np.maximum(np.where(past & ~flushed, score, -np.inf).max(1, keepdims=True),
+                     np.where(old.any(1, keepdims=True), 0, -np.inf))
+    return old * np.exp(-top) + np.where(past & ~flushed, np.exp(np.minimum(score - top, 0)), 0)
 
 
 def attention(l, q, k, v, first):
-    """Taylor or window; q [n, heads*key_width], k, v likewise for the kv heads. Returns [n, heads, value_width]."""
+    """Taylor or window; q [n, heads*head_dim_k], k, v likewise for the kv heads. Returns [n, heads,
+    head_dim_v]."""
     n = len(q)
     q, k, v = q.reshape(n, l.heads, -1), k.reshape(n, l.kv_heads, -1), v.reshape(n, l.kv_heads, -1)
-    if l.rotary:
-        q, k = turned(q, l.turns, first), turned(k, l.turns, first)
+    if l.rope_pairs:
+        q, k = rotated(q, l.rope_freq, first), rotated(k, l.rope_freq, first)
     if l.flags & 512:
         k = k - l.key_mean
-    y = np.zeros((n, l.heads, l.value_width))
+    y = np.zeros((n, l.heads, l.head_dim_v))
     past = np.tril(np.ones((n, n), bool))
-    past[:l.both_ways, :l.both_ways] = True
+    past[:l.bidirectional, :l.bidirectional] = True
     for h in range(l.heads):
         kv = h * l.kv_heads // l.heads
         qh, kh, vh = q[:, h], k[:, kv], v[:, kv]
         if l.mixer == 3:
             score = l.scale * qh @ kh.T
             seen = past & ~np.tril(np.ones((n, n), bool), -l.window)
-            w = np.where(seen, np.exp(score - np.where(seen, score, -np.inf).max(1, keepdims=True)), 0)
+            w = np.where(seen, np.exp(score - np.where(seen, score, -np.inf).max(1, keepdims=True)),
+                         0)
             y[:, h] = w @ vh / w.sum(1, keepdims=True)
         else:
             a = l.coefficients[h]
@@ -243,8 +267,8 @@ def attention(l, q, k, v, first):
             else:
                 score = l.scale * qh[:, None, :] * kh[None, :, :]
                 w = a[0] + sum(a[p] * (score ** p).sum(-1) for p in range(1, l.degree + 1))
-            since = joined_chunks(l, n)
-            w = np.where(past, w * (1 - l.forget) ** np.maximum(since, 0), 0)
+            since = flushed_chunks(l, n)
+            w = np.where(past, w * (1 - l.decay) ** np.maximum(since, 0), 0)
             if l.window:
                 w = with_window(score, w, past, since >= 0)
             y[:, h] = divided(l, w @ vh, w.sum(1, keepdims=True))
@@ -284,8 +308,9 @@ def mlp(l, x):
 
 
 def run(m, tokens, first=0, trace=None):
-    """The output after every token: [n, vocab], or [n, dim] without a head. tokens: ids, or vectors [n, input].
-    first: the position of the first token. trace: a dict that receives what every sub-layer added."""
+    """The output after every token: [n, vocab], or [n, dim] without a head. tokens: ids, or vectors
+    [n, input]. first: the position of the first token. trace: a dict that receives what every
+    sub-layer added."""
     if m.input == 0:
         x = m.embedding.values[np.asarray(tokens)]
     else:
@@ -303,12 +328,28 @@ def run(m, tokens, first=0, trace=None):
     return (m.head(x) + m.head_bias)[:, :m.vocab] if m.rows else x
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Random models. Written through export.py, read back by read() above and by based.c: three readers of one format.
+def state_floats(m, l):
+    """Floats that layer l of model m remembers of the past: tokens of a convolution; sums (with
+    what compensates their rounding, unless they decay) and the keys and values beside them; a ring
+    of keys and values; the token before, if channels are shifted."""
+    token, features = l.kv_heads * (l.head_dim_k + l.head_dim_v), 1 + l.degree * l.head_dim_k
+    if l.kernel == 0:
+        features = math.comb(l.degree + l.head_dim_k, l.degree)
+    of_sums = l.head_dim_v + 2 + (0 if l.decay else (l.head_dim_v + 1) // 2)
+    floats = [0, (l.conv_width - 1) * l.head_dim_v,
+              l.kv_heads * features * of_sums + (l.sinks + l.window + l.chunk) * token,
+              l.window * token][l.mixer]
+    return floats + (m.dim if l.flags & 64 else 0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Random models. Written through export.py, read back by read() above and by based.c: three readers
+# of one format.
 
 def random_config(rng, **overrides):
-    """(config, layers) for export.write: every choice the format leaves. overrides fix fields of config, of all layers
-    (layer=dict), the list of mixers (mixers=[...]), or how matrices are stored (dtype=0, 1, 2 or "mixed")."""
+    """(config, layers) for export.write: every choice the format leaves. overrides fix fields of
+    config, of all layers (layer=dict), the list of mixers (mixers=[...]), or how matrices are
+    stored (dtype=0, 1, 2 or "mixed")."""
     import export
 
     def pick(*choices):
@@ -317,10 +358,12 @@ def random_config(rng, **overrides):
     def chance(p):
         return rng.random() < p
 
-    per_layer, mixers, dtype = overrides.pop("layer", {}), overrides.pop("mixers", None), overrides.pop("dtype", 0)
+    per_layer, mixers = overrides.pop("layer", {}), overrides.pop("mixers", None)
+    dtype = overrides.pop("dtype", 0)
     dim = int(pick(8, 12, 20, 31, 32, 48, 65))
     vocab = int(rng.integers(3, 90))
-    config = export.CONFIG.new(dim=dim, vocab=vocab, rows=vocab + int(pick(0, 0, 5)), final_norm=int(rng.integers(4)),
+    config = export.CONFIG.new(dim=dim, vocab=vocab, rows=vocab + int(pick(0, 0, 5)),
+                               final_norm=int(rng.integers(4)),
                                final_norm_eps=pick(1e-5, 1e-6), context=int(rng.integers(3000)))
     kind = pick("tied", "tied", "separate", "separate", "vectors", "projected")
     if kind == "tied":
@@ -336,55 +379,66 @@ def random_config(rng, **overrides):
         setattr(config, name, value)
 
     layers = []
-    mixers = mixers or [int(rng.integers(0, 4)) if chance(0.3) else int(rng.integers(1, 4)) for _ in range(int(rng.integers(1, 5)))]
+    mixers = mixers or [int(rng.integers(0, 4)) if chance(0.3) else int(rng.integers(1, 4))
+                        for _ in range(int(rng.integers(1, 5)))]
     for mixer in mixers:
-        l = export.LAYER.new(mixer=mixer, norm1=int(rng.integers(4)), norm2=int(rng.integers(4)), mlp=int(pick(0, 1, 1, 2)))
+        l = export.LAYER.new(mixer=mixer, norm1=int(rng.integers(4)), norm2=int(rng.integers(4)),
+                             mlp=int(pick(0, 1, 1, 2)))
         l.norm1_eps, l.norm2_eps = (pick(1e-5, 1e-6, 1e-3) for _ in range(2))
-        for bit, p in ((export.IN_BIAS, 0.4), (export.OUT_BIAS, 0.4), (export.TAPS_BIAS, 0.4), (export.UP_BIAS, 0.4),
-                       (export.DOWN_BIAS, 0.4), (export.VALUE_GATES, 0.3), (export.SHIFT, 0.3), (export.NO_RESIDUAL, 0.15)):
+        for bit, p in ((export.IN_BIAS, 0.4), (export.OUT_BIAS, 0.4), (export.CONV_BIAS, 0.4),
+                       (export.UP_BIAS, 0.4),
+                       (export.DOWN_BIAS, 0.4), (export.VALUE_GATES, 0.3), (export.SHIFT, 0.3),
+                       (export.NO_RESIDUAL, 0.15)):
             l.flags |= bit if chance(p) else 0
         if mixer == export.CONV:
-            l.heads, l.value_width, l.taps = 1, int(pick(dim, 2 * dim, 7, 33)), int(rng.integers(1, 6))
+            l.heads, l.head_dim_v = 1, int(pick(dim, 2 * dim, 7, 33))
+            l.conv_width = int(rng.integers(1, 6))
         elif mixer:
             l.kv_heads = int(pick(1, 2, 3))
             l.heads = l.kv_heads * int(pick(1, 1, 2, 3))
-            l.value_width = int(pick(1, 4, 5, 12, 16, 112))
+            l.head_dim_v = int(pick(1, 4, 5, 12, 16, 112))
             if mixer == export.WINDOW:
-                l.key_width = int(pick(2, 6, 12, 16, 64, 112))
+                l.head_dim_k = int(pick(2, 6, 12, 16, 64, 112))
                 l.window = int(pick(1, 2, 5, 33, 65, 129, 300))
-                l.scale = float(rng.uniform(0.5, 1.5) / math.sqrt(l.key_width))
-                l.rotary = int(pick(0, 1, l.key_width // 2, l.key_width // 2))
+                l.scale = float(rng.uniform(0.5, 1.5) / math.sqrt(l.head_dim_k))
+                l.rope_pairs = int(pick(0, 1, l.head_dim_k // 2, l.head_dim_k // 2))
             else:
-                l.kernel, l.normaliser = int(pick(0, 0, 0, 1)), int(pick(0, 0, 1, 2, 3))
-                l.degree = int(pick(1, 2, 3, 4) if l.normaliser == export.ONE else pick(2, 2, 4))
-                l.key_width = int(pick(4, 5, 8, 16, 24) if l.degree < 4 or l.kernel else pick(4, 5, 8))
+                l.kernel, l.normalizer = int(pick(0, 0, 0, 1)), int(pick(0, 0, 1, 2, 3))
+                l.degree = int(pick(1, 2, 3, 4) if l.normalizer == export.ONE else pick(2, 2, 4))
+                l.head_dim_k = int(pick(4, 5, 8, 16, 24) if l.degree < 4 or l.kernel
+                                   else pick(4, 5, 8))
                 l.chunk = int(pick(1, 2, 3, 7, 16, 32))
-                l.normaliser_eps = {0: pick(1e-12, 1e-6), 1: pick(1e-5, 0.75)}.get(l.normaliser, 0.0)
-                l.scale = 0.2 / l.key_width if l.kernel else float(rng.uniform(0.3, 1) / math.sqrt(l.key_width))
-                l.rotary = int(pick(0, 0, l.key_width // 2, 1))
+                l.normalizer_eps = {0: pick(1e-12, 1e-6),
+                                    1: pick(1e-5, 0.75)}.get(l.normalizer, 0.0)
+                l.scale = (0.2 / l.head_dim_k if l.kernel else
+                           float(rng.uniform(0.3, 1) / math.sqrt(l.head_dim_k)))
+                l.rope_pairs = int(pick(0, 0, l.head_dim_k // 2, 1))
                 if not l.kernel and chance(0.3):
-                    l.normaliser, l.normaliser_eps, l.window = export.ADD, 0.0, int(pick(1, 5, 16, 33))
-                    l.degree = 4 if l.degree == 4 else 2    # even: a sum of weights of both signs may come near zero
+                    l.normalizer, l.normalizer_eps = export.ADD, 0.0
+                    l.window = int(pick(1, 5, 16, 33))
+                    # even: a sum of weights of both signs may come near zero
+                    l.degree = 4 if l.degree == 4 else 2
                 l.flags |= export.KEY_MEAN if chance(0.3) else 0
-                l.keep, l.forget = int(pick(0, 0, 1, 16, 21)), float(pick(0, 0, 0.001, 0.25))
+                l.sinks, l.decay = int(pick(0, 0, 1, 16, 21)), float(pick(0, 0, 0.001, 0.25))
             if chance(0.2) and dim % l.heads == 0:
-                l.value_width = dim // l.heads
+                l.head_dim_v = dim // l.heads
         else:
             l.norm1 = l.norm1_eps = l.heads = 0
         if mixer != export.CONV:
-            l.flags &= ~export.TAPS_BIAS
+            l.flags &= ~export.CONV_BIAS
         if mixer not in (export.TAYLOR, export.WINDOW):
             l.flags &= ~export.VALUE_GATES
         if not mixer:
             l.flags &= ~(export.IN_BIAS | export.OUT_BIAS | export.SHIFT | export.NO_RESIDUAL)
-        elif l.heads * l.value_width == dim and chance(0.7):
+        elif l.heads * l.head_dim_v == dim and chance(0.7):
             l.flags = (l.flags | export.NO_OUT) & ~export.OUT_BIAS
         if l.mlp:
-            l.hidden = int(pick(1, 8, 30, 64, 100))
+            l.hidden_dim = int(pick(1, 8, 30, 64, 100))
         else:
             l.norm2, l.flags = 0, l.flags & ~(export.UP_BIAS | export.DOWN_BIAS)
         for name, value in per_layer.items():
-            if name not in ("taps", "window", "chunk") or getattr(l, name):       # only where the mixer has such a thing
+            # only where the mixer has such a thing
+            if name not in ("conv_width", "window", "chunk") or getattr(l, name):
                 setattr(l, name, value)
         l.norm1_eps *= l.norm1 != 0
         l.norm2_eps *= l.norm2 != 0
@@ -392,7 +446,8 @@ def random_config(rng, **overrides):
     config.final_norm_eps *= config.final_norm != 0
     if dtype:
         rows_dtype = int(pick(1, 2)) if dtype == "mixed" else dtype
-        config.embedding_dtype, config.head_dtype = (0 if config.input else rows_dtype), (rows_dtype if config.rows else 0)
+        config.embedding_dtype = 0 if config.input else rows_dtype
+        config.head_dtype = rows_dtype if config.rows else 0
         for l in layers:
             l.in_dtype, l.out_dtype, l.up_dtype, l.down_dtype = (
                 int(pick(0, 1, 2)) if dtype == "mixed" else dtype for _ in range(4))
@@ -401,8 +456,9 @@ def random_config(rng, **overrides):
 
 def random_tensor(rng, name, shape):
     """Trained-looking numbers: rows of matrices keep the size of what they multiply."""
-    if name.endswith("turns"):
-        return (rng.random(shape) * 2**63).astype(np.uint64) >> rng.integers(0, 20, shape).astype(np.uint64)
+    if name.endswith("rope_freq"):
+        whole = (rng.random(shape) * 2**63).astype(np.uint64)
+        return whole >> rng.integers(0, 20, shape).astype(np.uint64)
     if name.endswith("coefficients"):
         series = np.array([1 / math.factorial(p) for p in range(shape[1])])
         return (series * rng.uniform(0.95, 1.05, shape)).astype(np.float32)
@@ -410,7 +466,8 @@ def random_tensor(rng, name, shape):
         return rng.uniform(0.7, 1.3, shape).astype(np.float32)
     if len(shape) == 1:
         return (0.2 * rng.standard_normal(shape)).astype(np.float32)
-    return (rng.standard_normal(shape) * (0.5 if name.endswith("taps") else 1 / math.sqrt(shape[-1]))).astype(np.float32)
+    size = 0.5 if name.endswith("conv.weight") else 1 / math.sqrt(shape[-1])
+    return (rng.standard_normal(shape) * size).astype(np.float32)
 
 
 def random_checkpoint(rng, path, **overrides):
@@ -425,4 +482,6 @@ def random_checkpoint(rng, path, **overrides):
 
 def random_input(rng, m, n):
     """n random tokens for model m, or n random vectors."""
-    return rng.standard_normal((n, m.input)).astype(np.float32) if m.input else rng.integers(0, m.vocab, n)
+    if m.input:
+        return rng.standard_normal((n, m.input)).astype(np.float32)
+    return rng.integers(0, m.vocab, n)

@@ -1,4 +1,5 @@
-"""Runs the C tests given as arguments and then all Python tests; ends with one line, `N passed, N failed`."""
+"""Runs the C tests given as arguments and then all Python tests; ends with one line,
+`N passed, N failed`."""
 import re
 import subprocess
 import sys
@@ -10,13 +11,15 @@ HERE = Path(__file__).resolve().parent
 def counts(command):
     """Runs a command, shows what it prints, and returns (passed, failed) as its last lines tell."""
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True) as process:
         for line in process.stdout:
             lines.append(line)
             sys.stdout.write(line)
             sys.stdout.flush()
     tail = "".join(lines[-3:])
-    passed, failed = (sum(map(int, re.findall(rf"(\d+) {word}", tail))) for word in ("passed", "(?:failed|error)"))
+    passed, failed = (sum(map(int, re.findall(rf"(\d+) {word}", tail)))
+                      for word in ("passed", "(?:failed|error)"))
     if process.returncode and not failed:
         failed = 1                      # died before it could count
     return passed, failed

@@ -1,36 +1,47 @@
-/* sections.h - tokenizer sections made by hand, for what includes tokenizer.c: its test and the fuzz targets.
+/* sections.h - tokenizer sections made by hand, and a model that has nothing but one. For programs
+ * that include tokenizer.c without based.c: its test and the fuzz targets.
  */
 #ifndef SECTIONS_H
 #define SECTIONS_H
 
 #include <stdlib.h>
 
+/* All that tokenizer.c asks of a model. */
+struct based_model {
+    based_config config;
+    const void *tokenizer;
+};
+
+const based_config *based_model_config(const based_model *m) { return &m->config; }
+
+const void *based_model_tokenizer(const based_model *m, size_t *bytes) {
+    *bytes = m->config.tokenizer_bytes;
+    return m->tokenizer;
+}
+
 typedef struct maker {
     uint32_t kind, flags, bos, eos, unknown;
     uint32_t byte_id[256];
     uint32_t special[8], specials;
-    uint32_t merge[32][4], merges;      /* BASED_BPE                                                             */
-    uint32_t sorted[64];                /* BASED_SCORES; `merges` entries                                        */
+    uint32_t merge[32][4], merges;      /* BASED_BPE */
+    uint32_t sorted[64];                /* BASED_SCORES; `merges` entries */
     float    score[512];
     uint32_t start[512], size;
     unsigned char bytes[8192];
 } maker;
 
-static inline uint32_t add_token(maker *m, const char *bytes, size_t n)
-{
+static inline uint32_t add_token(maker *m, const char *bytes, size_t n) {
     uint32_t at = m->start[m->size];
     memcpy(m->bytes + at, bytes, n);
     m->start[++m->size] = at + (uint32_t)n;
     return m->size - 1;
 }
 
-static inline void add_special(maker *m, const char *name)
-{
+static inline void add_special(maker *m, const char *name) {
     m->special[m->specials++] = add_token(m, name, strlen(name));
 }
 
-static inline void add_bytes(maker *m)
-{
+static inline void add_bytes(maker *m) {
     for (int b = 0; b < 256; b++) {
         char c = (char)b;
         m->byte_id[b] = add_token(m, &c, 1);
@@ -38,10 +49,10 @@ static inline void add_bytes(maker *m)
 }
 
 /* Adds a merge (its rank is its place) and keeps the table in order. */
-static inline void add_merge(maker *m, uint32_t left, uint32_t right, uint32_t result)
-{
+static inline void add_merge(maker *m, uint32_t left, uint32_t right, uint32_t result) {
     uint32_t i = m->merges;
-    while (i > 0 && (m->merge[i - 1][0] > left || (m->merge[i - 1][0] == left && m->merge[i - 1][1] > right))) {
+    while (i > 0 && (m->merge[i - 1][0] > left
+                     || (m->merge[i - 1][0] == left && m->merge[i - 1][1] > right))) {
         memcpy(m->merge[i], m->merge[i - 1], sizeof m->merge[i]);
         i--;
     }
@@ -52,8 +63,7 @@ static inline void add_merge(maker *m, uint32_t left, uint32_t right, uint32_t r
 }
 
 /* Adds a token with a score, and its id to the sorted ones. */
-static inline uint32_t add_scored(maker *m, const char *text, float score)
-{
+static inline uint32_t add_scored(maker *m, const char *text, float score) {
     uint32_t id = add_token(m, text, strlen(text)), i = m->merges++;
     span new = {m->bytes + m->start[id], strlen(text)};
     for (; i > 0; i--) {
@@ -68,11 +78,11 @@ static inline uint32_t add_scored(maker *m, const char *text, float score)
 }
 
 /* The section in a block of its own of exactly *size bytes. */
-static inline unsigned char *make_section(const maker *m, size_t *size)
-{
+static inline unsigned char *make_section(const maker *m, size_t *size) {
     uint32_t table = m->kind == BASED_BPE ? 4 * m->merges : m->merges + m->size;
     uint32_t words = 12 + 256 + m->specials + m->size + 1 + table;
-    uint32_t head[12] = {words, m->kind, m->flags, m->size, m->bos, m->eos, m->unknown, m->merges, m->specials};
+    uint32_t head[12] =
+        {words, m->kind, m->flags, m->size, m->bos, m->eos, m->unknown, m->merges, m->specials};
     *size = 4 * (size_t)words + m->start[m->size];
     unsigned char *section = malloc(*size), *p = section;
 #define PUT(what, n) (memcpy(p, (what), 4 * (size_t)(n)), p += 4 * (size_t)(n))
@@ -91,8 +101,7 @@ static inline unsigned char *make_section(const maker *m, size_t *size)
 enum { AB = 256, BC, ABC, CC, AA, AAAA, HE, END, ENDX, BPE_SIZE };
 
 /* The id of a byte is the byte. "bc" merges before "ab". */
-static inline void make_bpe(maker *m)
-{
+static inline void make_bpe(maker *m) {
     memset(m, 0, sizeof *m);
     m->kind = BASED_BPE;
     m->bos = m->eos = END;
@@ -118,10 +127,10 @@ static inline void make_bpe(maker *m)
 }
 
 /* As llama2.c: 0 <unk>, 1 <s>, 2 </s>, 3 to 258 the bytes, then what text becomes. */
-enum { SPACE_TOKEN = 259, A, B, C, X_AB, X_BC, X_HI, JA, X_ZERO, X_MINUS, SPACE_A, LLAMA, SCORES_SIZE };
+enum { SPACE_TOKEN = 259, A, B, C, X_AB, X_BC, X_HI, JA, X_ZERO, X_MINUS, SPACE_A, LLAMA,
+       SCORES_SIZE };
 
-static inline void make_scores(maker *m)
-{
+static inline void make_scores(maker *m) {
     memset(m, 0, sizeof *m);
     m->kind = BASED_SCORES;
     m->flags = BASED_TOK_PREFIX_SPACE | BASED_TOK_ADD_BOS;

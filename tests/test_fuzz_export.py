@@ -1,5 +1,5 @@
-"""Hostile sources for export.py: small files with something wrong in them become a checkpoint or are refused with one line, never
-with a traceback. FUZZ_COUNT: how many of each (default 60)."""
+"""Hostile sources for export.py: small files with something wrong in them become a checkpoint or
+are refused with one line, never with a traceback. FUZZ_COUNT: how many of each (default 60)."""
 import contextlib
 import io
 import json
@@ -12,7 +12,6 @@ import pytest
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
-pytest.importorskip("tqdm")
 import export           # noqa: E402
 import origins          # noqa: E402
 from test_fuzz import mutant                              # noqa: E402
@@ -20,20 +19,24 @@ from test_layers import EDIFICE, LUCIDRAINS, save, weights    # noqa: E402
 
 COUNT = int(os.environ.get("FUZZ_COUNT", 60))
 DATA = Path(__file__).resolve().parent / "data"
-VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", "<s>", [], [0], [[]], {}, {"a": 1}]
+VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", "<s>", [], [0], [[]],
+          {}, {"a": 1}]
 
 
 def export_quietly(*arguments):
-    """export.py in this process: its status; it must not raise, and must say one line if it refuses."""
+    """export.py in this process: its status; it must not raise, and must say one line if it
+    refuses."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = export.main([str(a) for a in arguments])
         except SystemExit as e:
             status = e.code
-    lines = [line for line in err.getvalue().splitlines() if ": note: " not in line and "tensor" not in line[:20]]
+    lines = [line for line in err.getvalue().splitlines() if ": note: " not in line
+             and "tensor" not in line[:20]]
     assert status in (0, 1), err.getvalue()
-    if status == 1 and not out.getvalue().endswith("WRONG: the file was damaged after it was written\n"):
+    damaged = "WRONG: the file was damaged after it was written\n"
+    if status == 1 and not out.getvalue().endswith(damaged):
         assert len(lines) == 1 and lines[0].startswith("export.py: "), err.getvalue()
     return status
 
@@ -46,7 +49,8 @@ def change(rng, value):
         return rest if rng.random() < 0.2 else {**rest, key: change(rng, value[key])}
     if isinstance(value, list) and value and rng.random() < 0.9:
         at = rng.randrange(len(value))
-        return value[:at] + ([] if rng.random() < 0.2 else [change(rng, value[at])]) + value[at + 1:]
+        return value[:at] + ([] if rng.random() < 0.2
+                             else [change(rng, value[at])]) + value[at + 1:]
     return rng.choice(VALUES)
 
 
@@ -64,11 +68,13 @@ def spoil(rng, path):
 
 
 def based(directory, form):
-    return Path(origins.write_based(directory / "source", origins.twelve_state(), origins.TWELVE, form))
+    return Path(origins.write_based(directory / "source", origins.twelve_state(), origins.TWELVE,
+                                    form))
 
 
 def llama(directory):
-    return Path(origins.write_llama(directory / "llama.bin", np.random.default_rng(5), (24, 40, 2, 4, 4, 30, 12)))
+    return Path(origins.write_llama(directory / "llama.bin", np.random.default_rng(5),
+                                    (24, 40, 2, 4, 4, 30, 12)))
 
 
 def tensors(case, file):
@@ -77,15 +83,18 @@ def tensors(case, file):
 
 
 # Where the sources come from, and what they do not tell.
-ORIGINS = {"safetensors": (lambda d: based(d, "safetensors"), []), "pytorch": (lambda d: based(d, "bin"), []),
+ORIGINS = {"safetensors": (lambda d: based(d, "safetensors"), []),
+           "pytorch": (lambda d: based(d, "bin"), []),
            "llama2.c": (llama, []),
-           "lucidrains.pt": (tensors(LUCIDRAINS["causal_rot"], "layer.pt"), ["--heads", 3, "--mode", "causal"]),
-           "lucidrains": (tensors(LUCIDRAINS["causal_rot"], "layer.safetensors"), ["--heads", 3, "--mode", "causal"]),
+           "lucidrains.pt": (tensors(LUCIDRAINS["causal_rot"], "layer.pt"),
+                             ["--heads", 3, "--mode", "causal"]),
+           "lucidrains": (tensors(LUCIDRAINS["causal_rot"], "layer.safetensors"),
+                          ["--heads", 3, "--mode", "causal"]),
            "edifice": (tensors(EDIFICE["c2"][1], "edifice.safetensors"), ["--mode", "window"])}
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
-def test_spoilt_sources(tmp_path, origin):
+def test_spoiled_sources(tmp_path, origin):
     rng, refused = random.Random(origin), 0
     write, told = ORIGINS[origin]
     good = write(tmp_path)
@@ -105,14 +114,19 @@ def tokenizer_json(path):
     """A tokenizer.json with all that export.py reads of one."""
     characters = list(export.byte_characters())
     vocab = {c: i for i, c in enumerate([*characters, "ab", "abc", "\u0120a"])}
-    special = {"special": True, "lstrip": False, "rstrip": False, "single_word": False, "normalized": False}
+    special = {"special": True, "lstrip": False, "rstrip": False, "single_word": False,
+               "normalized": False}
     path.write_text(json.dumps({
-        "added_tokens": [{"id": 259, "content": "<s>", **special}, {"id": 260, "content": "</s>", **special}],
-        "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
-        "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
+        "added_tokens": [{"id": 259, "content": "<s>", **special},
+                         {"id": 260, "content": "</s>", **special}],
+        "normalizer": None, "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False,
+                                              "use_regex": True},
+        "post_processor": {"type": "TemplateProcessing",
+                           "single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}],
                            "special_tokens": {"<s>": {"id": "<s>", "ids": [259]}}},
         "decoder": {"type": "ByteLevel"},
-        "model": {"type": "BPE", "unk_token": None, "vocab": vocab, "merges": ["a b", ["ab", "c"], "\u0120 a"]}}))
+        "model": {"type": "BPE", "unk_token": None, "vocab": vocab,
+                  "merges": ["a b", ["ab", "c"], "\u0120 a"]}}))
 
 
 def llama_tokenizer(path):
@@ -123,11 +137,13 @@ def merge_list(path):
     path.write_text("#version: 0.2\na b\nab c\n\u0120 a\n", encoding="utf-8")
 
 
-@pytest.mark.parametrize("write, name", [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"),
+@pytest.mark.parametrize("write, name",
+                         [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"),
                                          (merge_list, "merges.txt")])
-def test_spoilt_tokenizers(tmp_path, write, name):
+def test_spoiled_tokenizers(tmp_path, write, name):
     rng, path, refused = random.Random(name), tmp_path / name, 0
-    source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5), (8, 8, 1, 1, 1, 512, 12))
+    source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5),
+                                 (8, 8, 1, 1, 1, 512, 12))
     for i in range(COUNT + 1):
         write(path)
         if i > 0:
@@ -136,11 +152,12 @@ def test_spoilt_tokenizers(tmp_path, write, name):
         assert i > 0 or refused == 0
         if name == "tokenizer.json":                      # and the names of its ends
             beside = tmp_path / "tokenizer_config.json"
-            beside.write_text(json.dumps(change(rng, {"bos_token": "<s>", "eos_token": {"content": "</s>"}})))
+            ends = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+            beside.write_text(json.dumps(change(rng, ends)))
     assert refused > COUNT / 10
 
 
-def test_spoilt_checkpoints(tmp_path):
+def test_spoiled_checkpoints(tmp_path):
     """--inspect."""
     rng, good = random.Random(4), tmp_path / "good.bin"
     assert export_quietly(based(tmp_path, "safetensors"), good) == 0

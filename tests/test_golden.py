@@ -1,4 +1,5 @@
-"""Models whose logits are known from elsewhere, through export.py and based.c: to 2e-5 of the original, absolute."""
+"""Models whose logits are known from elsewhere, through export.py and based.c: to 2e-5 of the
+original, absolute."""
 import json
 from pathlib import Path
 
@@ -6,7 +7,6 @@ import pytest
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
-pytest.importorskip("tqdm")
 import based            # noqa: E402
 import export           # noqa: E402
 import origins          # noqa: E402
@@ -39,7 +39,8 @@ def test_formula_gives_the_published_weights():
 
 
 def test_twelve_reference(twelve):
-    """The float64 model agrees with the original's logits, and with every sub-layer on the way, to print rounding."""
+    """The float64 model agrees with the original's logits, and with every sub-layer on the way, to
+    print rounding."""
     golden, trace = load("twelve.json"), {}
     logits = reference.run(reference.read(twelve), golden["tokens"], trace=trace)
     assert logits.shape == (12, 50)
@@ -66,7 +67,8 @@ def tiny(tmp_path_factory):
 
 def tiny_golden():
     tokens = np.fromfile(DATA / "hazyresearch-tiny" / "tokens.i32", "<i4")
-    return tokens, np.fromfile(DATA / "hazyresearch-tiny" / "logits.f32", "<f4").reshape(len(tokens), 50)
+    return tokens, np.fromfile(DATA / "hazyresearch-tiny" / "logits.f32",
+                               "<f4").reshape(len(tokens), 50)
 
 
 def test_hazyresearch_reference(tiny):
@@ -85,7 +87,8 @@ STORIES = Path(export.__file__).resolve().parent / "models" / "stories260K.bin"
 
 
 def test_stories_reference():
-    """The converted model is the original: same logits in float64 (the file keeps the score scale as a float32)."""
+    """The converted model is the original: same logits in float64 (the file keeps the score scale
+    as a float32)."""
     golden = load("stories260K.json")
     logits = reference.run(reference.read(STORIES), golden["tokens"])
     assert np.abs(logits[golden["at"]] - golden["logits"]).max() < 2e-6

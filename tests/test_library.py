@@ -1,9 +1,12 @@
-"""The library as its users get it: what it asks of the C library, that it has no variables, and that C++ can use it."""
+"""The library as its users get it: the functions that it needs from elsewhere, that it has no
+variables, that based.c works without tokenizer.c, and that C++ can use it."""
+import array
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,25 +14,30 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CC = shlex.split(os.environ.get("CC", "cc"))
 CXX = shlex.split(os.environ.get("CXX", "c++"))
+FLAGS = ["-std=c99", "-O2", "-ffp-contract=off"]
+STRICT = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-pedantic", "-Werror"]
 MODEL = ROOT / "models" / "stories260K.bin"
 
 
 def symbols(directory, source, *flags):
     """[(kind, name)] of an object file, as nm tells them."""
     out = directory / "out.o"
-    subprocess.run([*CC, "-std=c99", "-O2", "-ffp-contract=off", "-fno-pic", "-fno-pie", *flags, "-c", ROOT / source, "-o", out],
+    subprocess.run([*CC, *FLAGS, "-fno-pic", "-fno-pie", *flags, "-c", ROOT / source, "-o", out],
                    check=True)
-    lines = subprocess.run(["nm", out], check=True, capture_output=True, text=True).stdout.splitlines()
-    return [tuple(line.split()[-2:]) for line in lines]
+    nm = subprocess.run(["nm", out], check=True, capture_output=True, text=True)
+    return [tuple(line.split()[-2:]) for line in nm.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("source", ["based.c", "tokenizer.c"])
-def test_the_core_asks_for_nothing(source, tmp_path):
-    """No heap, no files, no printing: only bytes and two functions of numbers, neither of which can change a logit."""
-    allowed = {"memcpy", "memmove", "memset", "memcmp", "strlen", "sqrtf", "log", "based_tokenizer_init",
+@pytest.mark.parametrize("source, own", [
+    ("based.c", {"sqrtf", "log"}),
+    ("tokenizer.c", {"based_model_config", "based_model_tokenizer"})])
+def test_the_core_needs_nothing(source, own, tmp_path):
+    """No heap, no files, no printing: string.h, and two functions of numbers, neither of which can
+    change a logit. based.c needs nothing of tokenizer.c; tokenizer.c needs a model's section."""
+    allowed = {"memcpy", "memmove", "memset", "memcmp", "strlen", *own,
                "__cpu_model", "__cpu_features2", "_GLOBAL_OFFSET_TABLE_", "__stack_chk_fail"}
-    names = {name for kind, name in symbols(tmp_path, source, "-DBASED_FREESTANDING") if kind == "U"}
-    assert names <= allowed
+    found = symbols(tmp_path, source, "-DBASED_FREESTANDING")
+    assert {name for kind, name in found if kind == "U"} <= allowed
 
 
 @pytest.mark.parametrize("source", ["based.c", "tokenizer.c"])
@@ -54,12 +62,15 @@ PROGRAM = r"""
 static std::string story(const based_model *model, const std::string &prompt, int tokens) {
     based_error e;
     based_tokenizer t;
-    std::unique_ptr<based_session, void (*)(based_session *)> s(based_session_new(model, 16, &e), based_session_free);
+    std::unique_ptr<based_session, void (*)(based_session *)>
+        s(based_session_new(model, 16, &e), based_session_free);
     if (!s || based_tokenizer_open(&t, model, &e)) return e.text;
     std::vector<int32_t> ids(based_encode_bound(&t, prompt.size()));
     std::vector<uint64_t> scratch(based_encode_scratch(&t, prompt.size()) / 8 + 1);
-    int64_t n = based_encode(&t, prompt.data(), prompt.size(), BASED_ADD_BOS, ids.data(), scratch.data(), &e);
-    if (n < 0 || based_feed(s.get(), ids.data(), static_cast<size_t>(n), nullptr, &e)) return e.text;
+    int64_t n = based_encode(&t, prompt.data(), prompt.size(), BASED_ADD_BOS, ids.data(),
+                             scratch.data(), &e);
+    if (n < 0 || based_feed(s.get(), ids.data(), static_cast<size_t>(n), nullptr, &e))
+        return e.text;
     based_sampler sampler = based_sampler();
     sampler.top_p = sampler.repeat_penalty = 1.0f;
     sampler.vocab = t.size;
@@ -68,7 +79,8 @@ static std::string story(const based_model *model, const std::string &prompt, in
     based_decoder decoder = based_decoder();
     std::vector<char> text(based_decode_bound(&t));
     std::string all;
-    for (size_t i = 0; i < static_cast<size_t>(n); i++) all.append(text.data(), based_decode(&t, &decoder, ids[i], text.data()));
+    for (size_t i = 0; i < static_cast<size_t>(n); i++)
+        all.append(text.data(), based_decode(&t, &decoder, ids[i], text.data()));
     for (int i = 0; i < tokens; i++) {
         int32_t id = based_sample(&sampler, based_logits(s.get()));
         all.append(text.data(), based_decode(&t, &decoder, id, text.data()));
@@ -79,7 +91,8 @@ static std::string story(const based_model *model, const std::string &prompt, in
 
 int main(int argc, char **argv) {
     based_error e;
-    std::unique_ptr<based_model, void (*)(based_model *)> model(based_open(argc > 1 ? argv[1] : "", 0, &e), based_close);
+    std::unique_ptr<based_model, void (*)(based_model *)>
+        model(based_open(argc > 1 ? argv[1] : "", 0, &e), based_close);
     std::puts(model ? story(model.get(), "The big dog", 40).c_str() : e.text);
 }
 """
@@ -92,19 +105,62 @@ def test_a_program_in_cxx(std, tmp_path):
     objects = []
     for source in ("based.c", "tokenizer.c"):
         objects.append(tmp_path / f"{source}.o")
-        subprocess.run([*CC, "-std=c99", "-O2", "-ffp-contract=off", "-c", ROOT / source, "-o", objects[-1]], check=True)
-    subprocess.run([*CXX, f"-std={std}", "-O1", "-Wall", "-Wextra", "-Wconversion", "-Wshadow", "-pedantic", "-Werror", f"-I{ROOT}",
-                    "-o", tmp_path / "story", tmp_path / "story.cc", *objects, "-lm"], check=True)
+        subprocess.run([*CC, *FLAGS, "-c", ROOT / source, "-o", objects[-1]], check=True)
+    subprocess.run([*CXX, f"-std={std}", "-O1", *STRICT, f"-I{ROOT}", "-o", tmp_path / "story",
+                    tmp_path / "story.cc", *objects, "-lm"], check=True)
     story = subprocess.run([tmp_path / "story", MODEL], check=True, capture_output=True).stdout
-    plain = subprocess.run([ROOT / "run", MODEL, "-t", "0", "-n", "40", "-i", "The big dog"], check=True, capture_output=True)
+    plain = subprocess.run([ROOT / "run", MODEL, "-t", "0", "-n", "40", "-i", "The big dog"],
+                           check=True, capture_output=True)
     assert story == plain.stdout and len(story) > 80
 
 
+IDS_ONLY = r"""
+#include "based.h"
+#include <stdio.h>
+
+int main(int argc, char **argv) {
+    const int32_t ids[] = { 1, 403, 407, 261, 378 };
+    size_t bytes;
+    based_error e;
+    based_model *m = based_open(argc > 1 ? argv[1] : "", 0, &e);
+    based_session *s = m ? based_session_new(m, 4, &e) : NULL;
+    if (!s || based_feed(s, ids, 5, NULL, &e)) return puts(e.text), 1;
+    printf("%08x %d\n", (unsigned)based_hash(0, based_logits(s), based_width(m)),
+           based_model_tokenizer(m, &bytes) && bytes == based_model_config(m)->tokenizer_bytes);
+    based_session_free(s);
+    based_close(m);
+    return 0;
+}
+"""
+
+
+def test_ids_need_no_tokenizer(tmp_path):
+    """A program that feeds ids links with based.c alone, and computes what ./run computes."""
+    (tmp_path / "ids.c").write_text(IDS_ONLY)
+    subprocess.run([*CC, *FLAGS, *STRICT, f"-I{ROOT}", "-o", tmp_path / "ids", tmp_path / "ids.c",
+                    ROOT / "based.c", "-lm"], check=True)
+    done = subprocess.run([tmp_path / "ids", MODEL], check=True, capture_output=True, text=True)
+    logits = tmp_path / "logits"
+    subprocess.run([ROOT / "run", MODEL, "--tokens", "1 403 407 261 378", "-n", "0",
+                    "--dump-logits", logits], check=True, capture_output=True)
+    values = array.array("I", logits.read_bytes())[-512:]
+    if sys.byteorder == "big":
+        values.byteswap()
+    fingerprint = 0
+    for bits in values:
+        fingerprint = (fingerprint ^ bits) * 0x9e3779b1 & 0xffffffff
+        fingerprint ^= fingerprint >> 15
+    assert done.stdout == f"{fingerprint:08x} 1\n"
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
-@pytest.mark.parametrize("flags", ["-O2 -mfma -ffp-contract=fast", "-O2 -ffast-math", "-O2 -mfpmath=387"])
+@pytest.mark.parametrize("flags", ["-O2 -mfma -ffp-contract=fast", "-O2 -ffast-math",
+                                   "-O2 -mfpmath=387"])
 def test_a_build_that_cannot_keep_the_promises_says_so(flags, tmp_path):
     """Fused, rearranged or wider float operations give other bits; such a build opens no model."""
-    subprocess.run([*CC, "-std=c99", *flags.split(), "-o", tmp_path / "run", *(ROOT / f for f in ("run.c", "based.c", "tokenizer.c")),
-                    "-lm"], check=True)
+    sources = [ROOT / name for name in ("run.c", "based.c", "tokenizer.c")]
+    subprocess.run([*CC, "-std=c99", *flags.split(), "-o", tmp_path / "run", *sources, "-lm"],
+                   check=True)
     done = subprocess.run([tmp_path / "run", MODEL, "-n", "1"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and "this build fuses or widens float operations" in done.stderr
+    assert done.returncode == 1 and done.stdout == ""
+    assert "this build fuses or widens float operations" in done.stderr

@@ -1,10 +1,9 @@
-"""based.c against the float64 reference over random configurations, and against itself: every way of feeding the same
-tokens gives the same bits."""
+"""based.c against the float64 reference over random configurations, and against itself: every way
+of feeding the same tokens gives the same bits."""
 import pytest
 
 np = pytest.importorskip("numpy")
 hypothesis = pytest.importorskip("hypothesis")
-pytest.importorskip("tqdm")
 from hypothesis import given, settings, strategies as st        # noqa: E402
 
 import based            # noqa: E402
@@ -27,10 +26,10 @@ def test_against_reference(random_model, seed):
     assert error <= TOLERANCE * max(1, np.abs(expected).max())
 
 
-def test_quantised_against_reference(random_model):
-    """8-bit and 4-bit matrices. Vectors are rounded to 8 bits too, and a value that lies on an edge may be rounded one way in float32
-    and the other in float64, which is seen from then on: so a bound of a few such steps for every model, and the bound of
-    float32 for most."""
+def test_quantized_against_reference(random_model):
+    """8-bit and 4-bit matrices. Vectors are rounded to 8 bits too, and a value that lies on an edge
+    may be rounded one way in float32 and the other in float64, which is seen from then on: so a
+    bound of a few such steps for every model, and the bound of float32 for most."""
     errors = []
     for seed in range(40):
         path = random_model(seed, dtype=(1, 2, "mixed")[seed % 3])
@@ -45,17 +44,20 @@ def test_quantised_against_reference(random_model):
 
 def test_nothing_but_an_embedding(random_model):
     """Layers without mixer and MLP are legal: logits = head * norm(embedding)."""
-    path = random_model(1, mixers=[0], layer={"mlp": 0, "norm2": 0, "hidden": 0, "flags": 0}, input=0, rows=40, vocab=40, flags=1)
-    assert np.abs(Session(Model(path)).feed(np.arange(40)) - reference.run(reference.read(path), range(40))).max() <= TOLERANCE
+    path = random_model(1, mixers=[0], layer={"mlp": 0, "norm2": 0, "hidden_dim": 0, "flags": 0},
+                        input=0, rows=40, vocab=40, flags=1)
+    expected = reference.run(reference.read(path), range(40))
+    assert np.abs(Session(Model(path)).feed(np.arange(40)) - expected).max() <= TOLERANCE
 
 
 def test_sizes(random_model):
-    """The library and export.py --inspect count the same parameters and the same bytes of state."""
+    """The library, export.py and the reference count the same parameters and bytes of state."""
     for seed in SEEDS:
         path = random_model(seed)
         saved, model = export.Checkpoint(path), Model(path)
         assert model.parameters == export.parameters(saved.config, saved.layers), seed
-        assert model.state_bytes == 4 * sum(export.state_floats(saved.config, l) for l in saved.layers), seed
+        assert model.state_bytes == 4 * sum(reference.state_floats(saved.config, l)
+                                            for l in saved.layers), seed
 
 
 MIXERS = {"conv": export.CONV, "taylor": export.TAYLOR, "window": export.WINDOW}
@@ -64,20 +66,26 @@ MIXERS = {"conv": export.CONV, "taylor": export.TAYLOR, "window": export.WINDOW}
 @pytest.mark.parametrize("width", [12, 16, 24, 64, 112])
 @pytest.mark.parametrize("mixer", ["taylor", "window"])
 def test_head_widths(random_model, mixer, width):
-    """Value widths as models have them, alone in a layer, with more tokens than the window or the chunk holds."""
-    wide = {"value_width": width, "heads": 2, "kv_heads": 1, "flags": 0, "mlp": 0, "norm2": 0, "hidden": 0}
-    wide.update({"key_width": width, "rotary": width // 2, "window": 17} if mixer == "window" else {"key_width": 16, "degree": 2})
-    path = random_model(width, mixers=[MIXERS[mixer]], layer=wide, dim=32, input=0, rows=40, vocab=40, flags=export.TIED)
+    """Value widths as models have them, alone in a layer, with more tokens than the window or the
+    chunk holds."""
+    wide = {"head_dim_v": width, "heads": 2, "kv_heads": 1, "flags": 0, "mlp": 0, "norm2": 0,
+            "hidden_dim": 0}
+    wide.update({"head_dim_k": width, "rope_pairs": width // 2, "window": 17} if mixer == "window"
+                else {"head_dim_k": 16, "degree": 2})
+    path = random_model(width, mixers=[MIXERS[mixer]], layer=wide, dim=32, input=0, rows=40,
+                        vocab=40, flags=export.TIED)
     m = reference.read(path)
     x = reference.random_input(np.random.default_rng(width), m, 120)
     expected = reference.run(m, x)
-    assert np.abs(Session(Model(path)).feed(x) - expected).max() <= TOLERANCE * max(1, np.abs(expected).max())
+    bound = TOLERANCE * max(1, np.abs(expected).max())
+    assert np.abs(Session(Model(path)).feed(x) - expected).max() <= bound
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 16, 64, 65, 129, 300])
 def test_windows(random_model, window):
     """The ring wraps at least twice; the left edge counts: one key more or less must show."""
-    path = random_model(3, mixers=[export.WINDOW], layer={"window": window}, dim=32, input=0, rows=40, vocab=40, flags=export.TIED)
+    path = random_model(3, mixers=[export.WINDOW], layer={"window": window}, dim=32, input=0,
+                        rows=40, vocab=40, flags=export.TIED)
     m, n = reference.read(path), 2 * window + 20
     x = reference.random_input(np.random.default_rng(window), m, n)
     expected = reference.run(m, x)
@@ -89,11 +97,14 @@ def test_windows(random_model, window):
 
 
 def alone(random_model, seed, own):
-    """A taylor layer alone in a model, with these fields, agrees with the reference. Returns how far off the reference is when a
-    field is another number: off(field, number), in units of the tolerance."""
-    own = {"chunk": 4, "kernel": 0, "normaliser": export.ADD, "normaliser_eps": 0.0, "degree": 2, "key_width": 8, "rotary": 2,
-           "scale": 0.7, "keep": 0, "forget": 0.0, "window": 0, **own}
-    path = random_model(3, mixers=[export.TAYLOR], layer=own, dim=32, input=0, rows=40, vocab=40, flags=export.TIED)
+    """A taylor layer alone in a model, with these fields, agrees with the reference. Returns how
+    far off the reference is when a field is another number: off(field, number), in units of the
+    tolerance."""
+    own = {"chunk": 4, "kernel": 0, "normalizer": export.ADD, "normalizer_eps": 0.0, "degree": 2,
+           "head_dim_k": 8, "rope_pairs": 2,
+           "scale": 0.7, "sinks": 0, "decay": 0.0, "window": 0, **own}
+    path = random_model(3, mixers=[export.TAYLOR], layer=own, dim=32, input=0, rows=40, vocab=40,
+                        flags=export.TIED)
     m = reference.read(path)
     x = reference.random_input(np.random.default_rng(seed), m, 200)
     got, scale = Session(Model(path), 16).feed(x), max(1, np.abs(reference.run(m, x)).max())
@@ -109,61 +120,82 @@ def alone(random_model, seed, own):
 
 @pytest.mark.parametrize("window, chunk", [(1, 1), (5, 3), (16, 16), (33, 7), (100, 16)])
 def test_window_beside_sums(random_model, window, chunk):
-    """The newest keys of a taylor layer weigh exp(s), up to the one after which a chunk of them joins the sums."""
+    """The newest keys of a taylor layer weigh exp(s), up to the one after which a chunk of them is
+    flushed into the sums."""
     off = alone(random_model, window, {"window": window, "chunk": chunk})
     assert off("window", window + 1) > 100 and off("chunk", chunk + 1) > 100
 
 
-@pytest.mark.parametrize("keep, forget, window", [(16, 0.01, 0), (0, 0.3, 0), (5, 0.0, 0), (3, 0.1, 9)])
-def test_kept_and_forgotten(random_model, keep, forget, window):
-    """The first tokens stay, the sums fade chunk by chunk."""
-    off = alone(random_model, keep, {"keep": keep, "forget": forget, "window": window})
-    assert off("forget", forget + 0.05) > 100
-    if forget or window:                                # otherwise a kept token is worth what a summed one is
-        assert off("keep", keep + 1) > 100 and off("chunk", 5) > 100
+@pytest.mark.parametrize("sinks, decay, window",
+                         [(16, 0.01, 0), (0, 0.3, 0), (5, 0.0, 0), (3, 0.1, 9)])
+def test_sinks_and_decay(random_model, sinks, decay, window):
+    """The first tokens stay, the sums decay chunk by chunk."""
+    off = alone(random_model, sinks, {"sinks": sinks, "decay": decay, "window": window})
+    assert off("decay", decay + 0.05) > 100
+    # otherwise a token of the sinks weighs what a summed one does
+    if decay or window:
+        assert off("sinks", sinks + 1) > 100 and off("chunk", 5) > 100
 
 
 def test_generator_covers_the_format(tmp_path):
-    """What the random models of this file contain, all in all; so that no choice can get lost unnoticed."""
+    """What the random models of this file contain, all in all; so that no choice can get lost
+    unnoticed."""
     seen = set()
     for seed in SEEDS:
         config, layers = reference.random_config(np.random.default_rng(seed))
-        seen |= {("tied", config.flags & 1), ("head bias", config.flags & 2), ("projection", config.flags & 4),
-                 ("final norm", config.final_norm), ("padding", config.rows > config.vocab), ("tokens", config.input == 0),
-                 ("no head", config.rows == 0), ("own head", config.rows > 0 and not config.flags & 1)}
+        seen |= {("tied", config.flags & 1), ("head bias", config.flags & 2),
+                 ("projection", config.flags & 4),
+                 ("final norm", config.final_norm), ("padding", config.rows > config.vocab),
+                 ("tokens", config.input == 0),
+                 ("no head", config.rows == 0),
+                 ("own head", config.rows > 0 and not config.flags & 1)}
         for l in layers:
             mixer = ("none", "conv", "taylor", "window")[l.mixer]
             seen |= {("mixer", mixer), ("norm1", l.norm1), ("norm2", l.norm2), ("mlp", l.mlp)}
             seen |= {(mixer, "flag", bit) for bit in range(10) if l.flags >> bit & 1}
-            seen |= {(mixer, "rotary", 0 if not l.rotary else 2 if 2 * l.rotary == l.key_width else 1), ("taps", l.taps),
-                     (mixer, "grouped", l.heads > l.kv_heads), ("normaliser", l.normaliser), ("kernel", l.kernel),
-                     ("degree", l.degree), ("keep", l.keep), ("forgets", l.forget > 0), (mixer, "window", l.window), (mixer, "key", l.key_width), (mixer, "value", l.value_width)}
-    wanted = {("tied", 1), ("head bias", 2), ("projection", 4), ("padding", True), ("tokens", True), ("tokens", False),
+            pairs = 0 if not l.rope_pairs else 2 if 2 * l.rope_pairs == l.head_dim_k else 1
+            seen |= {(mixer, "rope_pairs", pairs), ("conv_width", l.conv_width),
+                     (mixer, "grouped", l.heads > l.kv_heads), ("normalizer", l.normalizer),
+                     ("kernel", l.kernel),
+                     ("degree", l.degree), ("sinks", l.sinks), ("decays", l.decay > 0),
+                     (mixer, "window", l.window), (mixer, "key", l.head_dim_k),
+                     (mixer, "value", l.head_dim_v)}
+    wanted = {("tied", 1), ("head bias", 2), ("projection", 4), ("padding", True), ("tokens", True),
+              ("tokens", False),
               ("no head", True), ("own head", True)}
-    wanted |= {("final norm", i) for i in range(4)} | {("norm1", i) for i in range(4)} | {("norm2", i) for i in range(4)}
-    wanted |= {("mixer", name) for name in ("none", "conv", "taylor", "window")} | {("mlp", i) for i in range(3)}
-    wanted |= {(mixer, "flag", bit) for mixer in ("conv", "taylor", "window") for bit in (0, 1, 3, 4, 6, 7, 8)} | {("conv", "flag", 2)}
-    wanted |= {(mixer, "flag", 5) for mixer in ("taylor", "window")} | {("kernel", 0), ("kernel", 1)}
-    wanted |= {(mixer, "rotary", i) for mixer in ("taylor", "window") for i in range(3)} | {("taps", i) for i in range(1, 6)}
+    wanted |= {(name, i) for name in ("final norm", "norm1", "norm2") for i in range(4)}
+    wanted |= {("mixer", name) for name in ("none", "conv", "taylor", "window")}
+    wanted |= {("mlp", i) for i in range(3)}
+    wanted |= {(mixer, "flag", bit) for mixer in ("conv", "taylor", "window")
+               for bit in (0, 1, 3, 4, 6, 7, 8)} | {("conv", "flag", 2)}
+    wanted |= {(mixer, "flag", 5) for mixer in ("taylor", "window")}
+    wanted |= {("kernel", 0), ("kernel", 1)}
+    wanted |= {(mixer, "rope_pairs", i) for mixer in ("taylor", "window")
+               for i in range(3)} | {("conv_width", i) for i in range(1, 6)}
     wanted |= {(mixer, "grouped", yes) for mixer in ("taylor", "window") for yes in (True, False)}
-    wanted |= {("normaliser", i) for i in range(4)} | {("degree", i) for i in range(1, 5)}
-    wanted |= {("keep", n) for n in (0, 1, 16, 21)} | {("forgets", yes) for yes in (True, False)}
+    wanted |= {("normalizer", i) for i in range(4)} | {("degree", i) for i in range(1, 5)}
+    wanted |= {("sinks", n) for n in (0, 1, 16, 21)} | {("decays", yes) for yes in (True, False)}
     wanted |= {("taylor", "flag", 9)} | {("taylor", "window", n) for n in (0, 1, 5, 16, 33)}
-    wanted |= {("window", "window", n) for n in (1, 2, 5, 33, 65, 129, 300)} | {("window", "key", n) for n in (12, 16, 64, 112)}
-    wanted |= {("taylor", "key", n) for n in (4, 5, 8, 16, 24)} | {("taylor", "value", n) for n in (1, 5, 12, 16, 112)}
+    wanted |= {("window", "window", n) for n in (1, 2, 5, 33, 65, 129, 300)}
+    wanted |= {("window", "key", n) for n in (12, 16, 64, 112)}
+    wanted |= {("taylor", "key", n) for n in (4, 5, 8, 16, 24)}
+    wanted |= {("taylor", "value", n) for n in (1, 5, 12, 16, 112)}
     assert not wanted - seen
 
 
 # ---- The same tokens in any way give the same bits. Seven models with all mixers, three of
-# them quantised.
+# them quantized.
 
 ALL = [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR]
 TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
-          (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "taps": 4}, **TOKENS}), (103, {"mixers": ALL[::-1], **TOKENS}),
-          (104, {"mixers": ALL, "dtype": 1, **TOKENS}), (105, {"mixers": ALL, "dtype": 2, **TOKENS}),
+          (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "conv_width": 4}, **TOKENS}),
+          (103, {"mixers": ALL[::-1], **TOKENS}),
+          (104, {"mixers": ALL, "dtype": 1, **TOKENS}),
+          (105, {"mixers": ALL, "dtype": 2, **TOKENS}),
           (106, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS})]
-BUDGET = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck))
+BUDGET = settings(max_examples=10, deadline=None, derandomize=True,
+                  suppress_health_check=list(hypothesis.HealthCheck))
 EVERY_MODEL = pytest.mark.parametrize("index", range(len(MODELS)))
 TEXT = st.lists(st.integers(0, 46), min_size=1, max_size=90)
 
@@ -182,7 +214,8 @@ def stepped(model, tokens):
 @BUDGET
 @given(tokens=TEXT, cuts=st.lists(st.integers(0, 90), max_size=6), block=st.integers(1, 64))
 def test_feed_equals_steps(random_model, index, tokens, cuts, block):
-    """However the tokens are cut into feeds, the logits of every token are those of single steps."""
+    """However the tokens are cut into feeds, the logits of every token are those of single
+    steps."""
     model = build(random_model, index)
     session = Session(model, block)
     cuts = sorted({min(c, len(tokens)) for c in cuts} | {0, len(tokens)})
@@ -213,7 +246,8 @@ def test_every_instruction_set(random_model):
             assert same_bits(Session(Model(path, flags), 64).feed(x), expected), (seed, flags)
 
 
-@pytest.mark.parametrize("flags, threads", [("-O0", 1), ("-O3", 1), ("-O2 -fopenmp", 1), ("-O2 -fopenmp", 2), ("-O2 -fopenmp", 5)])
+@pytest.mark.parametrize("flags, threads", [("-O0", 1), ("-O3", 1), ("-O2 -fopenmp", 1),
+                                            ("-O2 -fopenmp", 2), ("-O2 -fopenmp", 5)])
 def test_every_build_and_thread_count(random_model, flags, threads):
     try:
         lib = based.build(*flags.split())
@@ -223,7 +257,8 @@ def test_every_build_and_thread_count(random_model, flags, threads):
         raise
     for index in range(len(MODELS)):
         seed, overrides = MODELS[index]
-        path, tokens = random_model(seed, **overrides), np.random.default_rng(index).integers(0, 47, 70)
+        path = random_model(seed, **overrides)
+        tokens = np.random.default_rng(index).integers(0, 47, 70)
         expected = Session(Model(path), 16).feed(tokens)
         assert same_bits(Session(Model(path, 0, lib), 16, threads).feed(tokens), expected), index
         assert same_bits(Session(Model(path, PLAIN, lib), 5, threads).feed(tokens), expected), index
@@ -281,13 +316,15 @@ def test_step_many_equals_alone(random_model, index, pasts, data):
         b.feed(past)
     for _ in range(3):
         tokens = data.draw(st.lists(st.integers(0, 46), min_size=n, max_size=n))
-        assert same_bits(based.step_many(together, tokens), [s.step(t) for s, t in zip(alone, tokens)])
+        assert same_bits(based.step_many(together, tokens),
+                         [s.step(t) for s, t in zip(alone, tokens)])
 
 
 @pytest.mark.parametrize("bad", [-1, -2**31, 47, 49, 50, 2**31 - 1])
 @EVERY_MODEL
 def test_failed_call_changes_nothing(random_model, index, bad):
-    """A token outside the vocabulary (padding rows are outside too) is refused before anything moves."""
+    """A token outside the vocabulary (padding rows are outside too) is refused before anything
+    moves."""
     model, rng = build(random_model, index), np.random.default_rng(index)
     past, good = rng.integers(0, 47, 20), rng.integers(0, 47, 30)
     session, expected = Session(model, 4), Session(model, 4)
@@ -302,14 +339,18 @@ def test_failed_call_changes_nothing(random_model, index, bad):
     assert same_bits(session.feed(good), expected.feed(good))
 
 
-@pytest.mark.parametrize("seed", [s for s in SEEDS if reference.random_config(np.random.default_rng(s))[0].input][:8])
+OF_VECTORS = [s for s in SEEDS if reference.random_config(np.random.default_rng(s))[0].input]
+
+
+@pytest.mark.parametrize("seed", OF_VECTORS[:8])
 def test_vectors_in_any_pieces(random_model, seed):
     """Models without an embedding: the same, for vectors."""
     path, rng = random_model(seed), np.random.default_rng(seed)
     model, x = Model(path), reference.random_input(rng, reference.read(path), 70)
     whole = Session(model, 64).feed(x)
     pieces, ones = Session(model, 5), Session(model, 1)
-    assert same_bits(np.concatenate([pieces.feed(part) for part in np.split(x, [1, 2, 30, 31])]), whole)
+    assert same_bits(np.concatenate([pieces.feed(part) for part in np.split(x, [1, 2, 30, 31])]),
+                     whole)
     assert same_bits(np.concatenate([ones.feed(row[None]) for row in x]), whole)
     with pytest.raises(based.BasedError, match="vectors"):
         ones.step(0)

@@ -1,8 +1,13 @@
-"""What the README shows must work: the demo tells the story it prints; its C program compiles without a warning and tells one;
-its build line builds; its state sizes are what the exporter computes."""
+"""What README.md and models/origins/README.md show must work. Every command in a block that begins
+with ```sh is run as it stands, in a copy of the project that holds what a fresh clone holds; those
+that cannot be run here are listed in NOT_RUN, each with the reason. The demo's text, a fingerprint
+and results of the originals are compared. The C programs compile without a warning. Links and their
+anchors lead somewhere, and sizes of states follow from the shapes that the exporter knows."""
+import math
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,96 +15,199 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("numpy")
+np = pytest.importorskip("numpy")
 import export           # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+README, ORIGINS = "README.md", "models/origins/README.md"
+PAGES = (README, ORIGINS, "models/README.md", "tests/README.md", "tests/data/README.md",
+         "tests/speed.md")
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
 CC = shlex.split(os.environ.get("CC", "cc"))
 
-
-def test_the_demo():
-    """Word for word: the same seed gives the same text everywhere."""
-    story = subprocess.run(["make", "-s", "demo"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    shown = re.search(r"```\n(Once upon.*?)```", README, re.S).group(1)
-    assert story.split() == shown.split()
-
-
-def test_the_program_compiles_and_runs(tmp_path):
-    source, program = tmp_path / "twenty.c", tmp_path / "twenty"
-    source.write_text(re.search(r"```c\n(.*?)```", README, re.S).group(1))
-    subprocess.run([*CC, "-std=c99", "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}", "-o", program, source,
-                    ROOT / "based.c", ROOT / "tokenizer.c", "-lm"], check=True)
-    out = subprocess.run([program], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert out.stderr == "" and len(out.stdout.split()) > 30 and out.stdout.isascii()
-
-
-def test_the_build_line(tmp_path):
-    line = re.search(r"^cc (.*?)\s+#", README, re.M).group(1)
-    words = [str(ROOT / word) if word.endswith(".c") else word for word in shlex.split(line)]
-    words[words.index("-o") + 1] = str(tmp_path / "run")
-    subprocess.run([*CC, *words], check=True)
-    assert subprocess.run([tmp_path / "run", "--version"], capture_output=True).returncode == 0
+NOT_RUN = {
+    "git clone --depth 1 <this repository> based.c && cd based.c":
+        "the reader fills in the address",
+    "python3 -m venv build/venv && build/venv/bin/pip install -r tests/requirements.txt":
+        "downloads packages; this test runs with these packages",
+    ". build/venv/bin/activate": "needs the environment of the line before",
+    "./run models/stories260K.bin --bench":
+        "takes half a minute; test_cli.py runs --bench with a smaller model",
+    "make firmware": "needs cross compilers and QEMU; test_firmware.py and .ci/run run it",
+    'make firmware MODEL=models/based-4m-story.bin WINDOW= FIRMWARE_FLAGS="--ram 128"':
+        "the same",
+    "make page": "needs a compiler for WebAssembly; test_page.py runs it",
+}
+# The tiny model that stands for the released one has no tokenizer: it reads ids, not a prompt.
+INSTEAD = {'./run based.bin -i "The capital of France is" -n 30':
+           './run based.bin --tokens "3 1 4" --ignore-eos -n 0 --dump-logits l.f32'}
 
 
-@pytest.fixture
-def workplace(tmp_path):
-    """A directory as the section on the originals expects it: `run`, export.py, and what its commands read."""
-    np, taylor = pytest.importorskip("numpy"), pytest.importorskip("taylor")
+def blocks(page, language):
+    """The contents of the fenced blocks in this language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", TEXT[page], re.S | re.M)
+    assert {found for found, _ in fenced} <= {"sh", "c", ""}, page
+    return [content for found, content in fenced if found == language]
+
+
+def commands(block):
+    """The commands of a block, without comments and with continued lines joined."""
+    lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines()
+    return [re.sub(r"\s+#.*", "", line).strip() for line in lines if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """A copy of the project without what was built; `python3` and `cc` for the PATH lie beside."""
+    place = tmp_path_factory.mktemp("clone") / "based.c"
+
+    def link_models(source, target):
+        (os.symlink if source.endswith((".bin", ".xz")) else shutil.copy2)(source, target)
+    ignored = shutil.ignore_patterns(".git", "build", "run", "*.o", "__pycache__", ".pytest_cache",
+                                     ".hypothesis")
+    shutil.copytree(ROOT, place, ignore=ignored, copy_function=link_models)
+    (place.parent / "bin").mkdir()
+    for name, command in ("python3", [sys.executable]), ("cc", [shutil.which(CC[0]), *CC[1:]]):
+        script = place.parent / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        script.chmod(0o755)
+    return place
+
+
+def run_blocks(page, place):
+    """Runs the commands of a page in order, each block in one shell; returns
+    {commands of a block: (stdout, stderr)}."""
+    environment = {name: value for name, value in os.environ.items()
+                   if name not in ("CC", "MAKEFLAGS", "MAKELEVEL")}
+    environment["PATH"] = f"{place.parent / 'bin'}:{environment['PATH']}"
+    printed = {}
+    for block in blocks(page, "sh"):
+        script = [INSTEAD.get(c, c) for c in commands(block) if c not in NOT_RUN]
+        if script:
+            done = subprocess.run(["sh", "-ec", "\n".join(script)], cwd=place, env=environment,
+                                  stdin=subprocess.DEVNULL, capture_output=True, text=True)
+            assert done.returncode == 0, f"{page}:\n{block}\n{done.stderr}"
+            printed[tuple(commands(block))] = done.stdout, done.stderr
+    return printed
+
+
+def output_of(printed, part):
+    """(stdout, stderr) of the only block in which a command contains this text."""
+    found = [output for block, output in printed.items() if any(part in c for c in block)]
+    assert len(found) == 1, part
+    return found[0]
+
+
+def test_readme(clone):
+    """All of its commands; the text of the demo, the fingerprint, and the text of the C program."""
+    (clone / "tell.c").write_text(blocks(README, "c")[0])
+    printed = run_blocks(README, clone)
+    shown = next(block for block in blocks(README, "") if block.startswith("Once upon"))
+    assert output_of(printed, "make demo")[0].endswith("\n" + shown)
+    fingerprint = re.search(r"`(logits #\w+)`", TEXT[README])[1]
+    assert fingerprint in output_of(printed, " -v")[1].splitlines()
+    story = output_of(printed, "tell.c")[0]
+    assert len(story.split()) > 30 and story.isascii()
+
+
+def test_the_originals(clone):
+    """All commands of that page, with inputs made here; those with known results give these."""
+    torch, taylor, origins = (pytest.importorskip(name) for name in ("torch", "taylor", "origins"))
     from safetensors.numpy import save_file
-    torch, rng = pytest.importorskip("torch"), np.random.default_rng(1)
-    for name in ("export.py", "models", "based.h", "based.c", "tokenizer.c"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    sources = map(ROOT.joinpath, ("run.c", "based.c", "tokenizer.c"))
-    subprocess.run([*CC, "-O2", "-std=c99", "-ffp-contract=off", "-o", tmp_path / "run", *sources, "-lm"], check=True)
-    (tmp_path / "path" / "to").mkdir(parents=True)
-    (tmp_path / "path" / "to" / "based-360m").symlink_to(ROOT / "tests" / "data" / "hazyresearch-tiny")
+    if not (clone / "run").exists():
+        subprocess.run(["make", "-s", "run"], cwd=clone, check=True)
+    rng = np.random.default_rng(1)
+    (clone / "path" / "to").mkdir(parents=True)
+    (clone / "path" / "to" / "based-360m").symlink_to(ROOT / "tests" / "data" / "hazyresearch-tiny")
+    origins.write_llama(clone / "stories15M.bin", rng, (64, 96, 2, 8, 4, 512, 256))
+    (clone / "tokenizer.bin").symlink_to(ROOT / "tests" / "data" / "tok512.bin")
     shapes = {"to_q.0.weight": (32, 12), "to_kv.0.weight": (64, 12), "to_out.0.weight": (12, 32)}
-    torch.save({name: torch.tensor(np.float32(rng.normal(size=shape))) for name, shape in shapes.items()}, tmp_path / "layer.pt")
-    rng.normal(size=(30, 12)).astype("<f4").tofile(tmp_path / "x.f32")
-    case = dict(taylor.golden("edifice_based.txt"))["c2 2 2 all 16 16 7"]
-    save_file({name: np.float32(x) for name, x in case.items() if "." in name}, tmp_path / "edifice.safetensors")
-    case["x"][1].astype("<f4").tofile(tmp_path / "window.f32")
-    case = dict(taylor.golden("sata.txt"))["sata d8 dv8 P4"]
-    np.concatenate([case[name] for name in "QKV"], 1).astype("<f4").tofile(tmp_path / "qkv.f32")
-    (tmp_path / "sata.c").write_text(re.search(r"saved as `sata.c`.*?```c\n(.*?)```", README, re.S).group(1))
-    return tmp_path
+    layer = {name: np.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    torch.save({name: torch.tensor(x) for name, x in layer.items()}, clone / "layer.pt")
+    rng.normal(size=(30, 12)).astype("<f4").tofile(clone / "x.f32")
+    edifice = dict(taylor.golden("edifice_based.txt"))["c2 2 2 all 16 16 7"]
+    weights = {name: np.float32(x) for name, x in edifice.items() if "." in name}
+    save_file(weights, clone / "edifice.safetensors")
+    edifice["x"][1].astype("<f4").tofile(clone / "window.f32")
+    sata = dict(taylor.golden("sata.txt"))["sata d8 dv8 P4"]
+    np.concatenate([sata[name] for name in "QKV"], 1).astype("<f4").tofile(clone / "qkv.f32")
+    (clone / "sata.c").write_text(blocks(ORIGINS, "c")[0])
+
+    (clone / "y.f32").unlink(missing_ok=True)
+    printed = run_blocks(ORIGINS, clone)
+    y = np.fromfile(clone / "y.f32", "<f4").reshape(7, 16)
+    assert np.abs(y - edifice["y"][1]).max() < 1e-5
+    first, *rows = output_of(printed, "sata.c")[0].splitlines()
+    features, state = map(int, re.findall(r"\d+", first)[:2])
+    floats = 165 * 14 + 16 * 16
+    assert features == 165 and 0 <= state - 4 * floats <= 256
+    assert f"{floats:,} floats" in TEXT[ORIGINS]
+    assert np.abs(np.array([row.split() for row in rows], np.float64) - sata["Y"]).max() < 1e-4
 
 
-def test_the_four_originals(workplace):
-    """Every command of that section, as it stands; what the ones with known results give."""
-    np, taylor = pytest.importorskip("numpy"), pytest.importorskip("taylor")
-    section = README.split("## Which original am I coming from?")[1].split("\n## ")[0]
-    blocks, printed = re.findall(r"```sh\n(.*?)```", section, re.S), []
-    assert len(blocks) == 4
-    for commands in blocks:
-        if "based-360m" in commands:                          # the tiny model has no tokenizer to read a prompt with
-            commands = re.sub(r'-i ".*?"', '--tokens "3 1 4" --ignore-eos --dump-logits l.f32', commands)
-            commands = re.sub(r"-n \d+", "-n 0", commands)
-        commands = commands.replace("python3", shlex.quote(sys.executable)).replace("cc ", " ".join(CC) + " ")
-        printed.append(subprocess.run(["sh", "-ec", commands], cwd=workplace, check=True, capture_output=True, text=True).stdout)
-        if "layer.bin" in commands:
-            assert np.fromfile(workplace / "y.f32", "<f4").size == 30 * 12
-    expected = dict(taylor.golden("edifice_based.txt"))["c2 2 2 all 16 16 7"]["y"][1]
-    assert np.abs(np.fromfile(workplace / "y.f32", "<f4").reshape(7, 16) - expected).max() < 1e-5
-    first, *rows = printed[3].splitlines()
-    numbers = list(map(int, re.findall(r"\d+", first)))
-    assert numbers[0] == 165 and f"{165 * 14 + 16 * 16:,} floats" in section and 0 <= numbers[1] - 4 * 2566 <= 256
-    expected = dict(taylor.golden("sata.txt"))["sata d8 dv8 P4"]["Y"]
-    assert np.abs(np.array([row.split() for row in rows], np.float64) - expected).max() < 1e-4
+def test_what_is_not_run_is_there():
+    """A command that was changed in the text must not stay in the lists."""
+    shown = [block for page in (README, ORIGINS) for block in blocks(page, "sh")]
+    assert {*NOT_RUN, *INSTEAD} - {c for block in shown for c in commands(block)} == set()
+
+
+@pytest.mark.parametrize("page", [README, ORIGINS])
+def test_the_programs_compile(page, tmp_path):
+    for program in blocks(page, "c"):
+        (tmp_path / "program.c").write_text(program)
+        subprocess.run([*CC, "-std=c99", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}", "-c",
+                        "-o", tmp_path / "program.o", tmp_path / "program.c"], check=True)
+
+
+def state_floats(l):
+    """Floats of one layer's state: inputs of a convolution, keys and values of a window, or both
+    of these and sums."""
+    if l.mixer == 1:
+        return (l.conv_width - 1) * l.head_dim_v
+    ring = l.kv_heads * (l.head_dim_k + l.head_dim_v)
+    if l.mixer == 3:
+        return l.window * ring
+    assert l.mixer == 2 and l.decay == l.sinks == l.window == 0
+    features = math.comb(l.degree + l.head_dim_k, l.degree)
+    return l.kv_heads * features * (l.head_dim_v + 2 + (l.head_dim_v + 1) // 2) + l.chunk * ring
 
 
 @pytest.mark.parametrize("name", ["based-360m", "based-1b"])
 def test_state_table(name):
     """The row's state and the length of an ordinary cache that it equals, from the shapes alone."""
-    config, layers, _ = export.open_random(name, SimpleNamespace(window=None, chunk=16, seed=1), print)
-    state = 4 * sum(export.state_floats(config, l) for l in layers)
-    row = re.search(rf"^\| {name} \| ([\d,]+) \| ([\d.]+) MB \| (\d+) tokens \|", README, re.M)
+    options = SimpleNamespace(window=None, chunk=16, seed=1)
+    config, layers, _ = export.open_random(name, options, print)
+    state = 4 * sum(map(state_floats, layers))
+    row = re.search(rf"^\| {name} \| ([\d,]+) \| ([\d.]+) MB \| (\d+) tokens \|",
+                    TEXT["tests/speed.md"], re.M)
     assert int(row[1].replace(",", "")) == export.parameters(config, layers)
     assert f"{state / 1e6:.3g}" == row[2]
     assert round(state / (2 * len(layers) * config.dim * 4)) == int(row[3])
+    if name == "based-360m":
+        said = " ".join(TEXT[README].split())
+        assert f"takes {row[2]} MB" in said and f"after {row[3]} tokens" in said
 
 
-def test_every_file_it_names_exists():
-    for name in re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r"`((?:tests|models)/[\w./]+)`", README):
+def anchors(text):
+    """What GitHub makes of headings: lower case, no punctuation, hyphens instead of spaces."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_it_names_exists(page):
+    for name, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", TEXT[page]):
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors(target.read_text()), anchor
+    for name in re.findall(r"`((?:tests|models)/[\w./]+)`", TEXT[page]):
         assert (ROOT / name).exists(), name
+
+
+def test_lines_are_short():
+    """At most 100 columns, except in tables and in what a program prints."""
+    for page in PAGES:
+        text = re.sub(r"^```(\w*)\n.*?^```$", lambda fence: fence[0] if fence[1] else "",
+                      TEXT[page], flags=re.S | re.M)
+        long = [line for line in text.splitlines() if len(line) > 100 and line[0] != "|"]
+        assert long == [], page

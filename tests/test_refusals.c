@@ -1,9 +1,26 @@
-/* test_refusals.c - what cannot be is refused with a line that says what was found and what was expected: headers, sampler
- * values, kinds of attention, files. And what only a machine of the other byte order does, done here to see it undone.
+/* test_refusals.c - what cannot be is refused with a line that says what was found and what was
+ * expected: headers, sampler values, kinds of attention, files. And what only a machine of the
+ * other byte order does, done here to see it undone.
  */
-#define _POSIX_C_SOURCE 200809L         /* as based.c, which is not the first to include something here */
+#define _POSIX_C_SOURCE 200809L  /* as based.c, which is not the first to include something here */
 #define _DEFAULT_SOURCE 1
+#include <stdint.h>
 #include <stdlib.h>
+#include <sys/stat.h>
+
+/* The compiler checks the arguments of every error line in based.c, as it does for printf: a wrong
+ * one does not compile here. printf's %llu is an unsigned long long, so that is what uint64_t must
+ * be while based.c is read; on many machines it is an unsigned long, like size_t. */
+#ifdef __GNUC__
+#include <float.h>
+#include <math.h>
+#define uint64_t unsigned long long
+#include "based.h"
+static int fail(based_error *e, int status, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+#pragma GCC diagnostic error "-Wformat"
+#pragma GCC diagnostic error "-Wformat-extra-args"
+#endif
 
 #include "based.c"
 
@@ -11,13 +28,37 @@
 
 static based_error e;
 
-#define REFUSED(call, expected, words)                                                                                   \
-    do {                                                                                                                 \
-        e.status = 0, e.text[0] = 0;                                                                                     \
-        CHECK((call) == (expected) && e.status == (expected));                                                           \
-        if (!strstr(e.text, words)) printf("\"%s\" does not say \"%s\"\n", e.text, words);                               \
-        CHECK(strstr(e.text, words) != NULL && !strchr(e.text, '\n'));                                                   \
+#define REFUSED(call, expected, words)                                                             \
+    do {                                                                                           \
+        e.status = 0, e.text[0] = 0;                                                               \
+        CHECK((call) == (expected) && e.status == (expected));                                     \
+        if (!strstr(e.text, words)) printf("\"%s\" does not say \"%s\"\n", e.text, words);         \
+        CHECK(strstr(e.text, words) != NULL && !strchr(e.text, '\n'));                             \
     } while (0)
+
+/* ---- error lines ---- */
+
+static void test_lines(void) {
+    char expected[300], too_long[300];
+    const uint64_t least = 0, most = UINT64_MAX;
+    fail(&e, BASED_EIO, "%s: %d %d %d, %u %u, %zu %zu, %llu %llu%s", "numbers", INT32_MIN, 0,
+         INT32_MAX, 0u, UINT32_MAX, (size_t)0, SIZE_MAX, least, most, "");
+    CHECK_EQUAL(e.status, BASED_EIO);
+    snprintf(expected, sizeof expected, "numbers: %d 0 %d, 0 %u, 0 %zu, 0 %llu", INT32_MIN,
+             INT32_MAX, UINT32_MAX, SIZE_MAX, (unsigned long long)most);
+    CHECK_TEXT(e.text, expected);
+    memset(too_long, 'x', sizeof too_long);
+    too_long[sizeof too_long - 1] = 0;
+    for (size_t n = sizeof e.text - 3; n < sizeof e.text + 3; n++) {
+        const char *text = too_long + sizeof too_long - 1 - n;
+        CHECK(fail(&e, BASED_EINVAL, "%s%u", text, 12345u) == BASED_EINVAL);
+        size_t digits = n < sizeof e.text - 1 ? sizeof e.text - 1 - n : 0;
+        CHECK(strlen(e.text) == sizeof e.text - 1
+              && strspn(e.text, "x") == sizeof e.text - 1 - digits);
+        CHECK(strncmp(e.text + sizeof e.text - 1 - digits, "12345", digits) == 0);
+    }
+    CHECK(fail(NULL, BASED_ENOMEM, "%s", "nobody reads this") == BASED_ENOMEM);
+}
 
 /* ---- headers ---- */
 
@@ -35,42 +76,48 @@ struct range { uint32_t low, high; };
 #define SAME(high) { 0, high }, { 0, high }, { 0, high }, { 0, high }
 
 static const struct { const char *name; size_t at; struct range range; } header_words[] = {
-    HEADER(flags, 0, 15), HEADER(dim, 1, BASED_MAX_DIM), HEADER(layers, 1, BASED_MAX_LAYERS), HEADER(vocab, 0, BASED_MAX_VOCAB),
-    HEADER(rows, VOCAB, BASED_MAX_VOCAB), HEADER(input, 0, BASED_MAX_DIM), HEADER(embedding_dtype, 0, BASED_Q4),
+    HEADER(flags, 0, 15), HEADER(dim, 1, BASED_MAX_DIM), HEADER(layers, 1, BASED_MAX_LAYERS),
+    HEADER(vocab, 0, BASED_MAX_VOCAB), HEADER(rows, VOCAB, BASED_MAX_VOCAB),
+    HEADER(input, 0, BASED_MAX_DIM), HEADER(embedding_dtype, 0, BASED_Q4),
     HEADER(head_dtype, 0, BASED_Q4), HEADER(final_norm, 0, BASED_NORM_L2)
 };
 
 /* The taylor layer is the last one of model.h, which has one head and an MLP. */
+enum { HIDDEN = BASED_MAX_HIDDEN, HALF = HIDDEN / 2, WINDOW = BASED_MAX_WINDOW,
+       HEADS = BASED_MAX_HEADS, MAX_CONV = BASED_MAX_CONV_WIDTH };
 static const struct { const char *name; size_t at; struct range range[4]; } layer_words[] = {
-    /*                none       conv                      taylor                    window                              */
+    /*                none      conv             taylor                   window */
     LAYER(mixer,      SAME(BASED_WINDOW)),
     LAYER(flags,      SAME(1023)),
     LAYER(norm1,      SAME(BASED_NORM_L2)),
     LAYER(norm2,      SAME(BASED_NORM_L2)),
-    LAYER(heads,      { 0, 0 },  { 1, 1 },                 { 1, BASED_MAX_HEADS },   { 1, BASED_MAX_HEADS }),
-    LAYER(kv_heads,   { 0, 0 },  { 0, 0 },                 { 1, 1 },                 { 1, 2 }),
-    LAYER(key_width,  { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_HIDDEN },  { 1, BASED_MAX_HIDDEN / 2 }),
-    LAYER(value_width, { 0, 0 }, { 1, BASED_MAX_HIDDEN },  { 1, BASED_MAX_HIDDEN },  { 1, BASED_MAX_HIDDEN / 2 }),
-    LAYER(taps,       { 0, 0 },  { 1, BASED_MAX_TAPS },    { 0, 0 },                 { 0, 0 }),
-    LAYER(window,     { 0, 0 },  { 0, 0 },                 { 0, BASED_MAX_WINDOW },  { 1, BASED_MAX_WINDOW }),
-    LAYER(chunk,      { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_CHUNK },   { 0, 0 }),
-    LAYER(degree,     { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_DEGREE },  { 0, 0 }),
-    LAYER(kernel,     { 0, 0 },  { 0, 0 },                 { 0, BASED_DIAGONAL },    { 0, 0 }),
-    LAYER(normaliser, { 0, 0 },  { 0, 0 },                 { 0, BASED_ONE },         { 0, 0 }),
-    LAYER(rotary,     { 0, 0 },  { 0, 0 },                 { 0, 1 },                 { 0, 2 }),
+    LAYER(heads,      { 0, 0 }, { 1, 1 },        { 1, HEADS },            { 1, HEADS }),
+    LAYER(kv_heads,   { 0, 0 }, { 0, 0 },        { 1, 1 },                { 1, 2 }),
+    LAYER(head_dim_k, { 0, 0 }, { 0, 0 },        { 1, HIDDEN },           { 1, HALF }),
+    LAYER(head_dim_v, { 0, 0 }, { 1, HIDDEN },   { 1, HIDDEN },           { 1, HALF }),
+    LAYER(conv_width, { 0, 0 }, { 1, MAX_CONV }, { 0, 0 },                { 0, 0 }),
+    LAYER(window,     { 0, 0 }, { 0, 0 },        { 0, WINDOW },           { 1, WINDOW }),
+    LAYER(chunk,      { 0, 0 }, { 0, 0 },        { 1, BASED_MAX_CHUNK },  { 0, 0 }),
+    LAYER(degree,     { 0, 0 }, { 0, 0 },        { 1, BASED_MAX_DEGREE }, { 0, 0 }),
+    LAYER(kernel,     { 0, 0 }, { 0, 0 },        { 0, BASED_DIAGONAL },   { 0, 0 }),
+    LAYER(normalizer, { 0, 0 }, { 0, 0 },        { 0, BASED_ONE },        { 0, 0 }),
+    LAYER(rope_pairs, { 0, 0 }, { 0, 0 },        { 0, 1 },                { 0, 2 }),
     LAYER(mlp,        SAME(BASED_GELU)),
-    LAYER(hidden,     { 0, 0 },  { 0, 0 },                 { 1, BASED_MAX_HIDDEN },  { 0, 0 }),
+    LAYER(hidden_dim, { 0, 0 }, { 0, 0 },        { 1, HIDDEN },           { 0, 0 }),
     LAYER(in_dtype,   SAME(BASED_Q4)),
     LAYER(out_dtype,  SAME(BASED_Q4)),
     LAYER(up_dtype,   SAME(BASED_Q4)),
     LAYER(down_dtype, SAME(BASED_Q4)),
-    LAYER(keep,       { 0, 0 },  { 0, 0 },                 { 0, BASED_MAX_WINDOW },  { 0, 0 })
+    LAYER(sinks,      { 0, 0 }, { 0, 0 },        { 0, WINDOW },           { 0, 0 })
 };
 
-/* A word at and beyond both ends of its range, and at 0, 1 and what has the highest bits: outside, the line names it and says
- * both ends; inside, whatever else is wrong with the file, it is not this word. */
-static void try_word(unsigned char *bytes, size_t n, size_t at, const char *where, const char *name, struct range r) {
-    const uint32_t values[] = { 0, 1, r.low - 1, r.low, r.high, r.high + 1, 0x80000000u, 0xffffffffu };
+/* A word at and beyond both ends of its range, and at 0, 1 and what has the highest bits: outside,
+ * the line names it and says both ends; inside, whatever else is wrong with the file, it is not
+ * this word. */
+static void try_word(unsigned char *bytes, size_t n, size_t at, const char *where, const char *name,
+                     struct range r) {
+    const uint32_t values[] = { 0, 1, r.low - 1, r.low, r.high, r.high + 1, 0x80000000u,
+                                0xffffffffu };
     uint32_t kept;
     char named[100], ends[50];
     memcpy(&kept, bytes + at, 4);
@@ -81,8 +128,10 @@ static void try_word(unsigned char *bytes, size_t n, size_t at, const char *wher
         snprintf(ends, sizeof ends, " expected %u to %u;", (unsigned)r.low, (unsigned)r.high);
         e.text[0] = 0;
         int status = opens(bytes, n), told = strncmp(e.text, named, strlen(named)) == 0;
-        CHECK_EACH(status == 0 || (e.status == status && strlen(e.text) > 10 && !strchr(e.text, '\n')));
-        if (told == inside) printf("%s: %s = %u: \"%s\"\n", where, name, (unsigned)values[i], e.text);
+        CHECK_EACH(status == 0
+                   || (e.status == status && strlen(e.text) > 10 && !strchr(e.text, '\n')));
+        if (told == inside)
+            printf("%s: %s = %u: \"%s\"\n", where, name, (unsigned)values[i], e.text);
         CHECK(inside ? !told : status == BASED_EFORMAT && told && strstr(e.text, ends) != NULL);
     }
     memcpy(bytes + at, &kept, 4);
@@ -95,7 +144,8 @@ static void test_ranges(void) {
     const size_t n = m->c->file_size[0];
     memcpy(bytes, m->c, n);
     for (size_t i = 0; i < COUNT(header_words); i++)
-        try_word(bytes, n, header_words[i].at, "header 0", header_words[i].name, header_words[i].range);
+        try_word(bytes, n, header_words[i].at, "header 0", header_words[i].name,
+                 header_words[i].range);
     for (uint32_t mixer = BASED_MIXER_NONE; mixer <= BASED_WINDOW; mixer++) {
         size_t layer = sizeof(based_config) + at_layer[mixer] * sizeof(based_layer);
         char where[20];
@@ -103,28 +153,36 @@ static void test_ranges(void) {
         memcpy(bytes, m->c, n);
         if (mixer == BASED_MIXER_NONE) memset(bytes + layer, 0, sizeof(based_layer));
         for (size_t i = 0; i < COUNT(layer_words); i++)
-            try_word(bytes, n, layer + layer_words[i].at, where, layer_words[i].name, layer_words[i].range[mixer]);
+            try_word(bytes, n, layer + layer_words[i].at, where, layer_words[i].name,
+                     layer_words[i].range[mixer]);
     }
 }
 
 /* The words of which only one value is right, and the floats, of which most are. */
 static void test_other_words(void) {
     const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
-    const size_t n = m->c->file_size[0], conv = sizeof(based_config), window = conv + 2 * sizeof(based_layer),
+    const size_t n = m->c->file_size[0], conv = sizeof(based_config),
+        window = conv + 2 * sizeof(based_layer),
         last = conv + 3 * sizeof(based_layer);
-    static const uint32_t no_numbers[] = { 0x7f800000u, 0xff800000u, 0x7fc00000u, 0xffc00000u, 0x7f800001u, 0xffffffffu };
+    static const uint32_t no_numbers[] = { 0x7f800000u, 0xff800000u, 0x7fc00000u, 0xffc00000u,
+                                           0x7f800001u, 0xffffffffu };
     const struct { size_t at; const char *says; } floats[] = {
         { offsetof(based_config, final_norm_eps), "final_norm_eps is not a number" },
-        { last + offsetof(based_layer, norm1_eps), "layer 3: norm1_eps or norm2_eps" },
-        { last + offsetof(based_layer, norm2_eps), "layer 3: norm1_eps or norm2_eps" },
-        { last + offsetof(based_layer, normaliser_eps), "layer 3: scale or normaliser_eps" },
-        { last + offsetof(based_layer, scale), "layer 3: scale or normaliser_eps" },
-        { last + offsetof(based_layer, forget), "layer 3: forget is not a number from 0 to below 1" },
-        { window + offsetof(based_layer, scale), "layer 2: scale or normaliser_eps is not a number" },
-        { window + offsetof(based_layer, normaliser_eps), "layer 2: scale or normaliser_eps is not a number" },
-        { conv + offsetof(based_layer, scale), "layer 0: scale or normaliser_eps is not for mixer 1, expected 0" },
-        { conv + offsetof(based_layer, normaliser_eps), "layer 0: scale or normaliser_eps is not for mixer 1, expected 0" },
-        { conv + offsetof(based_layer, forget), "layer 0: only taylor layers forget" }
+        { last + offsetof(based_layer, norm1_eps), "layer 3: norm1_eps, norm2_eps or scale" },
+        { last + offsetof(based_layer, norm2_eps), "layer 3: norm1_eps, norm2_eps or scale" },
+        { last + offsetof(based_layer, normalizer_eps), "layer 3: scale or normalizer_eps" },
+        { last + offsetof(based_layer, scale), "layer 3: scale or normalizer_eps" },
+        { last + offsetof(based_layer, decay), "layer 3: decay is not a number from 0 to below 1" },
+        { window + offsetof(based_layer, scale),
+          "layer 2: norm1_eps, norm2_eps or scale is not a number" },
+        { window + offsetof(based_layer, normalizer_eps),
+          "layer 2: only taylor layers have a key mean, decay or normalizer_eps, expected 0" },
+        { conv + offsetof(based_layer, scale),
+          "layer 0: norm1_eps, norm2_eps or scale is not a number" },
+        { conv + offsetof(based_layer, normalizer_eps),
+          "layer 0: only taylor layers have a key mean, decay or normalizer_eps, expected 0" },
+        { conv + offsetof(based_layer, decay),
+          "layer 0: only taylor layers have a key mean, decay or normalizer_eps, expected 0" }
     };
     unsigned char *bytes = block_of(MODEL_ROOM);
     based_config *c = (based_config *)(void *)bytes;
@@ -140,7 +198,8 @@ static void test_other_words(void) {
         REFUSED(opens(bytes, n), BASED_EFORMAT, "not a based checkpoint");
         bytes[i] ^= 0x20;
     }
-    const uint32_t formats[] = { 0, BASED_FORMAT - 1, BASED_FORMAT + 1, BASED_FORMAT << 24, 0xffffffffu };
+    const uint32_t formats[] = { 0, BASED_FORMAT - 1, BASED_FORMAT + 1, BASED_FORMAT << 24,
+                                 0xffffffffu };
     for (size_t i = 0; i < COUNT(formats); i++) {
         c->format = formats[i];
         REFUSED(opens(bytes, n), BASED_EFORMAT, "this program reads format 2");
@@ -162,13 +221,15 @@ static void test_other_words(void) {
     uint32_t *reserved = ((based_layer *)(void *)(bytes + last))->reserved;
     for (size_t i = 0; i < COUNT(m->layer[0].c->reserved); i++) {
         reserved[i] = 0x80000000u;
-        REFUSED(opens(bytes, n), BASED_EFORMAT, "layer 3: a reserved field is 2147483648, expected 0");
+        REFUSED(opens(bytes, n), BASED_EFORMAT,
+                "layer 3: a reserved field is 2147483648, expected 0");
         reserved[i] = 0;
     }
     CHECK(opens(bytes, n) == 0);
 }
 
-/* Files as long as their header says, but not as it means: cut at every byte, and longer; a section that swallows others. */
+/* Files as long as their header says, but not as it means: cut at every byte, and longer; a section
+ * that swallows others. */
 static void test_sizes(void) {
     const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
     const size_t n = m->c->file_size[0], header = sizeof(based_config) + 4 * sizeof(based_layer);
@@ -178,39 +239,46 @@ static void test_sizes(void) {
     for (size_t cut = sizeof *c; cut < n; cut++) {
         c->file_size[0] = (uint32_t)cut;
         CHECK_EACH(opens(bytes, cut) == BASED_EFORMAT);
-        CHECK_EACH(strstr(e.text, cut < header ? "too few for 4 layers" : "the header describes more than the"));
+        const char *says = cut < header ? "too few for 4 layers" : "header describes more than the";
+        CHECK_EACH(strstr(e.text, says));
     }
     for (size_t more = 1; more <= 130; more++) {
         c->file_size[0] = (uint32_t)(n + more);
-        CHECK_EACH(opens(bytes, n + more) == BASED_EFORMAT && strstr(e.text, "the header describes less than the"));
+        CHECK_EACH(opens(bytes, n + more) == BASED_EFORMAT
+                   && strstr(e.text, "the header describes less than the"));
     }
-    const uint32_t sizes[][2] = { { 0, 0 }, { (uint32_t)n - 1, 0 }, { (uint32_t)n + 1, 0 }, { (uint32_t)n, 1 },
-                                  { (uint32_t)n, 0x80000000u }, { 0xffffffffu, 0xffffffffu } };
+    const uint32_t sizes[][2] = { { 0, 0 }, { (uint32_t)n - 1, 0 }, { (uint32_t)n + 1, 0 },
+                                  { (uint32_t)n, 1 }, { (uint32_t)n, 0x80000000u },
+                                  { 0xffffffffu, 0xffffffffu } };
     for (size_t i = 0; i < COUNT(sizes); i++) {
         memcpy(c->file_size, sizes[i], sizeof sizes[i]);
         REFUSED(opens(bytes, n), BASED_EFORMAT, "was the file cut off?");
     }
     memcpy(bytes, m->c, sizeof *c);
-    const uint32_t tokenizers[] = { 1, 64, (uint32_t)(n - header), (uint32_t)n, 0x7fffffffu, 0xffffffc1u, 0xffffffffu };
+    const uint32_t tokenizers[] = { 1, 64, (uint32_t)(n - header), (uint32_t)n, 0x7fffffffu,
+                                    0xffffffc1u, 0xffffffffu };
     for (size_t i = 0; i < COUNT(tokenizers); i++) {
         c->tokenizer_bytes = tokenizers[i];
         REFUSED(opens(bytes, n), BASED_EFORMAT, "the header describes more than the");
     }
 }
 
-/* All dimensions at their maxima together: sizes are sums of products of up to three of them, and none of it overflows. Counted
- * once more in doubles. */
+/* All dimensions at their maxima together: sizes are sums of products of up to three of them, and
+ * none of it overflows. Counted once more in doubles. */
 static void test_largest(void) {
     enum { LAYERS = BASED_MAX_LAYERS, BYTES = sizeof(based_config) + LAYERS * sizeof(based_layer) };
-    const double dim = BASED_MAX_DIM, inner = BASED_MAX_HIDDEN, heads = BASED_MAX_HEADS, width = BASED_MAX_HIDDEN / heads,
-        features = 1 + width + width * (width + 1) / 2, slots = 2.0 * BASED_MAX_WINDOW + BASED_MAX_CHUNK, row = width + 1;
+    const double dim = BASED_MAX_DIM, inner = BASED_MAX_HIDDEN, heads = BASED_MAX_HEADS,
+        width = BASED_MAX_HIDDEN / heads, features = 1 + width + width * (width + 1) / 2,
+        kept = 2.0 * BASED_MAX_WINDOW + BASED_MAX_CHUNK, row = width + 1;
     const struct { based_layer layer; double weights, state; } table[] = {
-        { { .mixer = BASED_CONV, .heads = 1, .value_width = BASED_MAX_HIDDEN, .taps = BASED_MAX_TAPS },
-          3 * inner * dim + BASED_MAX_TAPS * inner, (BASED_MAX_TAPS - 1) * inner },
-        { { .mixer = BASED_WINDOW, .window = BASED_MAX_WINDOW }, 4 * inner * dim, BASED_MAX_WINDOW * 2 * inner },
-        { { .mixer = BASED_TAYLOR, .degree = 2, .window = BASED_MAX_WINDOW, .keep = BASED_MAX_WINDOW,
-            .chunk = BASED_MAX_CHUNK },
-          4 * inner * dim, heads * (features * (row + 1 + floor(row / 2)) + slots * 2 * width) }
+        { { .mixer = BASED_CONV, .heads = 1, .head_dim_v = BASED_MAX_HIDDEN,
+            .conv_width = BASED_MAX_CONV_WIDTH },
+          3 * inner * dim + BASED_MAX_CONV_WIDTH * inner, (BASED_MAX_CONV_WIDTH - 1) * inner },
+        { { .mixer = BASED_WINDOW, .window = BASED_MAX_WINDOW }, 4 * inner * dim,
+          BASED_MAX_WINDOW * 2 * inner },
+        { { .mixer = BASED_TAYLOR, .degree = 2, .window = BASED_MAX_WINDOW,
+            .sinks = BASED_MAX_WINDOW, .chunk = BASED_MAX_CHUNK },
+          4 * inner * dim, heads * (features * (row + 1 + floor(row / 2)) + kept * 2 * width) }
     };
     unsigned char *bytes = block_of(BYTES);
     based_model *m = block_of(MODEL_ROOM);
@@ -219,9 +287,9 @@ static void test_largest(void) {
         based_layer l = table[i].layer;
         if (l.mixer != BASED_CONV) {
             l.heads = l.kv_heads = BASED_MAX_HEADS;
-            l.key_width = l.value_width = BASED_MAX_HIDDEN / BASED_MAX_HEADS;
+            l.head_dim_k = l.head_dim_v = BASED_MAX_HIDDEN / BASED_MAX_HEADS;
         }
-        l.mlp = BASED_SWIGLU, l.hidden = BASED_MAX_HIDDEN;
+        l.mlp = BASED_SWIGLU, l.hidden_dim = BASED_MAX_HIDDEN;
         *c = small;
         memcpy(c->magic, BASED_MAGIC, 8);
         c->file_size[0] = BYTES, c->flags = 0;
@@ -232,12 +300,13 @@ static void test_largest(void) {
         CHECK_EQUAL(based_model_bytes(bytes, BYTES, &e), need + tables);
         if (tables) REFUSED(opens(bytes, BYTES), BASED_ENOMEM, "are needed");
         else REFUSED(opens(bytes, BYTES), BASED_EFORMAT, "the header describes more than the");
-        struct cursor cursor = { bytes, 0, UINT64_MAX / 4, 0, 0 };
+        struct reader reader = { .bytes = bytes, .size = UINT64_MAX / 4 };
         memset(m, 0, MODEL_ROOM);
         m->c = c, m->k = choose_kernels(0);
-        bind(&cursor, m);
-        double weights = LAYERS * (table[i].weights + 3 * inner * dim) + 2.0 * BASED_MAX_VOCAB * dim;
-        CHECK(!cursor.short_of_bytes && fabs((double)cursor.at / (4 * weights) - 1) < 1e-4);
+        bind_weights(&reader, m, m->layer);
+        double weights = LAYERS * (table[i].weights + 3 * inner * dim)
+            + 2.0 * BASED_MAX_VOCAB * dim;
+        CHECK(!reader.short_of_bytes && fabs((double)reader.at / (4 * weights) - 1) < 1e-4);
         CHECK(fabs((double)m->parameters / weights - 1) < 1e-4);
         CHECK(fabs((double)m->state / (LAYERS * table[i].state) - 1) < 1e-9);
     }
@@ -247,9 +316,16 @@ static void test_largest(void) {
 static void test_headers(void) {
     const based_model *tokens = make_model((struct wish){ .seed = 1, .constant = 1 });
     const based_model *vectors = make_model((struct wish){ .seed = 2, .constant = 1, .input = 6 });
-    const struct { const based_model *m; uint32_t layer; size_t at; uint32_t value; const char *says; } table[] = {
+    const struct {
+        const based_model *m;
+        uint32_t layer;
+        size_t at;
+        uint32_t value;
+        const char *says;
+    } table[] = {
         { tokens, 0, offsetof(based_config, flags), 16, "flags is 16, expected 0 to 15" },
-        { tokens, 0, offsetof(based_config, flags), BASED_TIED | BASED_INPUT_PROJECTION, "projection without input vectors" },
+        { tokens, 0, offsetof(based_config, flags), BASED_TIED | BASED_INPUT_PROJECTION,
+          "projection without input vectors" },
         { tokens, 0, offsetof(based_config, head_dtype), BASED_Q8, "tied head" },
         { tokens, 0, offsetof(based_config, name) + 60, 0x61616161u, "not terminated" },
         { tokens, 0, offsetof(based_config, final_norm_eps), 0x7fc00000u, "final_norm_eps" },
@@ -261,22 +337,26 @@ static void test_headers(void) {
         { tokens, 1, offsetof(based_layer, flags), BASED_NO_OUT, "less than" },
         { tokens, 1, offsetof(based_layer, flags), BASED_KEY_MEAN, "only taylor layers" },
         { tokens, 2, offsetof(based_layer, window), 4, "layer 1: a window beside the sums needs" },
-        { tokens, 1, offsetof(based_layer, taps), 0, "taps is 0, expected 1 to 64" },
-        { tokens, 1, offsetof(based_layer, value_width), BASED_MAX_HIDDEN, "more than" },
-        { tokens, 2, offsetof(based_layer, flags), BASED_NO_OUT, "no out projection, but its width is 20 and dim is 12" },
+        { tokens, 1, offsetof(based_layer, conv_width), 0, "conv_width is 0, expected 1 to 64" },
+        { tokens, 1, offsetof(based_layer, head_dim_v), BASED_MAX_HIDDEN, "more than" },
+        { tokens, 2, offsetof(based_layer, flags), BASED_NO_OUT,
+          "no out projection, but its width is 20 and dim is 12" },
         { tokens, 2, offsetof(based_layer, kv_heads), 3, "4 heads cannot share 3" },
-        { tokens, 2, offsetof(based_layer, key_width), 6000, "more than 16777216 features" },
-        { tokens, 2, offsetof(based_layer, degree), BASED_MAX_DEGREE + 1, "degree is 13, expected 1 to 12" },
+        { tokens, 2, offsetof(based_layer, head_dim_k), 6000, "more than 16777216 features" },
+        { tokens, 2, offsetof(based_layer, degree), BASED_MAX_DEGREE + 1,
+          "degree is 13, expected 1 to 12" },
         { tokens, 3, offsetof(based_layer, window), BASED_MAX_WINDOW + 1, "window is 1048577" },
-        { tokens, 4, offsetof(based_layer, hidden), 0, "hidden is 0" },
-        { tokens, 1, offsetof(based_layer, scale), 0x3f800000u, "normaliser_eps is not for mixer 1, expected 0" },
-        { tokens, 1, offsetof(based_layer, normaliser_eps), 1, "layer 0: scale or normaliser_eps is not for mixer 1" },
-        { tokens, 3, offsetof(based_layer, normaliser_eps), 1, "layer 2: scale or normaliser_eps is not for mixer 3" }
+        { tokens, 4, offsetof(based_layer, hidden_dim), 0, "hidden_dim is 0" },
+        { tokens, 1, offsetof(based_layer, scale), 0x3f800000u,
+          "layer 0: only attention has a scale, expected 0" },
+        { tokens, 1, offsetof(based_layer, normalizer_eps), 1, "layer 0: only taylor layers" },
+        { tokens, 3, offsetof(based_layer, normalizer_eps), 1, "layer 2: only taylor layers" }
     };
     unsigned char *bytes = block_of(MODEL_ROOM);
     for (size_t i = 0; i < COUNT(table); i++) {
         size_t n = table[i].m->c->file_size[0];
-        size_t at = table[i].at + (table[i].layer ? sizeof(based_config) + (table[i].layer - 1) * sizeof(based_layer) : 0);
+        size_t at = table[i].at + (table[i].layer ? sizeof(based_config)
+                                   + (table[i].layer - 1) * sizeof(based_layer) : 0);
         memcpy(bytes, table[i].m->c, n);
         CHECK(opens(bytes, n) == 0);
         memcpy(bytes + at, &table[i].value, 4);
@@ -296,17 +376,21 @@ static void test_samplers(void) {
     const based_sampler good = { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .vocab = 20 };
     based_sampler bad[11];
     for (size_t i = 0; i < COUNT(bad); i++) bad[i] = good;
-    bad[0].temperature = -1, bad[1].temperature = INFINITY, bad[2].top_p = 1.5f, bad[3].top_p = -1, bad[4].min_p = NAN;
+    bad[0].temperature = -1, bad[1].temperature = INFINITY, bad[2].top_p = 1.5f, bad[3].top_p = -1,
+        bad[4].min_p = NAN;
     bad[5].min_p = 2, bad[6].repeat_penalty = 0, bad[7].repeat_penalty = INFINITY;
-    bad[8].vocab = 0, bad[9].vocab = BASED_MAX_VOCAB + 1, bad[10].repeat_last_n = BASED_MAX_VOCAB + 1;
+    bad[8].vocab = 0, bad[9].vocab = BASED_MAX_VOCAB + 1,
+        bad[10].repeat_last_n = BASED_MAX_VOCAB + 1;
     for (size_t i = 0; i < COUNT(bad); i++) {
-        const char *says = i < 2 ? "temperature" : i < 6 ? "top_p and min_p" : i < 8 ? "repeat_penalty" : "needs 1 to";
+        const char *says = i < 2 ? "temperature" : i < 6 ? "top_p and min_p"
+                           : i < 8 ? "repeat_penalty" : "needs 1 to";
         REFUSED(based_sampler_init(&bad[i], memory, sizeof memory, &e), BASED_EINVAL, says);
     }
     based_sampler s = good;
     REFUSED(based_sampler_init(&s, NULL, sizeof memory, &e), BASED_ENOMEM, "aligned to 8");
     REFUSED(based_sampler_init(&s, (char *)memory + 4, 700, &e), BASED_ENOMEM, "aligned to 8");
-    REFUSED(based_sampler_init(&s, memory, based_sampler_bytes(&s) - 1, &e), BASED_ENOMEM, "needs 160 bytes");
+    REFUSED(based_sampler_init(&s, memory, based_sampler_bytes(&s) - 1, &e), BASED_ENOMEM,
+            "needs 160 bytes");
     CHECK(based_sampler_init(&s, memory, sizeof memory, NULL) == 0);
     based_sampler_accept(&s, 3);                        /* a sampler that remembers nothing */
     CHECK(based_sampler_recent(&s, NULL) == 0 && s.seen == 1);
@@ -315,7 +399,8 @@ static void test_samplers(void) {
 /* Tokens that are none, numbers that are none: nothing is read outside, and NaN is never chosen. */
 static void test_odd_logits(void) {
     static uint64_t memory[100];
-    based_sampler s = { .temperature = 1, .top_p = 1, .repeat_penalty = 2, .repeat_last_n = 3, .vocab = 4 };
+    based_sampler s = { .temperature = 1, .top_p = 1, .repeat_penalty = 2, .repeat_last_n = 3,
+                        .vocab = 4 };
     float logits[4] = { NAN, 1, NAN, 1 }, none[4] = { NAN, NAN, NAN, NAN };
     CHECK(based_sampler_init(&s, memory, sizeof memory, &e) == 0);
     based_sampler_accept(&s, -7), based_sampler_accept(&s, 4), based_sampler_accept(&s, 0);
@@ -328,27 +413,30 @@ static void test_odd_logits(void) {
 /* ---- attention by itself ---- */
 
 static void test_attentions(void) {
-    const based_taylor_kind good = { .key_width = 4, .value_width = 4, .group = 1, .degree = 2, .chunk = 4, .scale = 0.5f };
-    based_taylor_kind k = good;
+    const based_taylor_config good = { .head_dim_k = 4, .head_dim_v = 4, .group = 1, .degree = 2,
+                                       .chunk = 4, .scale = 0.5f };
+    based_taylor_config k = good;
     based_taylor_sizes sizes;
     based_taylor *t = NULL;
-    k.key_width = 0;
-    REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "key_width is 0, expected 1 to");
-    k.key_width = BASED_MAX_HIDDEN + 1;
-    REFUSED(based_taylor_init(&t, &k, NULL, 0, &e), BASED_EINVAL, "key_width is 1048577");
+    k.head_dim_k = 0;
+    REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "head_dim_k is 0, expected 1 to");
+    k.head_dim_k = BASED_MAX_HIDDEN + 1;
+    REFUSED(based_taylor_init(&t, &k, NULL, 0, &e), BASED_EINVAL, "head_dim_k is 1048577");
     k = good, k.scale = NAN;
     REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "not a number");
-    k = good, k.normaliser_eps = INFINITY;
+    k = good, k.normalizer_eps = INFINITY;
     REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "not a number");
-    k = good, k.key_width = 10000;
+    k = good, k.head_dim_k = 10000;
     REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_ENOMEM, "a state needs");
-    k.key_width = BASED_MAX_HIDDEN, k.degree = 12;
+    k.head_dim_k = BASED_MAX_HIDDEN, k.degree = 12;
     REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_ENOMEM, "more than");
     CHECK(based_taylor_measure(&sizes, &k, NULL) == BASED_ENOMEM);
     CHECK(based_taylor_measure(&sizes, &good, &e) == 0);
     void *memory = block_of(sizes.attention + 64);
-    REFUSED(based_taylor_init(&t, &good, memory, sizes.attention - 1, &e), BASED_ENOMEM, "are needed");
-    REFUSED(based_taylor_init(&t, &good, (char *)memory + 8, sizes.attention, &e), BASED_EINVAL, "aligned to 64");
+    REFUSED(based_taylor_init(&t, &good, memory, sizes.attention - 1, &e), BASED_ENOMEM,
+            "are needed");
+    REFUSED(based_taylor_init(&t, &good, (char *)memory + 8, sizes.attention, &e), BASED_EINVAL,
+            "aligned to 64");
     REFUSED(based_taylor_init(&t, &good, NULL, sizes.attention, &e), BASED_EINVAL, "aligned to 64");
 }
 
@@ -358,15 +446,28 @@ static void test_files(void) {
     char path[] = "/tmp/based-XXXXXX", deep[600];
     FILE *out = fdopen(mkstemp(path), "wb");
     CHECK(out && fclose(out) == 0);
-    CHECK(based_open(path, 0, &e) == NULL && e.status == BASED_EFORMAT && strstr(e.text, "the file is empty"));
+    CHECK(based_open(path, 0, &e) == NULL && e.status == BASED_EFORMAT
+          && strstr(e.text, "the file is empty"));
     remove(path);
-    CHECK(based_open(path, 0, &e) == NULL && e.status == BASED_EIO && based_open(path, 0, NULL) == NULL);
-    CHECK(based_open("/tmp", 0, &e) == NULL && e.status == BASED_EIO && strstr(e.text, "is a directory"));
-    CHECK(based_open("tests/test.h", 0, &e) == NULL && e.status == BASED_EFORMAT && strncmp(e.text, "tests/test.h: ", 14) == 0);
+    CHECK(based_open(path, 0, &e) == NULL && e.status == BASED_EIO
+          && based_open(path, 0, NULL) == NULL);
+    CHECK(based_open("/tmp", 0, &e) == NULL && e.status == BASED_EIO);
+    CHECK_TEXT(e.text, "/tmp: Is a directory");
+    CHECK(based_open("/dev/null", 0, &e) == NULL && e.status == BASED_EFORMAT);
+    CHECK_TEXT(e.text, "/dev/null: the file is empty");
+    /* a pipe that somebody has written to: it can be read, but has no size */
+    CHECK(mkfifo(path, 0600) == 0 && (out = fopen(path, "r+b")) != NULL && fputc('B', out) == 'B'
+          && fflush(out) == 0);
+    CHECK(based_open(path, 0, &e) == NULL && e.status == BASED_EIO
+          && strstr(e.text, "; a checkpoint must be a regular file"));
+    CHECK(fclose(out) == 0 && remove(path) == 0);
+    CHECK(based_open("tests/test.h", 0, &e) == NULL && e.status == BASED_EFORMAT
+          && strncmp(e.text, "tests/test.h: ", 14) == 0);
     CHECK(based_open("tests/test.h", 0, NULL) == NULL);
     memset(deep, 'a', sizeof deep);
     deep[sizeof deep - 1] = 0;                          /* a name longer than an error line */
-    CHECK(based_open(deep, 0, &e) == NULL && e.status == BASED_EIO && strlen(e.text) == sizeof e.text - 1);
+    CHECK(based_open(deep, 0, &e) == NULL && e.status == BASED_EIO
+          && strlen(e.text) == sizeof e.text - 1);
     based_close(NULL);
     based_session_free(NULL);
 }
@@ -375,16 +476,19 @@ static void test_files(void) {
 
 static void test_nothing_to_do(void) {
     const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
-    based_session *s = based_session_new(m, 4, &e), *small_block = based_session_new(m, 1, &e), *two[2] = { s, small_block };
-    based_tokenizer t;
+    based_session *s = based_session_new(m, 4, &e), *small_block = based_session_new(m, 1, &e),
+        *two[2] = { s, small_block };
+    size_t tokenizer_bytes = 1;
     int32_t ids[2] = { 1, 2 };
+    CHECK(based_model_tokenizer(m, &tokenizer_bytes) == NULL && tokenizer_bytes == 0);
     CHECK(based_feed(s, NULL, 0, NULL, &e) == 0 && based_count(s) == 0 && based_logits(s) == NULL);
     CHECK(based_step_many(NULL, NULL, 0, &e) == 0 && based_copy(s, s, &e) == 0);
     REFUSED(based_step_many(two, ids, 2, &e), BASED_EINVAL, "session 1 was made for blocks of 1");
-    REFUSED(based_tokenizer_open(&t, m, &e), BASED_EINVAL, "no tokenizer");
     CHECK(based_step(s, 99, NULL) == BASED_EINVAL);
-    CHECK(based_model_config(m) == m->c && based_model_layer(m, 3)->degree == 3 && based_model_layer(m, 4) == NULL);
-    CHECK(based_model_weight_bytes(m) > 1000 && based_model_parameters(m) > 300 && based_model_kernels(m)[0]);
+    CHECK(based_model_config(m) == m->c && based_model_layer(m, 3)->degree == 3
+          && based_model_layer(m, 4) == NULL);
+    CHECK(based_model_weight_bytes(m) > 1000 && based_model_parameters(m) > 300
+          && based_model_kernels(m)[0]);
     CHECK(based_threads(s) == 1);
     based_set_threads(s, 0);                            /* too small a model for more than one */
     CHECK(based_threads(s) == 1);
@@ -401,30 +505,65 @@ static void test_nothing_to_do(void) {
 
 /* ---- the other byte order ---- */
 
-/* Turning twice is the identity; the text of a tokenizer is not turned. */
+/* As another machine would have written it: every word of 4 bytes is reversed, but not the text. */
+static void reverse(unsigned char *p, size_t from, size_t to) {
+    for (size_t i = from; i + 4 <= to; i += 4) {
+        const unsigned char word[4] = { p[i], p[i + 1], p[i + 2], p[i + 3] };
+        for (size_t b = 0; b < 4; b++) p[i + b] = word[3 - b];
+    }
+}
+
+/* A checkpoint of the other byte order becomes what it was: without a tokenizer, and with one of 3
+ * words and some text. */
 static void test_swapping(void) {
-    enum { N = 64 + 64 + 32 };
-    unsigned char bytes[N], copy[N];
-    uint32_t words = machine_is_big_endian() ? 0x03000000u : 3;
-    for (size_t i = 0; i < N; i++) bytes[i] = (unsigned char)(i * 7);
-    memcpy(copy, bytes, N);
-    swap_words(copy, 7);
-    CHECK(copy[0] == bytes[3] && copy[1] == bytes[2] && copy[3] == bytes[0] && copy[4] == bytes[4]);
-    swap_words(copy, 7);
-    CHECK(memcmp(copy, bytes, N) == 0);
-    words = words << 24;                                /* 3, as the other byte order has it */
-    memcpy(bytes + 64, &words, 4);
-    memcpy(copy, bytes, N);
-    CHECK(swap_sections(copy, N, 64, 20, &e) == 0);
-    CHECK(copy[64] == 3 && copy[68] == bytes[71] && memcmp(copy + 76, bytes + 76, 52) == 0 && copy[128] == bytes[131]);
-    memcpy(copy, bytes, N);
-    CHECK(swap_sections(copy, N, 64, 0, &e) == 0 && copy[68] == bytes[71] && copy[80] == bytes[83]);
-    REFUSED(swap_sections(copy, N, 64, 3, &e), BASED_EFORMAT, "tokenizer section");
-    memcpy(copy, bytes, N);
-    REFUSED(swap_sections(copy, N, 64, 11, &e), BASED_EFORMAT, "tokenizer section");
-    memset(copy, 0, N);
-    REFUSED(swap_sections(copy, N, 64, 20, &e), BASED_EFORMAT, "tokenizer section");
-    CHECK(based_to_native(copy, N, 0, &e) == 0);        /* nothing to do here, or too short to be ours */
+    const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
+    const size_t n = m->c->file_size[0], header = sizeof(based_config) + 4 * sizeof(based_layer),
+        name = offsetof(based_config, name);
+    unsigned char *bytes = block_of(MODEL_ROOM), *copy = block_of(MODEL_ROOM),
+        odd[7] = { 1, 2, 3, 4, 5, 6, 7 };
+    uint32_t words[5] = { 3, 0x01020304u, 0x05060708u, 0x09090909u, 0 };
+    swap_bytes(odd, 1, 4);
+    CHECK(memcmp(odd, "\4\3\2\1\5\6\7", 7) == 0);
+    swap_bytes(odd, 3, 2);
+    CHECK(memcmp(odd, "\3\4\1\2\6\5\7", 7) == 0);
+    for (uint32_t tokenizer = 0; tokenizer <= 20; tokenizer++) {
+        size_t room = tokenizer ? 64 : 0, size = n + room;
+        CHECK(header % 64 == 0 && header + 4 <= n);
+        memcpy(bytes, m->c, header);
+        ((based_config *)(void *)bytes)->tokenizer_bytes = tokenizer;
+        memset(bytes + header, 0, room);
+        memcpy(bytes + header, words, tokenizer);
+        memcpy(bytes + header + room, (const unsigned char *)m->c + header, n - header);
+        memcpy(copy, bytes, size);
+        reverse(copy, 8, name), reverse(copy, name + 64, header);
+        if (tokenizer >= 12) reverse(copy, header, header + 12);
+        else if (tokenizer >= 4) reverse(copy, header, header + 4);
+        reverse(copy, header + room, size);
+        if (tokenizer && tokenizer < 12)
+            REFUSED(swap_checkpoint(copy, size, &e), BASED_EFORMAT, "tokenizer section");
+        else CHECK(swap_checkpoint(copy, size, &e) == 0 && memcmp(copy, bytes, size) == 0);
+    }
+    /* no words at all; and headers that describe more than there is */
+    memcpy(copy, bytes, n);
+    memset(copy + header, 0, 64);
+    reverse(copy, 8, name), reverse(copy, name + 64, header);
+    REFUSED(swap_checkpoint(copy, n, &e), BASED_EFORMAT, "tokenizer section");
+    const struct { size_t at; uint32_t value; } more[] = {
+        { offsetof(based_config, layers), BASED_MAX_LAYERS },
+        { offsetof(based_config, layers), BASED_MAX_LAYERS + 1 },
+        { offsetof(based_config, layers), 0xffffffffu },
+        { offsetof(based_config, tokenizer_bytes), (uint32_t)(n - header) + 1 },
+        { offsetof(based_config, tokenizer_bytes), 0xffffffffu }
+    };
+    for (size_t i = 0; i < COUNT(more); i++) {
+        memcpy(copy, m->c, n);
+        memcpy(copy + more[i].at, &more[i].value, 4);
+        reverse(copy, 8, name), reverse(copy, name + 64, header);
+        REFUSED(swap_checkpoint(copy, n, &e), BASED_EFORMAT, "the header describes more than the");
+    }
+    memset(copy, 0, n);
+    /* nothing to do here, or too short to be ours */
+    CHECK(based_to_native(copy, 160, 0, &e) == 0);
 }
 
 /* ---- kernels by wish ---- */
@@ -435,10 +574,11 @@ static void test_wishes(void) {
     CHECK(setenv("BASED_KERNELS", "avx512vnni", 1) == 0 && kernel_flags() == BASED_AVX512);
     CHECK(setenv("BASED_KERNELS", "anything else", 1) == 0 && kernel_flags() == 0);
     CHECK(unsetenv("BASED_KERNELS") == 0 && kernel_flags() == 0);
-    CHECK(choose_kernels(BASED_PLAIN) == &plain_kernels);
+    CHECK(choose_kernels(BASED_PLAIN) == &generic_kernels);
 }
 
 int main(void) {
+    test_lines();
     test_ranges();
     test_other_words();
     test_sizes();

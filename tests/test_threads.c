@@ -1,8 +1,9 @@
-/* test_threads.c - sessions on threads of their own share a model and compute what each computes alone; so do the workers of
- * one session. The workers are threads made here, walking through the same code as those of OpenMP: a race detector cannot
- * see how OpenMP's own threads begin and end, but it sees these (see .ci/run).
+/* test_threads.c - sessions on threads of their own share a model and compute what each computes
+ * alone; so do the threads of one session. These threads are made here and run the same code as
+ * those of OpenMP: a race detector cannot see how OpenMP's own threads begin and end, but it sees
+ * these (see .ci/run).
  */
-#define _POSIX_C_SOURCE 200809L         /* as based.c, which is not the first to include something here */
+#define _POSIX_C_SOURCE 200809L  /* as based.c, which is not the first to include something here */
 #define _DEFAULT_SOURCE 1
 #include <pthread.h>
 
@@ -12,7 +13,7 @@
 
 enum { TOKENS = 60, THREADS = 4, KINDS = 4, INPUT = 6 };
 
-static based_model *models[KINDS];                      /* f32, q8, q4, and one that takes vectors */
+static based_model *models[KINDS];  /* f32, q8, q4, and one that takes vectors */
 static int32_t text[TOKENS * 2];
 static float vectors[TOKENS * 2 * INPUT];
 
@@ -20,8 +21,8 @@ static float vectors[TOKENS * 2 * INPUT];
 
 struct job {
     const based_model *m;
-    size_t from;                                        /* what is read */
-    uint32_t hash;                                      /* of all logits, saved bytes, samples and tokens of text */
+    size_t from;                        /* what is read */
+    uint32_t hash;                      /* of all logits, saved bytes, samples and tokens of text */
 };
 
 static uint32_t hash_bytes(uint32_t h, const unsigned char *p, size_t n) {
@@ -35,20 +36,24 @@ static void *work(void *argument) {
     const based_model *m = job->m;
     based_error e;
     based_session *s = based_session_new(m, 8, &e), *copy = based_session_new(m, 3, &e);
-    based_sampler sampler = { .temperature = 1, .top_p = 0.9f, .repeat_penalty = 1, .seed = job->from, .vocab = VOCAB };
+    based_sampler sampler = { .temperature = 1, .top_p = 0.9f, .repeat_penalty = 1,
+                              .seed = job->from, .vocab = VOCAB };
     size_t bytes = based_saved_bytes(m, 0), width = based_width(m);
     float *rows = malloc(TOKENS * width * sizeof *rows);
     unsigned char *saved = malloc(bytes);
     void *memory = malloc(based_sampler_bytes(&sampler));
-    int bad = !s || !copy || !rows || !saved || based_sampler_init(&sampler, memory, based_sampler_bytes(&sampler), &e);
+    int bad = !s || !copy || !rows || !saved
+        || based_sampler_init(&sampler, memory, based_sampler_bytes(&sampler), &e);
     if (m->c->input) bad |= based_feed_vectors(s, vectors + job->from * INPUT, TOKENS, rows, &e);
     else bad |= based_feed(s, text + job->from, TOKENS, rows, &e);
-    bad |= based_copy(copy, s, &e) || based_save(copy, NULL, 0, saved, bytes, &e) || based_load(s, saved, bytes, NULL, NULL, &e);
+    bad |= based_copy(copy, s, &e) || based_save(copy, NULL, 0, saved, bytes, &e)
+        || based_load(s, saved, bytes, NULL, NULL, &e);
     job->hash = based_hash(0, rows, TOKENS * width);
     job->hash = hash_bytes(job->hash, saved, bytes);
     for (int i = 0; i < 10 && !m->c->input; i++) {
         int32_t id = based_sample(&sampler, based_logits(s));
-        bad |= based_step(s, id, &e) || based_step(copy, id, &e) || based_step(copy, VOCAB, &e) == 0;
+        bad |= based_step(s, id, &e) || based_step(copy, id, &e)
+            || based_step(copy, VOCAB, &e) == 0;
         job->hash = based_hash(job->hash, based_logits(s), width) ^ (uint32_t)id;
     }
     free(rows), free(saved), free(memory);
@@ -67,42 +72,44 @@ static void test_sessions_on_threads(void) {
         work(&alone[i]);
         CHECK(alone[i].hash != 0 && (i == 0 || alone[i].hash != alone[i - 1].hash));
     }
-    for (size_t i = 0; i < COUNT(alone); i++) CHECK(pthread_create(&thread[i], NULL, work, &together[i]) == 0);
+    for (size_t i = 0; i < COUNT(alone); i++)
+        CHECK(pthread_create(&thread[i], NULL, work, &together[i]) == 0);
     for (size_t i = 0; i < COUNT(alone); i++) {
         CHECK(pthread_join(thread[i], NULL) == 0);
         CHECK_EQUAL(together[i].hash, alone[i].hash);
     }
 }
 
-/* ---- many workers for one session ---- */
+/* ---- many threads for one session ---- */
 #ifdef _OPENMP
 
 static void *walk(void *argument) {
-    struct worker *w = argument;
-    forward(w, w->p->block);
-    head(w, 0, w->p->block);
+    struct thread *w = argument;
+    forward(w, w->s->block);
+    head(w, 0, w->s->block);
     return NULL;
 }
 
-/* The parallel region of compute(), with these threads. */
-static void test_workers(const based_model *m, size_t of) {
+/* The parallel region of run_threads, with these threads. */
+static void test_many_threads(const based_model *m, size_t of) {
     enum { BLOCK = 7 };
     based_error e;
     based_session *alone = based_session_new(m, BLOCK, &e), *s = based_session_new(m, BLOCK, &e);
     size_t width = based_width(m);
-    float *expected = malloc(BLOCK * width * sizeof *expected), *rows = malloc(BLOCK * width * sizeof *rows);
-    for (int round = 0; round < 3; round++) {
-        struct worker w[THREADS];
+    float *expected = malloc(BLOCK * width * sizeof *expected),
+        *rows = malloc(BLOCK * width * sizeof *rows);
+    for (size_t turn = 0; turn < 3; turn++) {
+        struct thread w[THREADS];
         pthread_t thread[THREADS];
-        CHECK(based_feed(alone, text + round * BLOCK, BLOCK, expected, &e) == 0);
-        s->arrived = 0;
+        CHECK(based_feed(alone, text + turn * BLOCK, BLOCK, expected, &e) == 0);
+        s->barrier_count = 0;
         for (size_t r = 0; r < BLOCK; r++) {
             struct row row = { s, s->count + r, rows + r * width };
             s->row[r] = row;
-            embed(s->x + r * m->c->dim, m, text[(size_t)round * BLOCK + r]);
+            embed(s->x + r * m->c->dim, m, text[turn * BLOCK + r]);
         }
         for (size_t i = 0; i < of; i++) {
-            struct worker one = { s, i, of };
+            struct thread one = { s, i, of };
             w[i] = one;
             CHECK(pthread_create(&thread[i], NULL, walk, &w[i]) == 0);
         }
@@ -115,20 +122,22 @@ static void test_workers(const based_model *m, size_t of) {
     based_session_free(alone), based_session_free(s);
 }
 
-static void test_all_workers(void) {
+static void test_all_thread_counts(void) {
     for (size_t of = 1; of <= THREADS; of++)
-        for (size_t kind = 0; kind < 3; kind++) test_workers(models[kind], of);
+        for (size_t kind = 0; kind < 3; kind++) test_many_threads(models[kind], of);
 }
 #else
-static void test_all_workers(void) {}
+static void test_all_thread_counts(void) {}
 #endif
 
 int main(void) {
-    for (uint32_t dtype = 0; dtype < 3; dtype++) models[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5 });
+    for (uint32_t dtype = 0; dtype < 3; dtype++)
+        models[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5 });
     models[3] = make_model((struct wish){ .seed = 4, .constant = 1, .input = INPUT });
     for (size_t i = 0; i < COUNT(text); i++) text[i] = (int32_t)(random_u32() % VOCAB);
-    for (size_t i = 0; i < COUNT(vectors); i++) vectors[i] = (float)random_u32() / 2147483648.0f - 0.5f;
+    for (size_t i = 0; i < COUNT(vectors); i++)
+        vectors[i] = (float)random_u32() / 2147483648.0f - 0.5f;
     test_sessions_on_threads();
-    test_all_workers();
+    test_all_thread_counts();
     return test_end();
 }

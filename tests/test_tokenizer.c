@@ -1,20 +1,18 @@
-/* test_tokenizer.c - the tokenizer alone, on small tokenizers made by hand, and on hostile ones.
+/* test_tokenizer.c - the tokenizer on small sections made by hand, and on hostile ones.
  *
  * Every section and every result lies in a block of exactly the promised size, so that a build with
- * -fsanitize=address,undefined sees each byte read or written beyond it. Comparison with the reference library on real
- * vocabularies is in test_tokenizer.py.
+ * -fsanitize=address,undefined sees each byte read or written beyond it. Comparison with the
+ * reference library on real vocabularies is in test_tokenizer.py.
  */
 #include "../tokenizer.c"
 
 #include "sections.h"
 #include "test.h"
 
-/* ---------------------------------------------------------------------------------------------------------------------
- * Using a tokenizer with everything in blocks of exactly the right size
- */
+/* ==== Using a tokenizer, with everything in blocks of exactly the right size ================== */
 
-static int64_t encode(const based_tokenizer *t, const char *text, size_t n, int flags, int32_t *out, size_t room)
-{
+static int64_t encode(const based_tokenizer *t, const char *text, size_t n, int flags, int32_t *out,
+                      size_t room) {
     based_error e;
     int32_t *ids = malloc(4 * based_encode_bound(t, n));
     void *scratch = malloc(based_encode_scratch(t, n));
@@ -30,9 +28,8 @@ static int64_t encode(const based_tokenizer *t, const char *text, size_t n, int 
     return count;
 }
 
-/* Decodes ids into out, zero-terminated, each token through a block of exactly based_decode_bound bytes. */
-static size_t decode(const based_tokenizer *t, const int32_t *ids, int64_t count, char *out)
-{
+/* Decodes ids into out, zero-terminated, each through a block of just based_decode_bound bytes. */
+static size_t decode(const based_tokenizer *t, const int32_t *ids, int64_t count, char *out) {
     based_decoder d;
     size_t n = 0, bound = based_decode_bound(t);
     char *block = malloc(bound);
@@ -50,35 +47,33 @@ static size_t decode(const based_tokenizer *t, const int32_t *ids, int64_t count
     return n;
 }
 
-static int init(based_tokenizer *t, const unsigned char *section, size_t size, uint32_t vocab)
-{
+static int init(based_tokenizer *t, const unsigned char *section, size_t size, uint32_t vocab) {
     based_error e;
     memset(&e, 'x', sizeof e);
     int status = based_tokenizer_init(t, section, size, vocab, &e);
     CHECK_EACH(based_tokenizer_init(t, section, size, vocab, NULL) == status);
     if (status != BASED_OK) {
-        CHECK_EACH(e.status == status && memchr(e.text, 0, sizeof e.text) != NULL && strlen(e.text) > 20);
+        CHECK_EACH(e.status == status && memchr(e.text, 0, sizeof e.text) != NULL
+                   && strlen(e.text) > 20);
         CHECK_EACH(strchr(e.text, '\n') == NULL && strchr(e.text, '#') == NULL);
     }
     return status;
 }
 
 /* Encodes and checks the ids, given as a list that ends with -1. */
-static void expect(const based_tokenizer *t, const char *text, int flags, const int32_t *ids, int line)
-{
+static void expect(const based_tokenizer *t, const char *text, int flags, const int32_t *ids,
+                   int line) {
     int32_t got[64];
     int64_t n = encode(t, text, strlen(text), flags, got, 64), i = 0;
     while (i < n && ids[i] == got[i]) i++;
     test_count(i == n && ids[i] == -1, __FILE__, line, text);
 }
-#define EXPECT(t, text, flags, ...) expect(t, text, flags, (const int32_t[]){__VA_ARGS__, -1}, __LINE__)
+#define EXPECT(t, text, flags, ...) \
+    expect(t, text, flags, (const int32_t[]){__VA_ARGS__, -1}, __LINE__)
 
-/* ---------------------------------------------------------------------------------------------------------------------
- * The tests
- */
+/* ==== The tests ============================================================================== */
 
-static void test_bpe(void)
-{
+static void test_bpe(void) {
     static maker m;
     size_t size;
     based_tokenizer t;
@@ -90,19 +85,20 @@ static void test_bpe(void)
     EXPECT(&t, "", BASED_ADD_BOS, END);
     EXPECT(&t, "a", 0, 'a');
     EXPECT(&t, "ab", 0, AB);
-    EXPECT(&t, "abc", 0, ABC);                      /* bc first, although ab is further left               */
-    EXPECT(&t, "ccc", 0, CC, 'c');                  /* the leftmost of equals                              */
+    EXPECT(&t, "abc", 0, ABC);                      /* bc first, although ab is further left */
+    EXPECT(&t, "ccc", 0, CC, 'c');                  /* the leftmost of equals */
     EXPECT(&t, "cccc", 0, CC, CC);
     EXPECT(&t, "aaaaa", 0, AAAA, 'a');
     EXPECT(&t, "aaaaaaaa", 0, AAAA, AAAA);
     EXPECT(&t, "abcabcab", 0, ABC, ABC, AB);
-    EXPECT(&t, "a b", 0, 'a', ' ', 'b');            /* no merge over the border of a piece                 */
-    EXPECT(&t, "h  hh", 0, 'h', ' ', HE, 'h');      /* the last of the spaces belongs to the word          */
+    EXPECT(&t, "a b", 0, 'a', ' ', 'b');            /* no merge over the border of a piece */
+    EXPECT(&t, "h  hh", 0, 'h', ' ', HE, 'h');      /* the last of the spaces belongs to the word */
     EXPECT(&t, "\xFF\x80", 0, 0xFF, 0x80);
     EXPECT(&t, "a<end>b", 0, 'a', '<', 'e', 'n', 'd', '>', 'b');
     EXPECT(&t, "a<end>b", BASED_PARSE_SPECIALS, 'a', END, 'b');
     EXPECT(&t, "a<end>", BASED_PARSE_SPECIALS, 'a', END);
-    EXPECT(&t, "<end>x<end><end", BASED_PARSE_SPECIALS | BASED_ADD_BOS, END, ENDX, END, '<', 'e', 'n', 'd');
+    EXPECT(&t, "<end>x<end><end", BASED_PARSE_SPECIALS | BASED_ADD_BOS, END, ENDX, END, '<', 'e',
+           'n', 'd');
     CHECK_EQUAL(based_special(&t, "<end>"), END);
     CHECK_EQUAL(based_special(&t, "<end>x"), ENDX);
     CHECK_EQUAL(based_special(&t, "<end>xy"), -1);
@@ -111,16 +107,20 @@ static void test_bpe(void)
     free(s);
 }
 
-/* The alternatives of GPT-2's pattern one by one; the text comes with a bar wherever a piece must end. */
-static void test_pieces(void)
-{
+/* The alternatives of GPT-2's pattern one by one. A bar marks where a piece must end. */
+static void test_pieces(void) {
     static const char *const cases[] = {
-        "we|'re| I|'m| you|'ve| he|'ll| it|'s| don|'t| she|'d", "'|S|'s|s|'|R", "'|l|'|ra|'", " '|s", "!'|s",
-        "Hello| world|!!| 123|abc|456", "a|  | b", "a| ", "a|   ", "  |\t|x", "\t|x", "a|\n| b", "a|\n|\n|b",
+        "we|'re| I|'m| you|'ve| he|'ll| it|'s| don|'t| she|'d", "'|S|'s|s|'|R", "'|l|'|ra|'",
+        " '|s", "!'|s",
+        "Hello| world|!!| 123|abc|456", "a|  | b", "a| ", "a|   ", "  |\t|x", "\t|x", "a|\n| b",
+        "a|\n|\n|b",
         "a|\r\n", "a|\r|\n|b",
-        "\xC3\xA9t\xC3\xA9| \xC3\xBC", "\xE6\x97\xA5\xE6\x9C\xAC|\xE3\x80\x82", "x|\xC2\xB2\xE2\x85\xA8|x", /* 2 IX */
-        "a|\xC2\xA0|b", "a|\xE3\x80\x80|\xE3\x80\x80|b", "a|\xE2\x80\x8B|b", "a|\xC2\x85", "a| \xF0\x9F\xA6\x99|b",
-        "a|\xFF\xC3|b", " \xFF\x80!|b", "a|\xED\xA0\x80|b", "a|\xC0\xA0|b", "a|\xF4\x90\x80\x80| \xE2\x82",
+        "\xC3\xA9t\xC3\xA9| \xC3\xBC", "\xE6\x97\xA5\xE6\x9C\xAC|\xE3\x80\x82",
+        "x|\xC2\xB2\xE2\x85\xA8|x",                     /* superscript two, Roman numeral nine */
+        "a|\xC2\xA0|b", "a|\xE3\x80\x80|\xE3\x80\x80|b", "a|\xE2\x80\x8B|b", "a|\xC2\x85",
+        "a| \xF0\x9F\xA6\x99|b",
+        "a|\xFF\xC3|b", " \xFF\x80!|b", "a|\xED\xA0\x80|b", "a|\xC0\xA0|b",
+        "a|\xF4\x90\x80\x80| \xE2\x82",
         "e|\xCC\x81|f",
     };
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
@@ -141,8 +141,7 @@ static void test_pieces(void)
     }
 }
 
-static void test_scores(void)
-{
+static void test_scores(void) {
     static maker m;
     size_t size;
     char out[200];
@@ -154,36 +153,37 @@ static void test_scores(void)
     EXPECT(&t, "", BASED_ADD_BOS, 1);
     EXPECT(&t, "b", BASED_ADD_BOS, 1, SPACE_TOKEN, B);
     EXPECT(&t, "a", 0, SPACE_A);
-    EXPECT(&t, "abc", 0, SPACE_A, X_BC);            /* the higher score first, although further right      */
-    EXPECT(&t, "cac", 0, SPACE_TOKEN, X_ZERO, C);   /* 0 and -0 are equal: the leftmost first              */
+    EXPECT(&t, "abc", 0, SPACE_A, X_BC);        /* the higher score first, although further right */
+    EXPECT(&t, "cac", 0, SPACE_TOKEN, X_ZERO, C);   /* 0 and -0 are equal: the leftmost first */
     EXPECT(&t, "aca", 0, SPACE_TOKEN, X_MINUS, A);
     EXPECT(&t, "bac", 0, SPACE_TOKEN, B, X_MINUS);
     EXPECT(&t, "babcc", 0, SPACE_TOKEN, B, A, X_BC, C);
     EXPECT(&t, "\xE6\x97\xA5", 0, SPACE_TOKEN, JA);
     EXPECT(&t, "\xE6\x97", 0, SPACE_TOKEN, 3 + 0xE6, 3 + 0x97);
-    EXPECT(&t, "a\x80", 0, SPACE_TOKEN, 3 + 'a', 3 + 0x80);         /* llama2.c: one character, unknown     */
+    EXPECT(&t, "a\x80", 0, SPACE_TOKEN, 3 + 'a', 3 + 0x80);   /* llama2.c: one character, unknown */
     EXPECT(&t, "\x80\x80\x80\x80\x80", 0, SPACE_TOKEN, 131, 131, 131, 131, 131);
-    EXPECT(&t, "\xF0\x9F\xA6\x99\x80", 0, SPACE_TOKEN, LLAMA, 3 + 0x80);    /* four bytes at most           */
+    EXPECT(&t, "\xF0\x9F\xA6\x99\x80", 0, SPACE_TOKEN, LLAMA, 3 + 0x80);    /* four bytes at most */
     EXPECT(&t, "<s>", 0, SPACE_TOKEN, 3 + '<', 3 + 's', 3 + '>');
     EXPECT(&t, "<s>b</s>b", BASED_PARSE_SPECIALS, 1, SPACE_TOKEN, B, 2, B);
 
     /* Decoding drops the one space that encoding put in front, and only that one. */
-    static const char *const texts[] = {"b", " b", "  b", "", " ", "a", "\xE6\x97\xA5 z\x01", "<s>"};
+    static const char *const texts[] =
+        {"b", " b", "  b", "", " ", "a", "\xE6\x97\xA5 z\x01", "<s>"};
     for (size_t i = 0; i < sizeof texts / sizeof *texts; i++) {
         decode(&t, ids, encode(&t, texts[i], strlen(texts[i]), BASED_ADD_BOS, ids, 64), out);
         CHECK_TEXT(out, texts[i]);
     }
     size_t n;
     CHECK(based_token_bytes(&t, A, &n) != NULL && n == 1);
-    CHECK(based_token_bytes(&t, 1, &n) != NULL && n == 0);          /* a special token stands for no text   */
+    CHECK(based_token_bytes(&t, 1, &n) != NULL && n == 0);  /* a special token stands for no text */
     CHECK(based_token_bytes(&t, -1, &n) == NULL && n == 0);
     CHECK(based_token_bytes(&t, SCORES_SIZE, &n) == NULL && n == 0);
     free(s);
 }
 
-/* A byte without a token becomes the unknown token, or nothing if there is none: then its neighbours may merge. */
-static void test_missing_bytes(void)
-{
+/* A byte without a token becomes the unknown token, or nothing if there is none: then its
+ * neighbors may merge. */
+static void test_missing_bytes(void) {
     static maker m;
     size_t size;
     based_tokenizer t;
@@ -201,8 +201,26 @@ static void test_missing_bytes(void)
     free(s);
 }
 
-static void test_arguments(void)
-{
+/* The same from a model: its section, the number of ids that it knows. */
+static void test_open(const unsigned char *section, uint32_t size,
+                      const based_tokenizer *expected) {
+    static based_model m;
+    based_tokenizer t = *expected;
+    based_error e;
+    CHECK_EQUAL(based_tokenizer_open(&t, &m, &e), BASED_EINVAL);
+    CHECK_TEXT(e.text, "the checkpoint carries no tokenizer");
+    m.tokenizer = section;
+    m.config.tokenizer_bytes = size;
+    m.config.vocab = BPE_SIZE - 1;
+    CHECK_EQUAL(based_tokenizer_open(&t, &m, NULL), BASED_EFORMAT);
+    CHECK(memcmp(&t, expected, sizeof t) == 0);
+    memset(&t, 0, sizeof t);
+    m.config.vocab = BPE_SIZE;
+    CHECK_EQUAL(based_tokenizer_open(&t, &m, &e), BASED_OK);
+    CHECK(memcmp(&t, expected, sizeof t) == 0);
+}
+
+static void test_arguments(void) {
     static maker m;
     size_t size;
     based_tokenizer t, before;
@@ -211,22 +229,25 @@ static void test_arguments(void)
     int32_t ids[8];
     make_bpe(&m);
     unsigned char *s = make_section(&m, &size);
-    CHECK_EQUAL(init(&t, s, size, BPE_SIZE + 5), BASED_OK);         /* a padded vocabulary may be larger    */
+    CHECK_EQUAL(init(&t, s, size, BPE_SIZE + 5), BASED_OK);  /* a padded vocabulary may be larger */
     before = t;
     CHECK_EQUAL(init(&t, s, size, BPE_SIZE - 1), BASED_EFORMAT);
     CHECK_EQUAL(init(&t, s, size, 0), BASED_EFORMAT);
     CHECK_EQUAL(init(&t, s + 1, size - 1, BPE_SIZE), BASED_EINVAL);
     CHECK_EQUAL(init(&t, NULL, size, BPE_SIZE), BASED_EINVAL);
+    test_open(s, (uint32_t)size, &t);
     s[0]++;
     CHECK_EQUAL(based_tokenizer_init(&t, s, size, BPE_SIZE, &e), BASED_EFORMAT);
     CHECK(strstr(e.text, "their counts add up to") != NULL);
     s[0]--;
-    CHECK(memcmp(&t, &before, sizeof t) == 0);                      /* a failed call changes nothing        */
+    CHECK(memcmp(&t, &before, sizeof t) == 0);                   /* a failed call changes nothing */
     CHECK_EQUAL(based_encode(&t, "a", 1, 4, ids, scratch, &e), BASED_EINVAL);
     CHECK_EQUAL(based_encode(&t, "a", 1, -1, ids, scratch, &e), BASED_EINVAL);
     CHECK_EQUAL(based_encode(&t, "a", (size_t)-1, 0, ids, scratch, &e), BASED_EINVAL);
     CHECK_EQUAL(based_encode(&t, "a", 0x7FFFFFF1, 0, ids, scratch, &e), BASED_EINVAL);
-    CHECK_TEXT(e.text, "encode: 2147483633 bytes of text are too many at once, 2147483632 at most: cut the text");
+    CHECK_TEXT(e.text,
+               "encode: 2147483633 bytes of text are too many at once, 2147483632 at most: cut the "
+               "text");
     CHECK_EQUAL(based_encode(&t, NULL, 1, 0, ids, scratch, &e), BASED_EINVAL);
     CHECK_EQUAL(based_encode(&t, "a", 1, 0, ids, (char *)scratch + 4, &e), BASED_EINVAL);
     CHECK_EQUAL(based_encode(&t, "a", 1, 0, ids, (char *)scratch + 4, NULL), BASED_EINVAL);
@@ -237,21 +258,26 @@ static void test_arguments(void)
     free(s);
 }
 
-/* The decoder fed byte by byte. R is U+FFFD. The first cases are those of the Unicode standard, tables 3-8 to 3-11. */
+/* The decoder fed byte by byte. R is U+FFFD. The first cases are those of the Unicode standard,
+ * tables 3-8 to 3-11. */
 #define R "\xEF\xBF\xBD"
-static void test_decoder(void)
-{
+static void test_decoder(void) {
     static const char *const cases[][2] = {
         {"\xC0\xAF\xE0\x80\xBF\xF0\x81\x82" "A", R R R R R R R R "A"},
         {"\xED\xA0\x80\xED\xBF\xBF\xED\xAF" "A", R R R R R R R R "A"},
         {"\xF4\x91\x92\x93\xFF" "A\x80\xBF" "B", R R R R R "A" R R "B"},
         {"\xE1\x80\xE2\xF0\x91\x92\xF1\xBF" "A", R R R R "A"},
-        {"", ""}, {"abc", "abc"}, {"\x7F", "\x7F"}, {"\x80", R}, {"\xBF", R}, {"\xC1\x80", R R}, {"\xC2", R},
+        {"", ""}, {"abc", "abc"}, {"\x7F", "\x7F"}, {"\x80", R}, {"\xBF", R}, {"\xC1\x80", R R},
+        {"\xC2", R},
         {"\xC2\x80", "\xC2\x80"},
-        {"\xDF\xBF", "\xDF\xBF"}, {"\xE0\x9F\xBF", R R R}, {"\xE0\xA0\x80", "\xE0\xA0\x80"}, {"\xE0\xA0", R},
-        {"\xED\x9F\xBF", "\xED\x9F\xBF"}, {"\xEE\x80\x80", "\xEE\x80\x80"}, {"\xF0\x8F\xBF\xBF", R R R R},
-        {"\xF0\x90\x80\x80", "\xF0\x90\x80\x80"}, {"\xF4\x8F\xBF\xBF", "\xF4\x8F\xBF\xBF"}, {"\xF4\x8F\xBF", R},
-        {"\xF4\x90\x80\x80", R R R R}, {"\xF5\x80", R R}, {"\xFF", R}, {"\xE6\xE6\x97\xA5", R "\xE6\x97\xA5"},
+        {"\xDF\xBF", "\xDF\xBF"}, {"\xE0\x9F\xBF", R R R}, {"\xE0\xA0\x80", "\xE0\xA0\x80"},
+        {"\xE0\xA0", R},
+        {"\xED\x9F\xBF", "\xED\x9F\xBF"}, {"\xEE\x80\x80", "\xEE\x80\x80"},
+        {"\xF0\x8F\xBF\xBF", R R R R},
+        {"\xF0\x90\x80\x80", "\xF0\x90\x80\x80"}, {"\xF4\x8F\xBF\xBF", "\xF4\x8F\xBF\xBF"},
+        {"\xF4\x8F\xBF", R},
+        {"\xF4\x90\x80\x80", R R R R}, {"\xF5\x80", R R}, {"\xFF", R},
+        {"\xE6\xE6\x97\xA5", R "\xE6\x97\xA5"},
         {"\xF0\x9F\xA6\xF0\x9F\xA6\x99", R "\xF0\x9F\xA6\x99"}, {"\xE6\x97" "a", R "a"},
         {"\xEF\xBB\xBF" "a", "\xEF\xBB\xBF" "a"},
     };
@@ -276,7 +302,8 @@ static void test_decoder(void)
     CHECK_TEXT(out, "\xE6\x97\xA5");
     free(s);
 
-    /* The most that one token can give out: what was held, and each of its own bytes, turn into U+FFFD. */
+    /* The most that one token can give out: what was held, and each of its own bytes, turn into
+     * U+FFFD. */
     static maker bad;
     bad.kind = BASED_BPE;
     bad.bos = bad.eos = bad.unknown = BASED_NONE;
@@ -290,12 +317,12 @@ static void test_decoder(void)
 }
 
 /* A million bytes of one thing: each shape stresses another part. They come back as they were. */
-static void test_long(const based_tokenizer *t)
-{
+static void test_long(const based_tokenizer *t) {
     enum { N = 1000000 };
     static char text[N], back[N + 4];
     static int32_t ids[N + 2];
-    static const char *const parts[] = {"a", " ", "ab", "abc", "c", "\xE6\x97\xA5", "\xF0", "'s", "\n", "<end>",
+    static const char *const parts[] = {"a", " ", "ab", "abc", "c", "\xE6\x97\xA5", "\xF0", "'s",
+                                        "\n", "<end>",
                                         "a\x80", " h"};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
         size_t k = strlen(parts[i]);
@@ -319,14 +346,12 @@ static void test_long(const based_tokenizer *t)
     }
 }
 
-/* ---------------------------------------------------------------------------------------------------------------------
- * Hostile sections
- */
+/* ==== Hostile sections ======================================================================= */
 
-/* A section must either be refused with a reason or be usable whatever it says. Returns its status. */
-static int survive(const unsigned char *section, size_t size, uint32_t vocab)
-{
-    static const char text[] = "abcabc  aaaa hh'll <end>x<s>\xE6\x97\xA5\xF0\x9F\xA6\x99\xFF ca ac 12\n";
+/* A section must be refused with a reason, or be usable whatever it says. Returns its status. */
+static int survive(const unsigned char *section, size_t size, uint32_t vocab) {
+    static const char text[] =
+        "abcabc  aaaa hh'll <end>x<s>\xE6\x97\xA5\xF0\x9F\xA6\x99\xFF ca ac 12\n";
     based_tokenizer t;
     unsigned char *copy = malloc(size + (size == 0));
     memcpy(copy, section, size);
@@ -343,8 +368,7 @@ static int survive(const unsigned char *section, size_t size, uint32_t vocab)
     return status;
 }
 
-static void test_hostile(const maker *m)
-{
+static void test_hostile(const maker *m) {
     size_t size;
     unsigned char *s = make_section(m, &size);
     uint32_t words, vocab = m->size, accepted = 0;
@@ -363,8 +387,10 @@ static void test_hostile(const maker *m)
     for (uint32_t w = 0; w < words; w++) {
         uint32_t old;
         memcpy(&old, s + 4 * w, 4);
-        const uint32_t values[] = {0, 1, 2, 3, old - 1, old + 1, m->size - 1, m->size, m->size + 1, words, 4 * words,
-                                   (uint32_t)size, 0x3FFFFFFF, 0x40000000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFE,
+        const uint32_t values[] = {0, 1, 2, 3, old - 1, old + 1, m->size - 1, m->size, m->size + 1,
+                                   words, 4 * words,
+                                   (uint32_t)size, 0x3FFFFFFF, 0x40000000, 0x7FFFFFFF, 0x80000000,
+                                       0xFFFFFFFE,
                                    0xFFFFFFFF, 0x7FC00000, 0x7F800000, old ^ 0x80000000};
         for (size_t i = 0; i < sizeof values / sizeof *values; i++) {
             memcpy(s + 4 * w, &values[i], 4);
@@ -385,8 +411,7 @@ static void test_hostile(const maker *m)
 }
 
 /* One change each, and what the message must say: the checks are there, each for its own reason. */
-static void refuse(const maker *m, uint32_t vocab, const char *expected, int line)
-{
+static void refuse(const maker *m, uint32_t vocab, const char *expected, int line) {
     size_t size;
     based_error e;
     based_tokenizer t;
@@ -398,15 +423,14 @@ static void refuse(const maker *m, uint32_t vocab, const char *expected, int lin
     test_count(ok, __FILE__, line, expected);
     free(s);
 }
-#define REFUSE(make, change, expected)                                                                                 \
-    do {                                                                                                               \
-        make(&m);                                                                                                      \
-        change;                                                                                                        \
-        refuse(&m, m.size, expected, __LINE__);                                                                        \
+#define REFUSE(make, change, expected) \
+    do { \
+        make(&m); \
+        change; \
+        refuse(&m, m.size, expected, __LINE__); \
     } while (0)
 
-static void test_refusals(void)
-{
+static void test_refusals(void) {
     static maker m;
     REFUSE(make_bpe, m.kind = 3, "kind 3 is unknown");
     REFUSE(make_bpe, m.flags = 4, "flags 4 are unknown");
@@ -420,7 +444,8 @@ static void test_refusals(void)
     REFUSE(make_bpe, m.byte_id[65] = 66, "byte 65 has token 66, which has other bytes");
     REFUSE(make_bpe, m.byte_id[65] = AB, "byte 65 has token 256, which has other bytes");
     REFUSE(make_bpe, m.special[0] = BPE_SIZE, "special 0 is token 265");
-    REFUSE(make_bpe, (m.special[0] = END, m.special[1] = ENDX), "special 1, token 264, is empty or out of order");
+    REFUSE(make_bpe, (m.special[0] = END, m.special[1] = ENDX),
+           "special 1, token 264, is empty or out of order");
     REFUSE(make_bpe, m.special[1] = add_token(&m, "", 0), "special 1, token 265, is empty");
     REFUSE(make_bpe, m.merge[3][0] = BPE_SIZE, "merge 3 names a token beyond the last, 264");
     REFUSE(make_bpe, m.merge[3][1] = BPE_SIZE, "merge 3 names");
@@ -430,17 +455,20 @@ static void test_refusals(void)
     REFUSE(make_bpe, m.merge[3][3] = 'a', "which has other bytes");
     REFUSE(make_scores, m.sorted[1] = SCORES_SIZE, "sorted entry 1 is token 271");
     REFUSE(make_scores, m.sorted[1] = m.sorted[0], "sorted entry 1, token");
-    REFUSE(make_scores, m.score[5] = (float)strtod("nan", NULL), "score of token 5 is not a number");
+    REFUSE(make_scores, m.score[5] = (float)strtod("nan", NULL),
+           "score of token 5 is not a number");
 
-    REFUSE(make_bpe, (m.start[BPE_SIZE] = m.start[BPE_SIZE - 1] + 4097), "token 264 is longer than 4096 bytes");
+    REFUSE(make_bpe, (m.start[BPE_SIZE] = m.start[BPE_SIZE - 1] + 4097),
+           "token 264 is longer than 4096 bytes");
 
     /* The whole line, once: what was found and what was expected. */
     make_bpe(&m);
-    refuse(&m, 100, "tokenizer: it has 265 tokens, the model knows 100: it belongs to another model", __LINE__);
+    refuse(&m, 100,
+           "tokenizer: it has 265 tokens, the model knows 100: it belongs to another model",
+           __LINE__);
 }
 
-int main(void)
-{
+int main(void) {
     static maker m;
     size_t size;
     based_tokenizer t;

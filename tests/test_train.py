@@ -18,12 +18,14 @@ def python(*arguments):
 
 
 def run(*arguments):
-    return subprocess.run([ROOT / "run", *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([ROOT / "run", *map(str, arguments)], capture_output=True, text=True,
+                          check=True).stdout
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A model with all three mixers, one of which forgets, trained for half a minute on the trainer's own text, exported."""
+    """A model with all three mixers, one of which decays, trained for half a minute on the
+    trainer's own text, exported."""
     folder = tmp_path_factory.mktemp("smoke")
     said = python(TRAIN, "--smoke", "--out", folder)
     python(ROOT / "export.py", folder, folder / "smoke.bin")
@@ -38,12 +40,13 @@ def test_it_learns(smoke):
 
 
 def test_same_logits_in_c(smoke, tmp_path):
-    """More tokens than the kept ones, the window and several chunks."""
+    """More tokens than the sinks, the window and several chunks."""
     folder, _ = smoke
     ids = " ".join(str(3 + i * i * 7 % 500) for i in range(200))
     python(TRAIN, "--logits", folder, "--tokens", ids, "--out", tmp_path / "torch.f32")
     run(folder / "smoke.bin", "--tokens", ids, "-n", 0, "-q", "--dump-logits", tmp_path / "c.f32")
-    expected, got = (np.fromfile(tmp_path / name, "<f4").reshape(200, -1) for name in ("torch.f32", "c.f32"))
+    expected, got = (np.fromfile(tmp_path / name, "<f4").reshape(200, -1)
+                     for name in ("torch.f32", "c.f32"))
     assert np.abs(expected - got).max() < 2e-4 * max(1, np.abs(expected).max())
     assert expected.std() > 0.5                         # of a model that has learned something
 
@@ -55,5 +58,6 @@ def test_same_bits_per_byte_in_c(smoke, tmp_path):
     text.write_text(TRAIN.read_text(encoding="utf-8")[:20000], encoding="utf-8")
     said = python(TRAIN, "--eval", folder, "--text", text)
     expected = float(re.search(r"([0-9.]+) bits per byte", said)[1])
-    got = float(re.search(r"([0-9.]+) bits per byte", run(folder / "smoke.bin", "-x", text, "-q"))[1])
+    printed = run(folder / "smoke.bin", "-x", text, "-q")
+    got = float(re.search(r"([0-9.]+) bits per byte", printed)[1])
     assert abs(expected - got) <= 2e-4, (said, got)

@@ -1,12 +1,13 @@
 /* main.c - a story from a microcontroller: no operating system, no heap, no files.
  *
- * The checkpoint lies in flash and is used where it lies (model.S puts it there). Everything that changes is in one
- * static block of RAM, the arena; the library says how much of it each object needs, and what is left is what you have.
- * Only the three functions under "The board" know the machine: here they speak to a debugger by semihosting, which is
- * also what QEMU understands; on a board of your own they would speak to its UART.
+ * The checkpoint lies in flash and is used where it lies (model.S puts it there). Everything that
+ * changes is in one static block of RAM, the arena; the library says how much of it each object
+ * needs. Only the functions under "The board" depend on the machine: here they call a debugger by
+ * semihosting, which QEMU supports; on a board of your own they would write to its UART.
  *
- * It ends with a few lines for the test that runs it (boards.py): the fingerprint of all logits it used, which must be
- * the one that ./run -v shows for the same checkpoint on a computer, and the memory it took.
+ * It ends with a few lines for the test that runs it (boards.py): the fingerprint of all logits it
+ * used, which must be the one that ./run -v shows for the same checkpoint on a computer, and the
+ * memory it took.
  */
 #include "based.h"
 
@@ -17,28 +18,29 @@
 #define PROMPT "Once upon a time"
 #endif
 #ifndef TOKENS
-#define TOKENS 40                       /* to generate after the prompt                                          */
+#define TOKENS 40                       /* to generate after the prompt */
 #endif
 #ifndef ARENA
 #define ARENA (180 * 1024)
 #endif
 
-extern const unsigned char checkpoint[], checkpoint_end[];     /* in flash, aligned to 64                         */
+extern const unsigned char checkpoint[], checkpoint_end[];     /* in flash, aligned to 64 */
 
 static unsigned char arena[ARENA] __attribute__((aligned(64)));
-static size_t used;                     /* bytes of it, from the front                                           */
+static size_t used;                     /* bytes of it, from the front */
 
-/* ---- The board ---------------------------------------------------------------------------------------------------- */
+/* ---- The board ------------------------------------------------------------------------------- */
 
 static void put(const char *text) { sys_semihost_write0(text); }
 
 static void leave(unsigned status) { sys_semihost_exit(ADP_Stopped_ApplicationExit, status); }
 
-/* The linker script's: where static data ends and where the stack begins; the stack grows down towards the data. */
+/* From the linker script: where static data ends and where the stack begins. The stack grows down
+ * towards the data. */
 extern unsigned char __end[], __stack[], __data_start[];
 #define PAINT 0xa5
 
-/* Paints the RAM that the stack has not reached yet; what has lost its paint at the end was used. */
+/* Fills the RAM below the stack with PAINT; bytes that have changed at the end were used. */
 static void __attribute__((noinline)) paint_stack(void) {
     volatile unsigned char here, *limit = &here;
     for (volatile unsigned char *p = __end; p < limit - 64; p++) *p = PAINT;
@@ -50,7 +52,7 @@ static size_t stack_used(void) {
     return (size_t)(__stack - p);
 }
 
-/* ---- Writing without printf ----------------------------------------------------------------------------------------- */
+/* ---- Writing without printf ------------------------------------------------------------------ */
 
 static void put_number(const char *name, size_t n, unsigned base) {
     char text[16], *p = text + sizeof text - 1;
@@ -69,7 +71,7 @@ static void die(const char *why) {
     leave(1);
 }
 
-/* ---- The arena ------------------------------------------------------------------------------------------------------ */
+/* ---- The arena ------------------------------------------------------------------------------- */
 
 /* The rest of the arena, if it has n bytes. 64-byte blocks keep everything aligned. */
 static void *room(size_t n, const char *what) {
@@ -83,13 +85,16 @@ static void *room(size_t n, const char *what) {
 
 static void keep(size_t n) { used += (n + 63) / 64 * 64; }
 
-/* ---- The story ------------------------------------------------------------------------------------------------------ */
+/* ---- The story ------------------------------------------------------------------------------- */
 
 static based_model *open_model(void) {
     based_error e;
     based_model *m = NULL;
-    size_t size = (size_t)(checkpoint_end - checkpoint), n = based_model_bytes(checkpoint, size, &e);
-    if (!n || based_model_init(&m, room(n, "the arena is too small for the model"), n, checkpoint, size, 0, &e)) die(e.text);
+    size_t size = (size_t)(checkpoint_end - checkpoint);
+    size_t n = based_model_bytes(checkpoint, size, &e);
+    if (n == 0) die(e.text);
+    void *memory = room(n, "the arena is too small for the model");
+    if (based_model_init(&m, memory, n, checkpoint, size, 0, &e)) die(e.text);
     keep(n);
     return m;
 }
@@ -98,18 +103,20 @@ static based_session *open_session(const based_model *m) {
     based_error e;
     based_session *s = NULL;
     size_t n = based_session_bytes(m, 1);
-    if (based_session_init(&s, m, room(n, "the arena is too small for the session"), n, 1, &e)) die(e.text);
+    if (based_session_init(&s, m, room(n, "the arena is too small for the session"), n, 1, &e))
+        die(e.text);
     keep(n);
     return s;
 }
 
-/* The prompt's ids, at most `max`. Encoding works in the memory that the session will have later. */
+/* The ids of the prompt, at most `max`. Encoding uses memory that the session will use later. */
 static size_t encode(const based_tokenizer *t, int32_t *ids, size_t max) {
     based_error e;
     size_t n = strlen(PROMPT);
     void *scratch = room(based_encode_scratch(t, n), "the arena is too small for the prompt");
     if (based_encode_bound(t, n) > max) die("the prompt is too long");
-    int64_t got = based_encode(t, PROMPT, n, t->flags & BASED_TOK_ADD_BOS ? BASED_ADD_BOS : 0, ids, scratch, &e);
+    int64_t got = based_encode(t, PROMPT, n, t->flags & BASED_TOK_ADD_BOS ? BASED_ADD_BOS : 0, ids,
+                               scratch, &e);
     if (got < 0) die(e.text);
     return (size_t)got;
 }
@@ -132,12 +139,14 @@ static int32_t step(based_session *s, size_t width, int32_t id, uint32_t *hash) 
     return most_probable(based_logits(s), width);
 }
 
-static uint32_t tell(based_session *s, const based_tokenizer *t, const int32_t *ids, size_t n, size_t width) {
-    static char text[64];               /* of one token                                                          */
+static uint32_t tell(based_session *s, const based_tokenizer *t, const int32_t *ids, size_t n,
+                     size_t width) {
+    static char text[64];               /* of one token */
     static based_decoder d;
     uint32_t hash = 0, unused = 0;
     int32_t id = 0;
-    if (based_decode_bound(t) >= sizeof text) die("a token of this model is longer than the room for its text");
+    if (based_decode_bound(t) >= sizeof text)
+        die("a token of this model is longer than the room for its text");
     put(PROMPT);
     for (size_t i = 0; i < n; i++) {
         based_decode(t, &d, ids[i], text);

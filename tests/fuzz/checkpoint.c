@@ -1,7 +1,8 @@
-/* checkpoint.c - fuzzes the checkpoint reader: any bytes are refused with one line, or are a model that computes without a
- * wrong step, gives the same bits fed at once or one by one by either set of kernels, and reads and writes text.
- * The mutator knows the format by the structs of based.h: it changes fields to values at and just beyond their maxima, adds
- * and drops layers, and then puts sizes and checksum right, so that mutants get past the first checks.
+/* checkpoint.c - fuzzes the checkpoint reader: any bytes are refused with one line, or are a model
+ * that computes without a wrong step, gives the same bits fed at once or one by one by either set
+ * of kernels, and reads and writes text. The mutator knows the format by the structs of based.h: it
+ * changes fields to values at and just beyond their maxima, adds and drops layers, and then puts
+ * sizes and checksum right, so that mutants get past the first checks.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "based.c"
@@ -38,17 +39,19 @@ static void use_tokenizer(const based_model *m, const char *text, size_t n) {
     free(ids), free(work), free(out);
 }
 
-static int feed(based_session *s, const uint8_t *from, size_t n, size_t at_once, float *out) {
+static int feed_any(based_session *s, const uint8_t *from, size_t n, size_t at_once, float *out) {
     const based_config *c = s->m->c;
     static float x[TOKENS * WORK];
     int32_t ids[TOKENS];
     based_error e;
-    if (c->input) for (size_t i = 0; i < n * c->input; i++) x[i] = (float)from[i % 64] / 128.0f - 1.0f;
+    if (c->input)
+        for (size_t i = 0; i < n * c->input; i++) x[i] = (float)from[i % 64] / 128.0f - 1.0f;
     else for (size_t i = 0; i < n; i++) ids[i] = (int32_t)(from[i] % (c->vocab ? c->vocab : 1));
-    if (c->flags & BASED_BIDIRECTIONAL) return based_feed_window(s, x, n, out, &e);
+    if (c->flags & BASED_BIDIRECTIONAL) return based_feed_bidirectional(s, x, n, out, &e);
     for (size_t i = 0; i < n; i += at_once) {
         size_t some = n - i < at_once ? n - i : at_once;
-        int status = c->input ? based_feed_vectors(s, x + i * c->input, some, out + i * based_width(s->m), &e)
+        int status = c->input ? based_feed_vectors(s, x + i * c->input, some,
+                                                   out + i * based_width(s->m), &e)
                               : based_feed(s, ids + i, some, out + i * based_width(s->m), &e);
         if (status) {
             REQUIRE(one_line(&e));
@@ -81,9 +84,10 @@ static void use_model(const based_model *m, const based_model *plain, const uint
     if (n > SESSION_MOST || m->c->input > WORK || (m->c->input == 0 && m->c->vocab == 0)) return;
     void *memory[2];
     based_session *one = session(m, TOKENS, &memory[0]), *two = session(plain, TOKENS, &memory[1]);
-    float *a = tight(NULL, TOKENS * width * sizeof *a), *b = tight(NULL, TOKENS * width * sizeof *b);
-    int status = feed(one, data, TOKENS, 4, a);
-    REQUIRE(feed(two, data, TOKENS, 1, b) == status);
+    float *a = tight(NULL, TOKENS * width * sizeof *a),
+        *b = tight(NULL, TOKENS * width * sizeof *b);
+    int status = feed_any(one, data, TOKENS, 4, a);
+    REQUIRE(feed_any(two, data, TOKENS, 1, b) == status);
     if (!status) REQUIRE(agree(a, b, TOKENS * width) && based_count(one) == TOKENS);
     free(memory[0]), free(memory[1]), free(a), free(b);
 }
@@ -100,7 +104,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         if (based_model_init(&m, memory, need, bytes, size, 0, &e)) {
             REQUIRE(one_line(&e));
         } else {
-            REQUIRE(based_model_init(&plain, plain_memory, need, bytes, size, BASED_PLAIN, &e) == BASED_OK);
+            REQUIRE(based_model_init(&plain, plain_memory, need, bytes, size, BASED_PLAIN,
+                                     &e) == BASED_OK);
             use_model(m, plain, size >= 512 ? data + size - 256 : nothing);
         }
         free(memory), free(plain_memory);
@@ -113,8 +118,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 
 static uint32_t interesting(uint32_t now) {
     static const uint32_t edges[] = {
-        BASED_MAX_DIM, BASED_MAX_LAYERS, BASED_MAX_VOCAB, BASED_MAX_HIDDEN, BASED_MAX_HEADS, BASED_MAX_TAPS, BASED_MAX_WINDOW,
-        BASED_MAX_CHUNK, BASED_MAX_DEGREE, BASED_MAX_FEATURES, BASED_MAX_BLOCK, BASED_MAX_TOKEN, BASED_NONE, 0x80000000u
+        BASED_MAX_DIM, BASED_MAX_LAYERS, BASED_MAX_VOCAB, BASED_MAX_HIDDEN, BASED_MAX_HEADS,
+        BASED_MAX_CONV_WIDTH, BASED_MAX_WINDOW, BASED_MAX_CHUNK, BASED_MAX_DEGREE,
+        BASED_MAX_FEATURES, BASED_MAX_BLOCK, BASED_MAX_TOKEN, BASED_NONE, 0x80000000u
     };
     switch (dice(6)) {
     case 0:  return edges[dice(COUNT(edges))] + dice(3) - 1;
@@ -125,7 +131,8 @@ static uint32_t interesting(uint32_t now) {
     }
 }
 
-/* Changes one word of a struct of the header to a value at the edge of something, or to that of a neighbour. */
+/* Changes one word of a struct of the header to a value at the edge of something, or to that of a
+ * neighbor. */
 static void change_word(unsigned char *p, size_t words) {
     uint32_t at = dice((uint32_t)words), value;
     memcpy(&value, p + 4 * at, 4);
@@ -136,7 +143,8 @@ static void change_word(unsigned char *p, size_t words) {
 /* Adds a copy of a layer, or drops one; `size` bytes of `most`. */
 static size_t change_layers(unsigned char *p, size_t size, size_t most) {
     based_config *c = (based_config *)(void *)p;
-    if (c->layers == 0 || c->layers > 64 || size < sizeof *c + c->layers * sizeof(based_layer)) return size;
+    if (c->layers == 0 || c->layers > 64 || size < sizeof *c + c->layers * sizeof(based_layer))
+        return size;
     unsigned char *layer = p + sizeof *c + dice(c->layers) * sizeof(based_layer);
     size_t behind = size - (size_t)(layer - p);
     if (dice(2) && size + sizeof(based_layer) <= most) {
@@ -150,20 +158,21 @@ static size_t change_layers(unsigned char *p, size_t size, size_t most) {
 }
 
 /* The bytes that the header asks for, or 0 if it is refused or asks for too much. */
-static size_t wanted(const unsigned char *p, size_t most) {
+static size_t n_logits(const unsigned char *p, size_t most) {
     static uint64_t memory[MODEL_MOST / 8];
     based_model *m = (void *)memory;
-    struct cursor cursor = { p, 0, most, 0, 0 };
+    struct reader reader = { .bytes = p, .size = most };
     size_t need = based_model_bytes(p, most, NULL);
     if (need == 0 || need > MODEL_MOST) return 0;
     memset(memory, 0, need);
     m->c = (const based_config *)(const void *)p;
     m->k = choose_kernels(0);
-    bind(&cursor, m);
-    return cursor.short_of_bytes ? 0 : (size_t)cursor.at;
+    bind_weights(&reader, m, m->layer);
+    return reader.short_of_bytes ? 0 : (size_t)reader.at;
 }
 
-/* Gives the file the size that its header asks for, now and then one byte too much or too little, and a checksum. */
+/* Gives the file the size that its header asks for, now and then one byte too much or too little,
+ * and a checksum. */
 static size_t repair(unsigned char *p, size_t size, size_t most) {
     based_config *c = (based_config *)(void *)p;
     memcpy(c->magic, BASED_MAGIC, 8);
@@ -171,8 +180,9 @@ static size_t repair(unsigned char *p, size_t size, size_t most) {
     c->byte_order = BASED_BYTE_ORDER;
     c->file_size[0] = (uint32_t)most;
     c->file_size[1] = 0;
-    for (size_t at = size; at < most; at++) p[at] = at % 4 == 3 ? 0x3d : (unsigned char)at;     /* small numbers */
-    size_t want = wanted(p, most);
+    /* small numbers */
+    for (size_t at = size; at < most; at++) p[at] = at % 4 == 3 ? 0x3d : (unsigned char)at;
+    size_t want = n_logits(p, most);
     size = want ? want : size;
     if (dice(32) == 0) size += dice(2) && size < most ? 1 : (size_t)-1;
     c->file_size[0] = (uint32_t)size;
@@ -186,7 +196,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
     based_config *c = (based_config *)(void *)p;
     most = most < WORK ? most : WORK;
     dice_state = seed;
-    if (size <= sizeof *c + 64 || size > most || dice(16) == 0) return LLVMFuzzerMutate(data, size, most);
+    if (size <= sizeof *c + 64 || size > most || dice(16) == 0)
+        return LLVMFuzzerMutate(data, size, most);
     memcpy(p, data, size);
     for (uint32_t n = 1 + dice(3); n > 0; n--) {
         size_t header = sizeof *c + (c->layers < 64 ? c->layers : 64) * sizeof(based_layer), some;
@@ -195,7 +206,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
         case 1: size = change_layers(p, size, most); break;
         case 2: some = size - 32 < 64 ? size - 32 : 64;                 /* anywhere */
                 LLVMFuzzerMutate(p + 32 + dice((uint32_t)(size - 31 - some)), some, some); break;
-        default: if (header <= size && header > sizeof *c) change_word(p + sizeof *c, (header - sizeof *c) / 4);
+        default: if (header > size || header <= sizeof *c) break;
+                 change_word(p + sizeof *c, (header - sizeof *c) / 4);
         }
     }
     size = repair(p, size, most);
@@ -205,10 +217,12 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
 
 /* A BPE of nothing but bytes, as many as the vocabulary of model.h has. */
 static size_t put_tokenizer(unsigned char *to) {
-    uint32_t words[12 + 256 + 1 + VOCAB + 1] = { COUNT(words), BASED_BPE, 0, VOCAB, 0, 0, BASED_NONE, 0, 1 }, *start;
-    for (uint32_t b = 0; b < 256; b++) words[12 + b] = b >= 'a' && b < 'a' + VOCAB - 1 ? b - 'a' + 1 : BASED_NONE;
+    uint32_t words[12 + 256 + 1 + VOCAB + 1] = { COUNT(words), BASED_BPE, 0, VOCAB, 0, 0,
+                                                 BASED_NONE, 0, 1 }, *start;
+    for (uint32_t b = 0; b < 256; b++)
+        words[12 + b] = b >= 'a' && b < 'a' + VOCAB - 1 ? b - 'a' + 1 : BASED_NONE;
     start = words + 12 + 256 + 1;
-    for (uint32_t i = 1; i <= VOCAB; i++) start[i] = i + 2;             /* token 0 is "<s>", special */
+    for (uint32_t i = 1; i <= VOCAB; i++) start[i] = i + 2;  /* token 0 is "<s>", special */
     memcpy(to, words, sizeof words);
     memcpy(to + sizeof words, "<s>", 3);
     for (uint32_t i = 1; i < VOCAB; i++) to[sizeof words + i + 2] = (unsigned char)('a' + i - 1);
@@ -223,7 +237,8 @@ static void write_seeds(void) {
         { "vectors", { 9, 1.0f, 6, BASED_F32, 0 } }, { "window", { 7, 1.0f, 0, BASED_F32, 5 } }
     };
     for (size_t i = 0; i < COUNT(seeds); i++) {
-        const unsigned char *bytes = (const unsigned char *)based_model_config(make_model(seeds[i].wish));
+        const unsigned char *bytes
+            = (const unsigned char *)based_model_config(make_model(seeds[i].wish));
         const based_config *c = (const based_config *)(const void *)bytes;
         size_t size = c->file_size[0], header = sizeof *c + c->layers * sizeof(based_layer);
         save_seed(seeds[i].name, bytes, size);

@@ -1,5 +1,5 @@
-/* encode.c - fuzzes encoding: any text, by both kinds of tokenizer, stays within its bounds and comes back byte for byte. The
- * first byte chooses the tokenizer and the flags.
+/* encode.c - fuzzes encoding: any text, by both kinds of tokenizer, stays within its bounds and
+ * comes back byte for byte. The first byte chooses the tokenizer and the flags.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "../../tokenizer.c"
@@ -15,8 +15,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 }
 
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
-    static const char *const pieces[] = { "<end>", "<end>x", "<s>", "</s>", " ab", "abcc", "aaaa", "\xE6\x97\xA5",
-                                          "\xF0\x9F\xA6\x99", " h", "'re", "  ", "\r\n", "0", "\xC2\xA0" };
+    static const char *const pieces[] = {
+        "<end>", "<end>x", "<s>", "</s>", " ab", "abcc", "aaaa", "\xE6\x97\xA5",
+        "\xF0\x9F\xA6\x99", " h", "'re", "  ", "\r\n", "0", "\xC2\xA0"
+    };
     dice_state = seed;
     const char *piece = pieces[dice(sizeof pieces / sizeof *pieces)];
     size_t n = strlen(piece);
@@ -30,7 +32,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
 
 static void write_seeds(void) {
     for (char first = '0'; first < '8'; first++) {
-        char name[] = "text0", text[] = "0 abcc aaaa hello<end>x \xE6\x97\xA5\xF0\x9F\xA6\x99 it's 12\n\n x\xFF";
+        char name[] = "text0",
+             text[] = "0 abcc aaaa hello<end>x \xE6\x97\xA5\xF0\x9F\xA6\x99 it's 12\n\n x\xFF";
         name[4] = text[0] = first;
         save_seed(name, text, sizeof text - 1);
     }

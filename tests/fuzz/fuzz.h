@@ -1,6 +1,7 @@
-/* fuzz.h - what the fuzz targets share. A target is one C file that includes the source it attacks, defines
- * LLVMFuzzerTestOneInput, and offers a few good inputs to begin with (write_seeds). Built by clang it is driven by libFuzzer,
- * by afl-clang-fast by AFL++; any other compiler links main.c, which replays files and makes random mutants without coverage.
+/* fuzz.h - what the fuzz targets share. A target is one C file that includes the source it tests,
+ * defines LLVMFuzzerTestOneInput, and offers a few good inputs to begin with (write_seeds). Built
+ * by clang it is driven by libFuzzer, by afl-clang-fast by AFL++; any other compiler links main.c,
+ * which replays files and makes random mutants without coverage.
  */
 #ifndef FUZZ_H
 #define FUZZ_H
@@ -13,11 +14,16 @@
 int    LLVMFuzzerInitialize(int *argc, char ***argv);
 int    LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed);
-size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);      /* the driver's own: bytes, no structure */
+/* the driver's own: bytes, no structure */
+size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most);
 
-/* What must hold whatever the input is. */
+/* What must hold for every input. */
 #define REQUIRE(condition) do { \
-        if (!(condition)) { fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); abort(); } } while (0)
+        if (!(condition)) { \
+            fprintf(stderr, "%s:%d: failed: %s\n", __FILE__, __LINE__, #condition); \
+            abort(); \
+        } \
+    } while (0)
 
 static const char *seed_directory;
 
@@ -35,15 +41,16 @@ int LLVMFuzzerInitialize(int *argc, char ***argv) {
     if (*argc != 3 || strcmp((*argv)[1], "--seeds")) return 0;
     seed_directory = (*argv)[2];
     write_seeds();
-    _Exit(0);                                           /* what seeds are made of needs not be freed */
+    _Exit(0);                           /* what the seeds were made from is not freed */
 }
 
-/* A copy of n bytes in a block of just that size, at a multiple of 64, so that a sanitizer sees every step beyond it. */
+/* A copy of n bytes in a block of exactly that size, aligned to 64, so that a sanitizer sees every
+ * access beyond it. */
 static inline void *tight(const void *bytes, size_t n) {
     void *p = NULL;
     REQUIRE(posix_memalign(&p, 64, n ? n : 1) == 0);
     if (bytes && n) memcpy(p, bytes, n);
-    if (!bytes) memset(p, 0xA5, n);                     /* nobody may rely on zeroed memory */
+    if (!bytes) memset(p, 0xA5, n);                     /* no code may rely on zeroed memory */
     return p;
 }
 

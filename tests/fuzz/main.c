@@ -35,7 +35,8 @@ size_t LLVMFuzzerMutate(uint8_t *data, size_t size, size_t most) {
     return size;
 }
 
-/* The input in a block of just its size; each mutant begins with the one before, and now and then with the file again. */
+/* Runs a file and its mutants, each in a block of exactly its size. A mutant is made from the one
+ * before it; every eighth is made from the file again. */
 static void run(const char *path, unsigned long mutants) {
     static uint8_t original[MOST], input[MOST];
     FILE *f = fopen(path, "rb");
@@ -57,7 +58,8 @@ int main(int argc, char **argv) {
     unsigned long mutants = 0;
     int first = 1;
     LLVMFuzzerInitialize(&argc, &argv);
-    if (argc > 2 && strcmp(argv[1], "--random") == 0) mutants = strtoul(argv[2], NULL, 10), first = 3;
+    if (argc > 2 && strcmp(argv[1], "--random") == 0)
+        mutants = strtoul(argv[2], NULL, 10), first = 3;
     for (int i = first; i < argc; i++) run(argv[i], mutants);
     printf("%d files, %lu mutants of each\n", argc - first, mutants);
     return 0;

@@ -1,6 +1,7 @@
-/* options.c - fuzzes what run.c itself understands. The command line, its arguments separated by zero bytes: understood, or
- * refused with one clean line and status 2. And the note in a saved session, for whatever begins as one does: taken, or refused
- * with one line and status 1.
+/* options.c - fuzzes what run.c itself reads. The input is a command line, its arguments separated
+ * by zero bytes: it is understood, or refused with one clean line and status 2. Or it begins as the
+ * note in a saved session does, and is read as one: it is taken, or refused with one line and
+ * status 1.
  */
 #define _GNU_SOURCE 1
 #include <stdio.h>
@@ -25,14 +26,18 @@ static void check_refusal(int rc, int expected) {
     error_text[n] = '\0';
     REQUIRE((n == 0) == (rc == DONE));
     if (rc == DONE) return;
-    REQUIRE(rc == expected && n > 10 && memcmp(error_text, "run: ", 5) == 0 && error_text[n - 1] == '\n');
-    for (size_t i = 0; i < n - 1; i++) REQUIRE((unsigned char)error_text[i] >= 0x20 && error_text[i] != 0x7f);
+    REQUIRE(rc == expected && n > 10 && memcmp(error_text, "run: ", 5) == 0);
+    REQUIRE(error_text[n - 1] == '\n');
+    for (size_t i = 0; i < n - 1; i++) {
+        REQUIRE((unsigned char)error_text[i] >= 0x20 && error_text[i] != 0x7f);
+    }
 }
 
 static void check_numbers(const options *o) {
     REQUIRE(o->checkpoint && o->predict >= -1 && o->temperature >= 0 && o->temperature <= 100);
-    REQUIRE(o->top_p >= 0 && o->top_p <= 1 && o->min_p >= 0 && o->min_p <= 1 && o->repeat_penalty > 0);
-    REQUIRE(o->top_k >= 0 && o->top_k <= 4294967295 && o->repeat_last_n >= 0 && o->repeat_last_n <= 1048576);
+    REQUIRE(o->top_p >= 0 && o->top_p <= 1 && o->min_p >= 0 && o->min_p <= 1);
+    REQUIRE(o->repeat_penalty > 0 && o->top_k >= 0 && o->top_k <= 4294967295);
+    REQUIRE(o->repeat_last_n >= 0 && o->repeat_last_n <= 1048576);
     REQUIRE(o->threads >= 0 && o->threads <= 1024 && o->branches >= 0 && o->branches <= 65536);
     if (o->chat) REQUIRE(o->before && o->after && o->stop && o->stop[0] == '\n');
     for (size_t i = 0; i < o->n_stops; i++) REQUIRE(o->stops[i] && o->stops[i][0]);
@@ -54,7 +59,8 @@ static void use_note(const uint8_t *data, size_t size) {
     if (rc != DONE) return;
     read_note(&r, data, size);
     REQUIRE(r.out.decoder.n < sizeof r.out.decoder.held && r.out.decoder.started <= 1);
-    for (size_t i = 0, n = based_sampler_recent(&r.sampler, recent); i < n; i++) REQUIRE(recent[i] >= 0 && recent[i] < 300);
+    size_t n = based_sampler_recent(&r.sampler, recent);
+    for (size_t i = 0; i < n; i++) REQUIRE(recent[i] >= 0 && recent[i] < 300);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
@@ -72,7 +78,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     }
     memcpy(text, data, size);
     text[size] = '\0';
-    for (size_t at = 0; at < size && argc < 65; at += strlen(text + at) + 1) argv[argc++] = text + at;
+    for (size_t at = 0; at < size && argc < 65; at += strlen(text + at) + 1) {
+        argv[argc++] = text + at;
+    }
     memset(&o, 0, sizeof o);
     o.stops = calloc((size_t)argc + 1, sizeof *o.stops);
     int rc = parse_options(&o, argc, argv);
@@ -84,11 +92,14 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
 
 /* Puts a flag that there is, or a value near the edge of a range, somewhere into the line. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
-    static const char *const values[] = { "0", "1", "-1", "65537", "9223372036854775808", "18446744073709551616", "1e309",
-                                          "nan", "-0", "0x1", "", "-", "--", "chat", "{}", "a{}b{}", "\n", "m.bin" };
+    static const char *const values[] = {
+        "0", "1", "-1", "65537", "9223372036854775808", "18446744073709551616", "1e309", "nan",
+        "-0", "0x1", "", "-", "--", "chat", "{}", "a{}b{}", "\n", "m.bin"
+    };
     char word[64];
     dice_state = seed;
-    if (is_our_note(data, size)) {                      /* which says rightly how long it is, most of the time */
+    if (is_our_note(data, size)) {
+        /* a mutant that states its length correctly most of the time */
         size = LLVMFuzzerMutate(data, size, most);
         if (size < NOTE_HEADER || dice(8) == 0) return size;
         memcpy(data, "run\1", 4);
@@ -96,11 +107,12 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
         return dice(8) ? size - size % 4 : size;
     }
     const flag *f = &flags[dice(FLAGS)];
+    const char *value = values[dice(sizeof values / sizeof *values)];
     switch (dice(4)) {
     case 0: snprintf(word, sizeof word, "--%s", f->name); break;
     case 1: snprintf(word, sizeof word, "-%c", f->letter ? f->letter : 'n'); break;
-    case 2: snprintf(word, sizeof word, "--%s=%s", f->name, values[dice(sizeof values / sizeof *values)]); break;
-    default: snprintf(word, sizeof word, "%s", values[dice(sizeof values / sizeof *values)]);
+    case 2: snprintf(word, sizeof word, "--%s=%s", f->name, value); break;
+    default: snprintf(word, sizeof word, "%s", value);
     }
     size_t n = strlen(word) + 1, at = dice((uint32_t)size + 1);
     if (dice(3) == 0 || n > most - size) return LLVMFuzzerMutate(data, size, most);

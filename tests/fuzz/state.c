@@ -1,5 +1,6 @@
-/* state.c - fuzzes the reader of saved sessions: any bytes are refused with one line and leave the session as it was, or are
- * loaded, come back byte for byte when saved again, and the session goes on.
+/* state.c - fuzzes the reader of saved sessions: any bytes are refused with one line and leave the
+ * session as it was, or are loaded, come back byte for byte when saved again, and the session goes
+ * on.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "based.c"
@@ -7,7 +8,7 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/model.h"
 
-enum { SAVED_MOST = 1 << 16 };
+enum { SAVED_MOST = 1 << 16, HEADER = sizeof(struct saved_header) };
 
 static based_session *s;
 static unsigned char kept[SAVED_MOST], after[SAVED_MOST];
@@ -23,7 +24,8 @@ static void begin(void) {
         REQUIRE(based_load(s, kept, based_saved_bytes(s->m, 0), NULL, NULL, &e) == BASED_OK);
         return;
     }
-    REQUIRE(based_feed(s, text, COUNT(text), NULL, &e) == BASED_OK && based_save(s, NULL, 0, kept, SAVED_MOST, &e) == BASED_OK);
+    REQUIRE(based_feed(s, text, COUNT(text), NULL, &e) == BASED_OK
+            && based_save(s, NULL, 0, kept, SAVED_MOST, &e) == BASED_OK);
     begun = 1;
 }
 
@@ -35,11 +37,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     based_error e;
     if (based_load(s, saved, size, &note, &note_bytes, &e)) {
         REQUIRE(strlen(e.text) > 10 && !strchr(e.text, '\n') && note == NULL && note_bytes == 0);
-        REQUIRE(based_save(s, NULL, 0, after, SAVED_MOST, &e) == BASED_OK && memcmp(kept, after, usual) == 0);
+        REQUIRE(based_save(s, NULL, 0, after, SAVED_MOST, &e) == BASED_OK
+                && memcmp(kept, after, usual) == 0);
     } else {
         REQUIRE(size == usual + note_bytes && (const unsigned char *)note == saved + usual);
         unsigned char *again = tight(NULL, size);
-        REQUIRE(based_save(s, note, note_bytes, again, size, &e) == BASED_OK && memcmp(saved, again, size) == 0);
+        REQUIRE(based_save(s, note, note_bytes, again, size, &e) == BASED_OK
+                && memcmp(saved, again, size) == 0);
         uint64_t count = based_count(s);
         REQUIRE(based_feed(s, text, 3, NULL, &e) == BASED_OK && based_count(s) == count + 3);
         free(again);
@@ -53,20 +57,20 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
     if (!s) begin();
     size = LLVMFuzzerMutate(data, size, most);
     dice_state = seed;
-    if (size < SAVED_HEADER || dice(8) == 0) return size;
+    if (size < HEADER || dice(8) == 0) return size;
     size_t usual = based_saved_bytes(s->m, 0);
     if (usual <= most && (size < usual || dice(2))) {
         for (; size < usual; size++) data[size] = 0;
-        put_bytes(data + 56, based_width(s->m), 8);
-        put_bytes(data + 64, s->m->state, 8);
-        put_bytes(data + 72, size - usual, 8);
+        put_little(data + 56, based_width(s->m), 8);
+        put_little(data + 64, s->m->state, 8);
+        put_little(data + 72, size - usual, 8);
     }
     memcpy(data, BASED_STATE_MAGIC, 8);
-    put_bytes(data + 8, BASED_STATE_FORMAT, 4);
-    put_bytes(data + 12, BASED_BYTE_ORDER, 4);
-    put_bytes(data + 16, size, 8);
-    put_bytes(data + 32, two_words(s->m->c->checksum), 8);
-    put_bytes(data + 24, based_checksum(data + 32, size - 32), 8);
+    put_little(data + 8, BASED_STATE_FORMAT, 4);
+    put_little(data + 12, BASED_BYTE_ORDER, 4);
+    put_little(data + 16, size, 8);
+    put_little(data + 32, two_words(s->m->c->checksum), 8);
+    put_little(data + 24, based_checksum(data + 32, size - 32), 8);
     return size;
 }
 

@@ -22,7 +22,8 @@ static inline int valid_utf8(const unsigned char *p, size_t n) {
     return 1;
 }
 
-/* The text of n ids is valid UTF-8, whatever they are; each token stays within the bound. The caller frees what is returned. */
+/* The text of n ids is valid UTF-8, whatever they are; each token stays within the bound. The
+ * caller frees what is returned. */
 static inline char *check_decoding(const based_tokenizer *t, const int32_t *ids, size_t n) {
     size_t bound = based_decode_bound(t), at = 0;
     char *text = tight(NULL, n * bound + 12), *out = tight(NULL, bound);
@@ -40,8 +41,10 @@ static inline char *check_decoding(const based_tokenizer *t, const int32_t *ids,
     return text;
 }
 
-/* Encoding stays within its bounds; where every byte has a token, the tokens' bytes are those of the text. */
-static inline void check_encoding(const based_tokenizer *t, const uint8_t *text, size_t n, int flags) {
+/* Encoding stays within its bounds; where every byte has a token, the tokens' bytes are those of
+ * the text. */
+static inline void check_encoding(const based_tokenizer *t, const uint8_t *text, size_t n,
+                                  int flags) {
     int32_t *ids = tight(NULL, sizeof *ids * based_encode_bound(t, n));
     void *scratch = tight(NULL, based_encode_scratch(t, n));
     char *copy = tight(text, n);
@@ -51,13 +54,15 @@ static inline void check_encoding(const based_tokenizer *t, const uint8_t *text,
     int64_t many = based_encode(t, copy, n, flags, ids, scratch, &e), i = 0;
     REQUIRE(many >= 0 && (uint64_t)many <= based_encode_bound(t, n));
     for (uint32_t b = 0; b < 256; b++) whole = whole && t->byte_id[b] != BASED_NONE;
-    if ((flags & BASED_ADD_BOS) && t->bos != BASED_NONE) REQUIRE(many > 0 && (uint32_t)ids[i++] == t->bos);
+    if ((flags & BASED_ADD_BOS) && t->bos != BASED_NONE)
+        REQUIRE(many > 0 && (uint32_t)ids[i++] == t->bos);
     int prefix = (t->flags & BASED_TOK_PREFIX_SPACE) != 0;
     for (; i < many; i++) {
         REQUIRE(ids[i] >= 0 && (uint32_t)ids[i] < t->size);
         span s = token_span(t, (uint32_t)ids[i]);
         if (!whole) continue;
-        if (prefix && s.n > 0 && !is_special(t, (uint32_t)ids[i])) {    /* the space put before the text */
+        /* the space put before the text */
+        if (prefix && s.n > 0 && !is_special(t, (uint32_t)ids[i])) {
             REQUIRE(s.p[0] == ' ');
             s = rest_of(s, 1);
             prefix = 0;

@@ -1,5 +1,6 @@
-/* tokenizer.c - fuzzes the reader of the tokenizer section: any bytes are refused with one line, or are a tokenizer that
- * encodes any text within its bounds and decodes all its tokens to valid UTF-8. The section's own bytes serve as text.
+/* tokenizer.c - fuzzes the reader of the tokenizer section: any bytes are refused with one line, or
+ * are a tokenizer that encodes any text within its bounds and decodes all its tokens to valid
+ * UTF-8. The section's own bytes serve as text.
  */
 #define _POSIX_C_SOURCE 200809L
 #include "../../tokenizer.c"
@@ -34,17 +35,21 @@ static uint32_t get(const uint8_t *data, size_t word) {
     return value;
 }
 
-/* Mutants whose counts add up and whose tokens lie behind one another, most of the time. */
+/* Makes mutants whose counts mostly add up and whose tokens mostly follow one another. */
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
     size = LLVMFuzzerMutate(data, size, most);
     dice_state = seed;
     if (size < 4 * 270 || dice(8) == 0) return size;
-    uint32_t room = (uint32_t)(size / 4), kind = 1 + get(data, 1) % 2, tokens = get(data, 3), specials = get(data, 8) % 8;
+    uint32_t room = (uint32_t)(size / 4), kind = 1 + get(data, 1) % 2, tokens = get(data, 3),
+             specials = get(data, 8) % 8;
     uint32_t least = 12 + 256 + specials + 1;
-    if (least + 2 * tokens > room || tokens == 0 || tokens > room) tokens = 1 + dice((room - least) / 3 + 1);
-    uint32_t rest = room - least < 2 * tokens ? 0 : room - least - 2 * tokens, merges = get(data, 7);
+    if (least + 2 * tokens > room || tokens == 0 || tokens > room)
+        tokens = 1 + dice((room - least) / 3 + 1);
+    uint32_t rest = room - least < 2 * tokens ? 0 : room - least - 2 * tokens,
+             merges = get(data, 7);
     if (merges > rest / 4) merges = dice(rest / 4 + 1);
-    uint32_t words = least + tokens + (kind == BASED_BPE ? 4 * merges : merges + tokens), start = 12 + 256 + specials, at = 0;
+    uint32_t words = least + tokens + (kind == BASED_BPE ? 4 * merges : merges + tokens),
+             start = 12 + 256 + specials, at = 0;
     if (words > room) return size;
     put(data, 0, words), put(data, 1, kind), put(data, 2, get(data, 2) % 4), put(data, 3, tokens);
     for (size_t w = 4; w < 7; w++) if (get(data, w) >= tokens) put(data, w, BASED_NONE);
@@ -52,10 +57,12 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
     for (size_t w = 9; w < 12; w++) put(data, w, 0);
     for (uint32_t i = 0; i <= tokens; i++) {
         uint32_t left = (uint32_t)size - 4 * words - at, n = get(data, start + i) - at;
-        at += i == 0 ? 0 : i == tokens ? left : n <= left && n < 9 ? n : dice(3) < left ? dice(3) % (left + 1) : 0;
+        if (i == tokens) at += left;
+        else if (i > 0) at += n <= left && n < 9 ? n : dice(3) < left ? dice(3) % (left + 1) : 0;
         put(data, start + i, at);
     }
-    for (uint32_t b = 0; b < 256; b++) if (dice(4) && get(data, 12 + b) >= tokens) put(data, 12 + b, BASED_NONE);
+    for (uint32_t b = 0; b < 256; b++)
+        if (dice(4) && get(data, 12 + b) >= tokens) put(data, 12 + b, BASED_NONE);
     return size;
 }
 

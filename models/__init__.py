@@ -1,0 +1,1 @@
+"""Trained models, the programs that made them, and what export.py needs to read other people's."""

@@ -1,0 +1,252 @@
+"""What every origin shares: the records of based.h part 7, tensors by name, and the steps that
+bring weights into the form of based.c.
+
+An origin is a file beside this one. It knows one kind of model and nothing of the others:
+
+    read(source, options, note) -> (config, layers, plan)
+
+source is a Source, or a path for a format of its own. options are those of the command line, and
+note(text) tells the user what had to be assumed. config is a record CONFIG, layers is a list of
+records LAYER, and plan maps the name of each tensor of part 7 to a function without arguments that
+returns its array, so that no more than one tensor is ever in memory. What cannot be reproduced
+exactly raises Refused. FIELDS lists all that an origin reads besides the tensors, with the value
+that counts where nothing is given; None means that it follows from the tensors, or must be given.
+
+These pieces are here and not in export.py because export.py usually runs as the program: a module
+that imported it would get a second copy of it, with another class Refused that nobody catches.
+Imports go one way only: export.py -> an origin -> this file.
+"""
+import json
+import math
+import struct
+import sys
+from decimal import Decimal, localcontext
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+
+# ---- The records of based.h part 7, and the numbers in them.
+
+NONE = 0xFFFFFFFF
+TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL = 1, 2, 4, 8
+NORM_NONE, NORM_RMS, NORM_LAYER, NORM_L2 = 0, 1, 2, 3
+MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
+MLP_NONE, SWIGLU, GELU = 0, 1, 2
+DOT, DIAGONAL = 0, 1
+ADD, CLAMP, RAW, ONE = 0, 1, 2, 3
+(IN_BIAS, OUT_BIAS, CONV_BIAS, UP_BIAS, DOWN_BIAS, VALUE_GATES, SHIFT, NO_OUT, NO_RESIDUAL,
+ KEY_MEAN) = (1 << i for i in range(10))
+
+
+class Refused(ValueError):
+    """Something the user gave cannot be used; the text is the one line they read."""
+
+
+class Record:
+    """A fixed struct of the header, described by "name:code ..." with the codes of `struct`; a name
+    without a code is a uint32."""
+
+    def __init__(self, text):
+        self.names, _, codes = zip(*(item.partition(":") for item in text.split()))
+        self.codes = "<" + "".join(code or "I" for code in codes)
+
+    def new(self, **some):
+        """A namespace of all fields: those given, the rest zero."""
+        fields = self.unpack(bytes(struct.calcsize(self.codes)))
+        assert some.keys() <= set(self.names), some
+        fields.__dict__.update(some)
+        return fields
+
+    def pack(self, fields):
+        return struct.pack(self.codes, *(getattr(fields, name) for name in self.names))
+
+    def unpack(self, data):
+        return SimpleNamespace(**dict(zip(self.names, struct.unpack(self.codes, data))))
+
+
+CONFIG = Record("""magic:8s format byte_order file_size:Q checksum:Q flags dim layers vocab rows
+    input embedding_dtype head_dtype final_norm final_norm_eps:f tokenizer_bytes context name:64s
+    reserved:112s""")
+LAYER = Record("""mixer flags norm1 norm2 norm1_eps:f norm2_eps:f heads kv_heads head_dim_k
+    head_dim_v conv_width window chunk degree kernel normalizer normalizer_eps:f scale:f rope_pairs
+    mlp hidden_dim in_dtype out_dtype up_dtype down_dtype sinks decay:f reserved:20s""")
+
+
+# ---- What is read of an origin.
+
+class Settings:
+    """The fields of a config.json. Only those in `fields` (name -> default) can be asked for; a
+    name with dots is a field of a group inside, such as "alt_mixer.num_heads"."""
+
+    def __init__(self, values, fields):
+        self.values, self.fields = values, fields
+
+    def get(self, name, default=None):
+        """The value of a field as the file has it; if it is absent, `default` or that of fields."""
+        values, (*groups, last) = self.values, name.split(".")
+        for group in groups:
+            values = values.get(group) or {}
+            if not isinstance(values, dict):
+                raise Refused(f"config.json: {group} = {json.dumps(values)}, expected an object")
+        return values.get(last, self.fields[name] if default is None else default)
+
+    def said(self, name, default=None):
+        """What get() finds, for messages."""
+        return f"config.json: {name} = {json.dumps(self.get(name, default))}"
+
+    def number(self, name, default=None, kind=int, least=1e-30):
+        """The same for a field that must be a number of this kind, at least `least`."""
+        value = self.get(name, default)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not least <= value < 1e9 or value != kind(value):
+            raise Refused(f"{self.said(name, default)}, expected a "
+                          f"{'positive ' if least else ''}number")
+        return kind(value)
+
+
+class Source:
+    """The tensors of an origin by name, and its settings. shapes: {name: tuple}; load(name) returns
+    a float32 array; where: the path, for errors; settings: its config.json, or {}."""
+
+    def __init__(self, shapes, load, where, settings={}):
+        self.shapes, self.load, self.where, self.settings = shapes, load, where, settings
+        self.claimed = set()
+
+    def __contains__(self, name):
+        return name in self.shapes
+
+    def renamed(self, names):
+        """The same tensors under other names, {new: old}, without those that are not in it."""
+        return Source({new: self.shapes[old] for new, old in names.items()},
+                      lambda new: self.load(names[new]), self.where, self.settings)
+
+    def shape(self, name, *expected):
+        """The shape of a tensor, which must be there. expected: its sizes, None for any but 0."""
+        if name not in self.shapes:
+            raise Refused(f"{self.where} lacks the tensor {name}")
+        shape = tuple(self.shapes[name])
+        if len(shape) != len(expected) or not all(n if e is None else n == e
+                                                  for n, e in zip(shape, expected)):
+            sizes = ", ".join("any" if e is None else str(e) for e in expected)
+            raise Refused(f"{self.where}: {name} has shape {list(shape)}, expected [{sizes}]")
+        return shape
+
+    def take(self, name, *expected):
+        """Claims a tensor of this shape (see shape); returns a function that loads it."""
+        self.shape(name, *expected)
+        self.claimed.add(name)
+        return lambda: self.load(name)
+
+
+class Model:
+    """What an origin becomes, while it is read: config, layers and plan. ours: the name of a tensor
+    in part 7, theirs: in the source. Once layer() was called, both are names inside that layer."""
+
+    def __init__(self, source, **config):
+        self.source, self.config, self.layers, self.plan = source, CONFIG.new(**config), [], {}
+        self.ours = self.theirs = ""
+
+    def layer(self, theirs, norm, eps, **fields):
+        """Begins a layer whose tensors begin with `theirs`, and returns its record. norm, eps: of
+        both norms."""
+        self.ours, self.theirs = f"layers.{len(self.layers)}.", theirs
+        l = LAYER.new(norm1=norm, norm2=norm, norm1_eps=eps, norm2_eps=eps, **fields)
+        self.layers.append(l)
+        return l
+
+    def __contains__(self, theirs):
+        return self.theirs + theirs in self.source
+
+    def shape(self, theirs, *expected):
+        """See Source.shape."""
+        return self.source.shape(self.theirs + theirs, *expected)
+
+    def load(self, theirs, *expected):
+        """See Source.take."""
+        return self.source.take(self.theirs + theirs, *expected)
+
+    def put(self, ours, load):
+        """Tensor `ours` is what load() returns."""
+        self.plan[self.ours + ours] = load
+
+    def norm(self, ours, theirs, names):
+        """The weight (dim) of a norm, and its bias (dim) if there are two names for them."""
+        for mine, name in zip((".weight", ".bias"), names):
+            self.put(ours + mine, self.load(theirs + name, self.config.dim))
+
+    def linear(self, flag, ours, parts, cols, order=lambda rows: rows):
+        """One matrix (rows, cols): the rows of matrices (name, rows) one below the other, put in
+        `order`. Likewise their biases, if they have any and flag (of the layer) is not 0."""
+        kinds = [(".weight", [cols])]
+        if flag and parts[0][0] + ".bias" in self:
+            kinds.append((".bias", []))
+            self.layers[-1].flags |= flag
+        for kind, shape in kinds:
+            loads = [self.load(name + kind, rows, *shape) for name, rows in parts]
+            self.put(ours + kind, lambda loads=loads: order(np.concatenate([f() for f in loads])))
+
+    def taylor(self, l):
+        """The coefficients (heads, degree + 1) of the series of exp: 1/p!."""
+        row = [1 / math.factorial(p) for p in range(l.degree + 1)]
+        self.put("coefficients", lambda: np.tile(np.float32(row), (l.heads, 1)))
+
+    def done(self):
+        """What read() returns; refused if a tensor of the source is left that nothing has taken."""
+        names = sorted(set(self.source.shapes) - self.source.claimed)
+        if names:
+            raise Refused(f"{self.source.where} holds {len(names)} tensors that no known layer "
+                          f"uses, the first is {names[0]}")
+        return self.config, self.layers, self.plan
+
+
+# ---- RoPE. In based.c the partner of row i of a head is row i + head_dim_k / 2, and frequencies
+#      are 64-bit fractions of a whole turn, so that an angle is exact at any position.
+
+def rope_freq(pairs, width, base=10000.0):
+    """(pairs) uint64: 2^64 * frequency / 2 pi. The frequencies are 1 / base^(2i/width) with each
+    step rounded to float32, as the models were trained; the rounding is exact here (decimal, not
+    libm), so that every machine writes the same file."""
+    frequencies = []
+    with localcontext() as context:
+        context.prec = 50
+        for i in range(pairs):
+            exponent = np.float32(2 * i) / np.float32(width)
+            power = np.float32(float(Decimal(base) ** Decimal(float(exponent))))
+            frequencies.append(np.float32(1) / power)
+    return fractions_of_a_turn(frequencies)
+
+
+def fractions_of_a_turn(frequencies):
+    """(pairs) uint64: 2^64 * frequency / 2 pi, without whole turns, from radians per token."""
+    two_pi = 2 * Fraction("3.14159265358979323846264338327950288419716939937510582097494459")
+    return np.array([round(Fraction(float(f)) * 2**64 / two_pi) % 2**64 for f in frequencies],
+                    np.uint64)
+
+
+def half_split(width, pairs, interleaved):
+    """The order of one head's rows that puts the partner of row i at i + width / 2, for `pairs` of
+    them; the rest follow. interleaved: in the origin, partners are neighbors (2i, 2i + 1); else
+    (i, pairs + i)."""
+    step, second = (2, 1) if interleaved else (1, pairs)
+    first = [step * i for i in range(pairs)]
+    rest = list(range(2 * pairs, width))
+    half = width // 2 - pairs
+    return first + rest[:half] + [second + i for i in first] + rest[half:]
+
+
+def by_head(l, whole, order):
+    """whole: the rows (or biases) of q, k, v of layer l. Those of each head of q and k are put in
+    `order`."""
+    heads = l.heads + l.kv_heads
+    qk, v = np.split(whole, [heads * l.head_dim_k])
+    return np.concatenate([qk.reshape(heads, l.head_dim_k, -1)[:, order].reshape(qk.shape), v])
+
+
+def progress(items, what, unit="tensor"):
+    """items, with a bar on stderr when a person is watching and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return items
+    return tqdm(items, desc=what, unit=unit, leave=False, disable=not sys.stderr.isatty())
