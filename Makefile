@@ -10,7 +10,7 @@ DEMO    ?= models/based-45m-english.bin
 STRICT  := -std=c99 -ffp-contract=off -fno-trapping-math
 WARN    := -Wall -Wextra -Wconversion -Wshadow -pedantic
 # OpenMP if the compiler has it; never required. `make OPENMP=` builds without.
-OPENMP  ?= $(shell t=$$(mktemp); echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o $$t 2>/dev/null && echo -fopenmp; rm -f $$t)
+OPENMP  ?= $(shell t=$$(mktemp); echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c - -o "$$t" 2>/dev/null && echo -fopenmp; rm -f "$$t")
 BUILD   := build
 FLAGS    = $(STRICT) $(CFLAGS) $(WARN) $(OPENMP)
 
@@ -37,7 +37,7 @@ help:
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
 demo: run
-	./run $(DEMO) -s 38 -t 0.75 -p 0.95 --min-p 0.05 --repeat-penalty 1.12 --repeat-last-n 128 \
+	./run "$(DEMO)" -s 38 -t 0.75 -p 0.95 --min-p 0.05 --repeat-penalty 1.12 --repeat-last-n 128 \
 	    -i "Once upon a time there was a little mouse who"
 
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
@@ -52,7 +52,7 @@ unit: $(UNITS)
 
 $(BUILD)/venv/ready: tests/requirements.txt
 	@mkdir -p $(BUILD)
-	tests/make_venv.sh $(PYTHON) $(BUILD)/venv
+	tests/make_venv.sh "$(PYTHON)" $(BUILD)/venv
 	$(BUILD)/venv/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements.txt
 	@touch $@
 
@@ -62,8 +62,8 @@ test: run $(UNITS) $(BUILD)/venv/ready
 # The same columns everywhere: continuation bytes of UTF-8 do not count. Without git, all files here are looked at.
 .PHONY: format-check
 format-check:
-	@{ git ls-files '*.c' '*.h' '*.py' 2>/dev/null || find . -name $(BUILD) -prune -o -name '*.[ch]' -print -o -name '*.py' -print; } | \
-	LC_ALL=C xargs awk ' \
+	@{ git ls-files -z '*.c' '*.h' '*.py' 2>/dev/null || find . -name $(BUILD) -prune -o -name '*.[ch]' -print0 -o -name '*.py' -print0; } | \
+	LC_ALL=C xargs -0 awk ' \
 	    function bad(what) { print FILENAME ":" FNR ": " what; count++ } \
 	    { text = $$0; gsub(/[\200-\277]/, "", text) } \
 	    length(text) > 100 { bad(length(text) " columns, at most 100") } \
@@ -123,10 +123,10 @@ $(BUILD)/libbased.a: $(BUILD)/based.o $(BUILD)/tokenizer.o
 	$(AR) rcs $@ $^
 
 install: run $(BUILD)/libbased.a
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/lib $(DESTDIR)$(PREFIX)/include
-	install -m 755 run $(DESTDIR)$(PREFIX)/bin/based
-	install -m 644 $(BUILD)/libbased.a $(DESTDIR)$(PREFIX)/lib
-	install -m 644 based.h $(DESTDIR)$(PREFIX)/include
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib" "$(DESTDIR)$(PREFIX)/include"
+	install -m 755 run "$(DESTDIR)$(PREFIX)/bin/based"
+	install -m 644 $(BUILD)/libbased.a "$(DESTDIR)$(PREFIX)/lib"
+	install -m 644 based.h "$(DESTDIR)$(PREFIX)/include"
 
 # ---- Small devices ---------------------------------------------------------------------------------------------------
 # MODEL is any checkpoint; WINDOW (empty: as it is) lets its window layers see at most so many keys, to save RAM.
@@ -135,7 +135,7 @@ WINDOW  ?= 128
 FIRMWARE_FLAGS ?=
 .PHONY: firmware size
 firmware: run
-	$(PYTHON) tests/firmware/boards.py $(MODEL) $(if $(WINDOW),--window $(WINDOW)) $(FIRMWARE_FLAGS)
+	$(PYTHON) tests/firmware/boards.py "$(MODEL)" $(if $(WINDOW),--window $(WINDOW)) $(FIRMWARE_FLAGS)
 size:
 	$(PYTHON) tests/firmware/boards.py --size
 
@@ -151,10 +151,10 @@ $(BUILD)/page/based.wasm: models/page/page.c based.c tokenizer.c based.h
 	$(WASM_CC) $(STRICT) -O2 $(WARN) $(WASM) -o $@ models/page/page.c based.c tokenizer.c
 page: $(BUILD)/page/based.wasm
 	cp $(PAGE) $(BUILD)/page/
-	cp $(MODEL) $(BUILD)/page/model.bin
+	cp "$(MODEL)" $(BUILD)/page/model.bin
 	{ sed '/<!-- files -->/q' $(PAGE); \
 	  printf '<script>const FILES = { wasm: "'; base64 < $(BUILD)/page/based.wasm | tr -d '\n'; \
-	  printf '", model: "'; base64 < $(MODEL) | tr -d '\n'; \
+	  printf '", model: "'; base64 < "$(MODEL)" | tr -d '\n'; \
 	  printf '" };</script>\n'; sed '1,/<!-- files -->/d' $(PAGE); } > $(BUILD)/based.html
 # ---- End of small devices --------------------------------------------------------------------------------------------
 

@@ -37,7 +37,7 @@
  * 11, 16 and 21, window in the layer after each of these, conv in the other 17. Attention has 16
  * heads; d_v is 64, and d is 16 in taylor layers, 64 in window layers. Its state in float32:
  *     conv      2 vectors of 2048 (twice the width) 16 KB per layer
- *     taylor    16 heads of 153 * (64 + 1)         637 KB per layer
+ *     taylor    16 heads of 153 * (64 + 1)         636 KB per layer
  *     window    16 heads of 65 * (64 + 64)         532 KB per layer
  *     all 27 layers                                  6 MB, after ten tokens or ten million
  *
@@ -2366,11 +2366,14 @@ int based_session_init(based_session **out, const based_model *m, void *memory,
 #include <omp.h>
 #endif
 #ifdef BASED_POSIX
+#include <pthread.h>
 #include <sched.h>
 #include <time.h>
+#include <unistd.h>
 #endif
 
 enum { SPINS_BEFORE_CLOCK = 2000, PREEMPTED_NS = 300000, CONTENDED_WAITS = 8000 };
+enum { MAX_THREADS = 1024 };
 
 /* A thread's part of n things: from partition(n, th, 0) up to partition(n, th, 1). */
 static size_t partition(size_t n, const struct thread *th, size_t end) {
@@ -2463,9 +2466,55 @@ static void thread_main(const struct thread *th, size_t n, size_t n_logits) {
     if (mm->end) mm->end();
 }
 
+#if defined(_OPENMP) && defined(BASED_POSIX)
+/* OpenMP keeps threads for each thread that calls it: in which process, and how many. */
+static int omp_process, omp_ready;
+#pragma omp threadprivate(omp_process, omp_ready)
+
+#ifdef __clang__
+enum { OMP_HELPERS = 16 };      /* LLVM's OpenMP makes threads for itself, too: 8, and some more */
+#else
+enum { OMP_HELPERS = 0 };
+#endif
+
+static void *wait_for_lock(void *lock) {
+    pthread_mutex_lock(lock);
+    pthread_mutex_unlock(lock);
+    return NULL;
+}
+
+/* How many of `wanted` threads can there be? OpenMP ends the process if it cannot create a thread,
+ * and in a process that was forked after OpenMP was used it waits for threads that do not exist
+ * there. So such a process computes with one thread; and before OpenMP needs more threads than it
+ * has, twice as many are created here, all alive at the same time, and joined again. Twice, because
+ * OpenMP needs memory of its own. */
+static int possible_threads(int wanted) {
+    pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+    pthread_t thread[2 * MAX_THREADS + OMP_HELPERS];
+    int process = (int)getpid(), made = 0, allowed = omp_get_thread_limit();
+    if (wanted > allowed) wanted = allowed;
+    if (omp_ready && omp_process != process) return 1;
+    if (wanted > omp_ready) {
+        pthread_mutex_lock(&lock);
+        while (made < 2 * wanted + OMP_HELPERS
+               && pthread_create(&thread[made], NULL, wait_for_lock, &lock) == 0) made++;
+        pthread_mutex_unlock(&lock);
+        for (int i = 0; i < made; i++) pthread_join(thread[i], NULL);
+        wanted = (made - OMP_HELPERS) / 2;
+    }
+    if (wanted < 2) return 1;
+    omp_process = process;
+    omp_ready = wanted;
+    return wanted;
+}
+#elif defined(_OPENMP)
+static int possible_threads(int wanted) { return wanted; }
+#endif
+
 /* Computes the n rows in p->row, and the outputs of the last n_logits of them. */
 static void run_threads(based_session *p, size_t n, size_t n_logits) {
 #ifdef _OPENMP
+    if (p->threads > 1) p->threads = possible_threads(p->threads);
     if (p->threads > 1) {
         p->barrier_count = 0;
         p->oversubscribed = p->threads > omp_get_num_procs();
@@ -2489,7 +2538,7 @@ void based_set_threads(based_session *s, int threads) {
 #else
     threads = 1;
 #endif
-    s->threads = threads > 1 ? threads : 1;
+    s->threads = threads < 1 ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
 }
 
 int based_threads(const based_session *s) { return s->threads; }
@@ -2860,11 +2909,30 @@ static size_t read_bytes(FILE *in, void *to, size_t n) {
     return at;
 }
 
+/* Reads a pipe to its end; its first byte was read already. The header says how long the file is.
+ * If it is none, only the header is read, and then refused as such. */
+static int load_pipe(struct file *f, FILE *in, char first, const char *path, based_error *e) {
+    unsigned char head[sizeof(based_config)] = { (unsigned char)first };
+    size_t n = 1 + read_bytes(in, head + 1, sizeof head - 1), size = n;
+    if (n == sizeof head && memcmp(head, BASED_MAGIC, 8) == 0) {
+        const unsigned char *low = head + offsetof(based_config, file_size);
+        uint64_t says = 0;
+        for (int i = 7; i >= 0; i--) says = says << 8 | low[i];
+        /* one byte more than it says, to see whether there are more */
+        if (says > size) size = says < SIZE_MAX ? (size_t)says + 1 : SIZE_MAX;
+    }
+    f->bytes = aligned(size, &f->owned);
+    if (!f->bytes) return no_memory(path, size, e);
+    memcpy(f->bytes, head, n);
+    f->size = n + read_bytes(in, (char *)f->bytes + n, size - n);
+    return ferror(in) ? fail(e, BASED_EIO, "%s: %s", path, strerror(errno)) : BASED_OK;
+}
+
 /* The bytes of a file: mapped and shared where they can be used as they are, else read. */
 static int load_file(struct file *f, const char *path, based_error *e) {
     FILE *in;
     long size = -1;
-    char first;
+    char first = 0;
     int status = BASED_OK;
     do in = fopen(path, "rb"); while (!in && errno == EINTR);
     if (!in) return fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
@@ -2873,8 +2941,9 @@ static int load_file(struct file *f, const char *path, based_error *e) {
         status = ferror(in) ? fail(e, BASED_EIO, "%s: %s", path, strerror(errno))
                             : DAMAGED(e, "%s: the file is empty", path);
     } else if (fseek(in, 0, SEEK_END) || (size = ftell(in)) < 0 || fseek(in, 0, SEEK_SET)) {
-        status = fail(e, BASED_EIO, "%s: %s; a checkpoint must be a regular file", path,
-                      strerror(errno));
+        /* a pipe has no end to go to, and is still at its second byte */
+        status = errno == ESPIPE && size < 0 ? load_pipe(f, in, first, path, e)
+                                             : fail(e, BASED_EIO, "%s: %s", path, strerror(errno));
     } else {
         f->size = (size_t)size;
 #ifdef BASED_POSIX

@@ -29,10 +29,11 @@
  *
  * Link based.c; add tokenizer.c if you need part 4. A program that feeds ids needs based.c alone.
  *
- * Nothing here prints, exits, or keeps global state. Sizes are size_t, counts without a limit are
- * uint64_t, token ids are int32_t. Numbers are IEEE float32, arrays are row-major. The same
- * checkpoint and tokens give the same bits on every machine. A pointer argument must not be NULL
- * unless its description says that it may be.
+ * Nothing here prints, exits, or keeps global state (with OpenMP, each thread remembers how many
+ * threads it has started in which process; see based_set_threads). Sizes are size_t, counts without
+ * a limit are uint64_t, token ids are int32_t. Numbers are IEEE float32, arrays are row-major. The
+ * same checkpoint and tokens give the same bits on every machine. A pointer argument must not be
+ * NULL unless its description says that it may be.
  */
 #ifndef BASED_H
 #define BASED_H
@@ -80,13 +81,14 @@ enum based_open_flags {                 /* of based_open and based_model_init; s
     BASED_AVX512 = 8                    /* on x86-64, use nothing newer than AVX-512 VNNI: no AMX */
 };
 
-/* Maps the checkpoint at `path` read-only and checks all of it: header, sizes, checksum. Returns
- * NULL on failure. Free it with based_close, after its sessions; based_close(NULL) does nothing.
- * The file is not copied and must not change while the model is open. Reading a part that was cut
- * off raises SIGBUS: replace a checkpoint by renaming a new file over it, not by writing into it.
- * The environment variable BASED_KERNELS (plain, avx2, avx512vnni) acts like the flags above.
- * The "amx" kernels load a tile configuration into each thread that feeds and release it at the end
- * of the call; a caller with a tile configuration of its own must load it again. */
+/* Maps the checkpoint at `path` read-only and checks all of it: header, sizes, checksum. A pipe is
+ * read into memory instead. Returns NULL on failure. Free it with based_close, after its sessions;
+ * based_close(NULL) does nothing. The file is not copied and must not change while the model is
+ * open. Reading a part that was cut off raises SIGBUS: replace a checkpoint by renaming a new file
+ * over it, not by writing into it. The environment variable BASED_KERNELS (plain, avx2, avx512vnni)
+ * acts like the flags above. The "amx" kernels load a tile configuration into each thread that
+ * feeds and release it at the end of the call; a caller with a tile configuration of its own must
+ * load it again. */
 based_model *based_open(const char *path, int flags, based_error *e);
 void         based_close(based_model *m);
 
@@ -189,9 +191,18 @@ int    based_save(const based_session *s, const void *note, size_t note_bytes, v
 int based_load(based_session *s, const void *saved, size_t size, const void **note,
                size_t *note_bytes, based_error *e);
 
-/* Sets the number of threads that later calls use; it is always 1 in a build without OpenMP. No
- * result depends on it. 0 chooses by the size of the model and the number of processors. Threads
- * wait for each other after every matrix product, so more threads make a small model slower. */
+/* Sets the number of threads that later calls use, at most 1024; it is always 1 in a build without
+ * OpenMP. No result depends on it. 0 chooses by the size of the model and the number of processors.
+ * Threads wait for each other after every matrix product, so more threads make a small model
+ * slower.
+ *
+ * On POSIX systems, if the threads cannot be made, because of a limit or for lack of memory, a call
+ * computes with fewer, at least one, and based_threads tells how many are left. So it does in a
+ * process that was forked by a thread that had used more than one: OpenMP's threads do not exist
+ * there, and waiting for them would never end. The child computes with one thread and gives the
+ * same bits. (LLVM's OpenMP reserves more address space than can be foreseen: where RLIMIT_AS is
+ * tight, use one thread with it.) A session in which another thread was computing when the process
+ * was forked must not be used in the child. */
 void based_set_threads(based_session *s, int threads);
 int  based_threads(const based_session *s);
 

@@ -12,14 +12,24 @@ mean is told in models/origins/, one file per original.
     5. the command line
 """
 import argparse
+import errno
+import hashlib
 import json
 import lzma
 import math
 import os
+import re
+import secrets
+import shutil
 import signal
+import stat
 import struct
 import sys
+import tempfile
+import warnings
 from collections import namedtuple
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -254,42 +264,82 @@ class Checksum:
 # --------------------------------------------------------------------------------------------------
 # 2. Writing and reading.
 
-def write(path, config, layers, tokenizer, fetch):
-    """Writes a checkpoint. tokenizer: its section, b"" for none. fetch(name) -> array (see stored)
-    is called once per tensor to write and once to verify, so that no more than one tensor is in
-    memory. The file appears at `path` whole and verified, or `path` stays as it was. Sets the
-    fields of config that follow from the rest, and returns it."""
+@contextmanager
+def replacing(path):
+    """The only way in which this program writes a file. Gives the name of an empty temporary file;
+    what it holds in the end becomes `path`, and without an error only. Its name is unique, it lies
+    in the same folder, and it is removed on every way out. A link stays and the file it names is
+    replaced; that keeps its mode. What cannot be replaced is written through: a pipe, a device, a
+    file that is a mount of its own."""
+    old = os.stat(path) if os.path.exists(path) else None
+    ordinary = not old or stat.S_ISREG(old.st_mode)
+    if old and stat.S_ISDIR(old.st_mode):
+        raise Refused(f"{path} is a directory; expected the name of the file to write")
+    if old and not os.access(path, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+    target = os.path.realpath(path) if ordinary else path
+    folder, name = os.path.split(target) if ordinary else (tempfile.gettempdir(), "export")
+    temporary = os.path.join(folder, f"{name[:40]}.{secrets.token_hex(8)}.part")
+    try:
+        try:
+            mode = stat.S_IMODE(old.st_mode) if old and ordinary else 0o666
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        except OSError as e:                              # a place that cannot be written
+            e.filename = path
+            raise
+        if old and ordinary:
+            os.chmod(temporary, mode)
+        yield temporary
+        try:
+            if not ordinary:
+                raise OSError(errno.EBUSY, path)
+            os.replace(temporary, target)
+            sync_directory(folder or ".")
+        except OSError as e:
+            if e.errno != errno.EBUSY:
+                raise
+            with open(temporary, "rb") as whole, open(target, "wb") as out:
+                shutil.copyfileobj(whole, out)
+    finally:
+        with suppress(OSError):
+            os.unlink(temporary)
+
+
+def write(path, *checkpoint):
+    """Writes a checkpoint (see write_temporary): the file appears at `path` whole and verified, or
+    `path` stays as it was."""
+    with replacing(path) as temporary:
+        return write_temporary(temporary, *checkpoint)
+
+
+def write_temporary(temporary, config, layers, tokenizer, fetch):
+    """Writes a checkpoint and reads it back. tokenizer: its section, b"" for none. fetch(name) ->
+    array (see stored) is called once per tensor to write and once to verify, so that no more than
+    one tensor is in memory. Sets the fields of config that follow from the rest, and returns it."""
     config.magic, config.format, config.byte_order = MAGIC, FORMAT, BYTE_ORDER
     config.layers, config.tokenizer_bytes = len(layers), len(tokenizer)
     placed, config.file_size = layout(config, layers)
-    temporary = f"{path}.{os.getpid()}.part"
-    try:
-        with open(temporary, "wb") as f:
-            total = Checksum()
+    with open(temporary, "wb") as f:
+        total = Checksum()
 
-            def put(data, offset):
-                """Zeros up to offset, then data; the checksum is of all but the first 32 bytes."""
-                for part in (bytes(offset - f.tell()), data):
-                    skip = max(0, 32 - f.tell())
-                    f.write(part)
-                    total.update(memoryview(part).cast("B")[skip:])
+        def put(data, offset):
+            """Zeros up to offset, then data; the checksum is of all but the first 32 bytes."""
+            for part in (bytes(offset - f.tell()), data):
+                skip = max(0, 32 - f.tell())
+                f.write(part)
+                total.update(memoryview(part).cast("B")[skip:])
 
-            put(CONFIG.pack(config), 0)
-            put(b"".join(map(LAYER.pack, layers)), CONFIG_BYTES)
-            if tokenizer:
-                put(tokenizer, align(f.tell()))
-            for t in progress(placed, "writing"):
-                put(stored(t, fetch(t.name)).reshape(-1), t.offset)
-            f.seek(24)
-            f.write(struct.pack("<Q", total.value()))
-            f.flush()
-            os.fsync(f.fileno())
-        verify(temporary, tokenizer, fetch)
-        os.replace(temporary, path)
-        sync_directory(os.path.dirname(os.path.abspath(path)))
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        put(CONFIG.pack(config), 0)
+        put(b"".join(map(LAYER.pack, layers)), CONFIG_BYTES)
+        if tokenizer:
+            put(tokenizer, align(f.tell()))
+        for t in progress(placed, "writing"):
+            put(stored(t, fetch(t.name)).reshape(-1), t.offset)
+        f.seek(24)
+        f.write(struct.pack("<Q", total.value()))
+        f.flush()
+        os.fsync(f.fileno())
+    verify(temporary, tokenizer, fetch)
     return config
 
 
@@ -392,17 +442,28 @@ def verify(path, tokenizer, fetch):
 # --------------------------------------------------------------------------------------------------
 # 3. Sources: which origin reads it? models/origins/__init__.py says what an origin returns.
 
+# What a download can be in place of the file: how it begins, and what it is.
+NO_FILES = {b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull, or download the "
+                                        "file itself",
+            b"<!doctype": "a web page: download the file itself",
+            b"<html": "a web page: download the file itself"}
+
+
 def first_bytes(path):
-    """The first 16 bytes of a file, by which it is recognized."""
+    """The first bytes of a file, by which it is recognized, without a byte order mark."""
     with open(path, "rb") as f:
-        return f.read(16)
+        start = f.read(64).removeprefix(b"\xef\xbb\xbf")
+    for begin, what in NO_FILES.items():
+        if start.lstrip().lower().startswith(begin):
+            raise Refused(f"{path} is {what}")
+    return start
 
 
 def read_json(path):
-    """The object in a JSON file, a dict."""
+    """The object in a JSON file, a dict. A byte order mark is no part of it."""
+    first_bytes(path)
     try:
-        with open(path, encoding="utf-8") as f:
-            value = json.load(f)
+        value = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError) as e:
         raise Refused(f"{path} is no valid JSON: {e}") from None
     if not isinstance(value, dict):
@@ -410,45 +471,151 @@ def read_json(path):
     return value
 
 
+def float8(exponent_bits, bias):
+    """(256) float32: the values of FP8 numbers, sign, exponent, mantissa; without infinities."""
+    code = np.arange(256)
+    mantissa_bits = 7 - exponent_bits
+    exponent, mantissa = code >> mantissa_bits & (1 << exponent_bits) - 1, code & (
+        1 << mantissa_bits) - 1
+    value = np.where(exponent > 0, (mantissa / (1 << mantissa_bits) + 1) * 2.0 ** (exponent - bias),
+                     mantissa / (1 << mantissa_bits) * 2.0 ** (1 - bias))
+    return np.where(code < 128, value, -value).astype(np.float32)
+
+
+E4M3, E5M2 = float8(4, 7), float8(5, 15)
+E4M3[[0x7F, 0xFF]], E5M2[[*range(0x7D, 0x80), *range(0xFD, 0x100)]] = np.nan, np.nan
+E5M2[[0x7C, 0xFC]] = np.inf, -np.inf
+# dtype of safetensors -> (as numpy reads it, what makes float32 of it)
+SAFE = {"F64": ("<f8", np.float32), "F32": ("<f4", np.float32), "F16": ("<f2", np.float32),
+        "BF16": ("<u2", as_float), "F8_E4M3": ("u1", E4M3.__getitem__),
+        "F8_E5M2": ("u1", E5M2.__getitem__)}
+WHOLE = "whole numbers, whose scales are not known: expected floats"
+
+
 def open_safetensors(path, settings={}):
     """A Source of a .safetensors file; nothing but the header is read until a tensor is loaded."""
-    from safetensors import SafetensorError, safe_open
+    first_bytes(path)
+    size, shapes, placed, unusable = os.path.getsize(path), {}, {}, {}
     try:
-        f = safe_open(path, "np")
-        slices = {name: f.get_slice(name) for name in f.keys()}
-        if any(s.get_dtype() == "BF16" for s in slices.values()):
-            f = safe_open(path, "pt")                     # numpy has no bfloat16; torch has
-    except (SafetensorError, OSError) as e:
-        raise Refused(f"{path} is no valid safetensors file: {str(e).splitlines()[0]}") from None
+        with open(path, "rb") as f:
+            start = 8 + int.from_bytes(f.read(8), "little")
+            if not 8 < start <= size:
+                raise ValueError(f"its header should end at byte {start:,}, the file at {size:,}")
+            header = json.loads(f.read(start - 8))
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry[
+                "data_offsets"]
+            if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                raise ValueError(f"{name} has a shape or place that is no list of numbers")
+            nbytes = math.prod(shape) * np.dtype(SAFE[dtype][0]).itemsize if dtype in SAFE else (
+                end - begin)
+            if nbytes != end - begin or end < begin or start + end > size:
+                raise ValueError(f"{name} has {list(shape)} numbers of {dtype} at bytes {begin} to "
+                                 f"{end} of {size - start}")
+            shapes[name], placed[name] = shape, (dtype, start + begin)
+            if dtype not in SAFE:
+                unusable[name] = f"{dtype}: " + (WHOLE if dtype[:1] in "IUB" else "a form of "
+                                                 "number that is not supported")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as e:
+        raise Refused(f"{path} is no valid safetensors file: {type(e).__name__}: "
+                      f"{str(e).splitlines()[0] if str(e) else ''}") from None
 
     def load(name):
-        t = f.get_tensor(name)
-        return np.asarray(t if isinstance(t, np.ndarray) else t.float().numpy(), np.float32)
-    return Source({name: tuple(s.get_shape()) for name, s in slices.items()}, load, path, settings)
+        (dtype, at), shape = placed[name], shapes[name]
+        kind, to_float = SAFE[dtype]
+        with np.errstate(over="ignore"):                  # infinity is refused, with its place
+            return to_float(np.fromfile(path, kind, math.prod(shape), offset=at)).reshape(shape)
+    return Source(shapes, load, path, settings, unusable)
 
 
 def open_torch(path, settings={}):
     """A Source of a PyTorch file of plain tensors. No code in the file is run."""
+    first_bytes(path)
     try:
         import torch
     except ImportError:
         raise Refused(f"reading {path} needs PyTorch: pip install torch, or convert the file to "
                       "safetensors") from None
+    warnings.simplefilter("ignore")                       # of torch, about itself
     try:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:                              # the format before zip
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:                                # torch raises what it likes
-        reason = (str(e) or repr(e)).splitlines()[0]
-        raise Refused(f"{path} cannot be read as a PyTorch file of tensors: {reason}") from None
-    if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
-        raise Refused(f"{path} is no state dict: expected a dictionary of tensors")
+        except (RuntimeError, UnicodeError):              # the format before zip, or an odd name
+            with open(path, "rb") as f:
+                state = torch.load(f, map_location="cpu", weights_only=True)
+    except Exception as e:                                # torch raises what it likes, with advice
+        found = re.search(r"GLOBAL (\S+)|class[: ]+(\S+)", str(e))    # to run what is in the file
+        reason = (f"it holds {found[1] or found[2]}, and nothing but tensors is loaded, since no "
+                  "code of a file is run" if found else "it is a program (TorchScript)"
+                  if "TorchScript" in str(e) else "it is no such file, or damaged"
+                  if "weights_only" in str(e) else (str(e) or repr(e)).splitlines()[0])
+        raise Refused(f"{path} cannot be read as a PyTorch file of tensors: {reason}; write it by "
+                      "torch.save(model.state_dict(), FILE)") from None
+    while isinstance(state, dict) and not any(isinstance(t, torch.Tensor) for t in state.values()):
+        inner = [name for name in ("state_dict", "model_state_dict", "model", "module")
+                 if isinstance(state.get(name), dict)]
+        if len(inner) != 1:
+            break
+        state = state[inner[0]]
+    if not isinstance(state, dict):
+        raise Refused(f"{path} is no state dict: expected a dictionary of tensors, found "
+                      f"{type(state).__name__}")
+    for name, t in state.items():
+        if not isinstance(t, torch.Tensor) or not isinstance(name, str):
+            raise Refused(f"{path} is no state dict: it holds {name}, which is "
+                          f"{type(t).__name__}; expected a dictionary of tensors")
+    unusable = {name: what for name, t in state.items() if (what := strange(torch, t))}
     return Source({name: tuple(t.shape) for name, t in state.items()},
-                  lambda name: state[name].float().numpy(), path, settings)
+                  lambda name: state[name].detach().float().numpy(), path, settings, unusable)
+
+
+def strange(torch, t):
+    """What a tensor of PyTorch is if its numbers cannot be read as they are; else None."""
+    if type(t) not in (torch.Tensor, torch.nn.Parameter):
+        return f"{type(t).__name__}, which is no plain tensor"
+    if t.is_meta:
+        return "a meta tensor, which has no numbers: save the model after its weights were loaded"
+    if t.layout != torch.strided:
+        return f"{t.layout}, which is not supported: store to_dense() of it"
+    if t.is_quantized:
+        return f"{t.dtype}, which is not supported: store dequantize() of it"
+    if t.is_complex():
+        return f"{t.dtype}, which has an imaginary part: expected floats"
+    return None if t.is_floating_point() else f"{t.dtype}: {WHOLE}"
+
+
+def weight_map(index):
+    """{name of a tensor: name of the file that holds it}, as an index lists them."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table or not all(
+            isinstance(name, str) and os.path.basename(name) == name for name in table.values()):
+        raise Refused(f"{index} should hold a weight_map: the file name for each tensor")
+    return table
+
+
+def open_index(index, settings, read):
+    """One Source of all files that an index lists; read(path, settings) opens one of them."""
+    table, sources, where = weight_map(index), [], {}
+    for path in (index.parent / name for name in sorted(set(table.values()))):
+        if not path.exists():
+            raise Refused(f"{index} lists {path.name}, which is missing: download it")
+        sources.append(read(path, settings))
+        for tensor in sources[-1].shapes:
+            if tensor in where:
+                raise Refused(f"{path} holds {tensor}, and so does {where[tensor].where}")
+            where[tensor] = sources[-1]
+    for tensor in table.keys() - where:
+        raise Refused(f"{index} lists {tensor}, which is in none of its files")
+    return Source({name: source.shapes[name] for name, source in where.items()},
+                  lambda name: where[name].load(name), index, settings,
+                  {name: what for source in sources for name, what in source.unusable.items()})
 
 
 WEIGHTS = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_torch}
+WEIGHTS.update({f"{name}.index.json": partial(open_index, read=read)
+                for name, read in WEIGHTS.items()})
 
 
 def open_directory(path, options, note):
@@ -460,6 +627,19 @@ def open_directory(path, options, note):
         if (path / name).exists():
             return hazyresearch.read(reader(path / name, settings), options, note)
     raise Refused(f"{path} holds config.json but neither {' nor '.join(WEIGHTS)}")
+
+
+def inputs(options):
+    """The files that this command reads, as far as they are known before anything is read."""
+    yield from filter(None, (options.source, options.random, options.tokenizer, options.calibrate))
+    yield Path(__file__).resolve().parent / GPT2_MERGES
+    path = Path(options.source or "")
+    if options.source and (path.is_dir() or path.name in ("config.json", *WEIGHTS)):
+        folder = path if path.is_dir() else path.parent
+        yield from (folder / name for name in ("config.json", *WEIGHTS, *BESIDE))
+        for name in WEIGHTS:
+            if name.endswith(".index.json") and (folder / name).exists():
+                yield from (folder / part for part in set(weight_map(folder / name).values()))
 
 
 BARE_OPTIONS = "heads degree mode shift prefix".split()       # that only open_tensors understands
@@ -474,8 +654,8 @@ def open_tensors(path, options, note):
         source = open_torch(path)
     else:
         return None
-    prefix, names = options.prefix or "", source.shapes
-    source = source.renamed({name[len(prefix):]: name for name in names if name.startswith(prefix)})
+    prefix, names = re.sub(WRAPPERS, "", options.prefix or ""), source.shapes
+    source = source.renamed(lambda name: name[len(prefix):] if name.startswith(prefix) else None)
     for origin in (lucidrains, edifice):
         if all(mark in source for mark in origin.MARKS):
             return origin.read(source, options, note)
@@ -500,7 +680,7 @@ def open_random(name, options, note):
 BPE, SCORES = 1, 2
 PREFIX_SPACE, ADD_BOS = 1, 2
 MAX_TOKEN = 4096                                              # bytes of one token
-GPT2_VOCAB, GPT2_MERGES = 50257, "models/gpt2.bpe.xz"
+GPT2_VOCAB, GPT2_MERGES, GPT2_HASH = 50257, "models/gpt2.bpe.xz", "45f05c1818367a7b"
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -550,7 +730,7 @@ def gpt2_tokenizer(path):
     The vocabulary needs no second file: the 256 bytes, then what each merge makes, then
     <|endoftext|>."""
     raw = Path(path).read_bytes()
-    text = (lzma.decompress(raw) if raw[:6] == b"\xfd7zXZ\0" else raw).decode("utf-8")
+    text = (lzma.decompress(raw) if raw[:6] == b"\xfd7zXZ\0" else raw).decode("utf-8-sig")
     characters = byte_characters()
     ids = {c: i for i, c in enumerate(characters)}
     tokens = [bytes([b]) for b in characters.values()]
@@ -635,13 +815,18 @@ def template_ids(spec, special_ids):
     return before, after
 
 
+def settings_beside(path):
+    """What tokenizer_config.json beside a file says, or special_tokens_map.json; {} for none."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        beside = Path(path).with_name(name)
+        if beside.exists():
+            return json.loads(beside.read_bytes())
+    return {}
+
+
 def named_ids(path, names):
-    """(bos, eos) by the names in tokenizer_config.json beside the file if there is one, else by the
-    usual names."""
-    config, beside = {}, Path(path).with_name("tokenizer_config.json")
-    if beside.exists():
-        config = json.loads(beside.read_bytes())
-    found = []
+    """(bos, eos) by the names in settings_beside if there are any, else by the usual names."""
+    config, found = settings_beside(path), []
     for key, usual in (("bos_token", ("<s>", "<|begin_of_text|>", "<|endoftext|>")),
                        ("eos_token", ("</s>", "<|end_of_text|>", "<|endoftext|>"))):
         value = config.get(key)
@@ -651,10 +836,25 @@ def named_ids(path, names):
     return found
 
 
+def from_pair(path):
+    """What tokenizer.json would say, from vocab.json (token -> id) and the merges.txt beside it.
+    Tokens that are no byte and that no merge makes are special: no text becomes them."""
+    vocab = json.loads(Path(path).read_bytes())
+    merges = (Path(path).with_name(PAIRS[Path(path).name])).read_bytes().decode("utf-8-sig")
+    merges = [line.rstrip("\r").split(" ") for line in merges.split("\n")
+              if line.strip() and not line.startswith("#version")]
+    made = {*byte_characters(), *map("".join, merges)}
+    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
+            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": bool(
+                settings_beside(path).get("add_prefix_space"))},
+            "added_tokens": [{"content": text, "id": index, "special": True}
+                             for text, index in vocab.items() if text not in made]}
+
+
 @reader
 def hf_tokenizer(path):
-    """A byte-level BPE tokenizer in the Hugging Face form, tokenizer.json."""
-    spec = json.loads(Path(path).read_bytes())
+    """A byte-level BPE tokenizer in the Hugging Face forms, tokenizer.json or vocab.json."""
+    spec = from_pair(path) if Path(path).name in PAIRS else json.loads(Path(path).read_bytes())
     model = check_model(spec)
     vocab, names = dict(model["vocab"]), {}
     for token in spec.get("added_tokens", []):
@@ -761,28 +961,54 @@ def section(tok):
     return b"".join(np.asarray(part, "<u4").tobytes() for part in parts) + b"".join(tok.tokens)
 
 
+# Two files that make one tokenizer, and all that a folder may hold of one.
+PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+BESIDE = ("tokenizer.json", *PAIRS, *PAIRS.values(), "tokenizer.model", "spiece.model",
+          "tokenizer.bin", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
 def choose_tokenizer(given, beside, vocab, note):
-    """The bytes of the tokenizer section: of the file `given`, or of tokenizer.json in the
-    directory `beside`, or GPT-2's if the vocabulary is; b"" without any."""
-    path = given or beside and beside / "tokenizer.json"
-    if not given and not (beside and path.exists()):
-        path = Path(__file__).resolve().parent / GPT2_MERGES
-        ours = vocab == GPT2_VOCAB
-        if not ours or not path.exists():
-            note("exporting without a tokenizer: none given (--tokenizer FILE), and "
-                 + (f"{path} is missing" if ours else f"a vocabulary of {vocab} is not GPT-2's"))
+    """The bytes of the tokenizer section: of the file `given`, or of the one in the directory
+    `beside`; GPT-2's if there is nothing and the vocabulary is; b"" without any."""
+    def there(name):
+        return beside and (beside / name).exists()
+    path = given or next((beside / name for name in ("tokenizer.json", *PAIRS) if there(name) and (
+        there(PAIRS.get(name, name)))), None)
+    if not path:
+        unread = next((beside / name for name in BESIDE[:-2] if there(name)), None)
+        path = unread or Path(__file__).resolve().parent / GPT2_MERGES
+        if unread and first_bytes(unread)[:8] == b"#version" and is_gpt2(unread):
+            unread = None
+        if unread or vocab != GPT2_VOCAB or not path.exists():
+            note("exporting without a tokenizer: " + (
+                f"{unread.name} alone does not tell the ids, or is of a form that is not "
+                "supported; --tokenizer FILE gives another" if unread else
+                "none given (--tokenizer FILE), and " + (
+                    f"{path} is missing" if vocab == GPT2_VOCAB else
+                    f"a vocabulary of {vocab} is not GPT-2's")))
             return b""
-    start = first_bytes(path)
-    if start.lstrip()[:1] == b"{":
+    start, path = first_bytes(path), Path(path)
+    merges = start[:6] == b"\xfd7zXZ\0" or start[:8] == b"#version"
+    vocabulary = {merges: name for name, merges in PAIRS.items()}.get(path.name)
+    if merges and vocabulary and path.with_name(vocabulary).exists():
+        tokenizer = hf_tokenizer(path.with_name(vocabulary))
+    elif start.lstrip()[:1] == b"{":
         tokenizer = hf_tokenizer(path)
-    elif start[:6] == b"\xfd7zXZ\0" or start[:8] == b"#version":
-        tokenizer = gpt2_tokenizer(path)
+    elif merges and not is_gpt2(path):
+        raise Refused(f"{path}: merges alone do not tell the ids of a tokenizer that is not "
+                      "GPT-2's: put vocab.json beside it, or give tokenizer.json")
     else:
-        tokenizer = llama2c_tokenizer(path, vocab)
+        tokenizer = gpt2_tokenizer(path) if merges else llama2c_tokenizer(path, vocab)
     if tokenizer.size > vocab:
         raise Refused(f"{path} has {tokenizer.size} tokens, the model knows {vocab}: it belongs to "
                       "another model")
     return section(tokenizer)
+
+
+def is_gpt2(path):
+    """Are these the merges of GPT-2, from which its ids follow?"""
+    merges = str([*gpt2_tokenizer(path).merges]).encode()
+    return hashlib.sha256(merges).hexdigest()[:16] == GPT2_HASH
 
 
 # --------------------------------------------------------------------------------------------------
@@ -791,33 +1017,34 @@ def choose_tokenizer(given, beside, vocab, note):
 EXAMPLES = """examples:
   export.py based-360m/ based-360m.bin                   a HazyResearch/based download
   export.py stories15M.bin out.bin --tokenizer tokenizer.bin    a llama2.c model
-  export.py layer.pt layer.bin --heads 8 --mode causal   a layer of taylor-series-linear-attention
-  export.py edifice.safetensors out.bin --mode window    an Edifice model
+  export.py layer.pt layer.bin --heads 8 --mode causal --no-shift
+                                                a layer of taylor-series-linear-attention
+  export.py edifice.safetensors out.bin --heads 4 --degree 2 --mode window    an Edifice model
   export.py --random based-1b random.bin                 random weights, to measure speed
   export.py --inspect models/stories260K.bin             the tensors of a checkpoint"""
 
 
 def inspect(path):
-    """Prints the tensors of a checkpoint; returns the exit status: 1 if it is damaged. The layers
-    are told by `run CHECKPOINT --info`."""
+    """The tensors of a checkpoint as text, and the exit status: 1 if it is damaged. The layers are
+    told by `run CHECKPOINT --info`."""
     saved = Checkpoint(path)
     c = saved.config
-    print(f"{path}: {c.name.rstrip(bytes(1)).decode('utf-8', 'replace')!r}")
-    print(f"format {c.format}, {c.file_size:,} bytes, width {c.dim}, {c.layers} layers, vocabulary "
-          f"{c.vocab} in {c.rows} rows, parameters {parameters(c, saved.layers):,}, tokenizer "
-          f"{c.tokenizer_bytes:,} bytes")
-    print(f"\n{'tensor':28} {'shape':>16} dtype {'bytes':>14} {'offset':>14}")
+    lines = [f"{path}: {c.name.rstrip(bytes(1)).decode('utf-8', 'replace')!r}",
+             f"format {c.format}, {c.file_size:,} bytes, width {c.dim}, {c.layers} layers, "
+             f"vocabulary {c.vocab} in {c.rows} rows, parameters "
+             f"{parameters(c, saved.layers):,}, tokenizer {c.tokenizer_bytes:,} bytes",
+             f"\n{'tensor':28} {'shape':>16} dtype {'bytes':>14} {'offset':>14}"]
     for t in saved.placed:
-        print(f"{t.name:28} {'x'.join(map(str, t.shape)):>16} {t.dtype.name:5} {t.nbytes:14,} "
-              f"{t.offset:14,}")
+        lines.append(f"{t.name:28} {'x'.join(map(str, t.shape)):>16} {t.dtype.name:5} "
+                     f"{t.nbytes:14,} {t.offset:14,}")
     sound = saved.checksum() == c.checksum
-    print(f"\nchecksum {c.checksum:016x} "
-          f"{'ok' if sound else 'WRONG: the file was damaged after it was written'}")
-    return int(not sound)
+    lines.append(f"\nchecksum {c.checksum:016x} "
+                 f"{'ok' if sound else 'WRONG: the file was damaged after it was written'}")
+    return "\n".join(lines), int(not sound)
 
 
-def convert(options, note):
-    """Exports options.source, or random weights, to options.out, and says so; returns 0."""
+def convert(options, temporary, note):
+    """Exports options.source, or random weights, to the file `temporary`; returns what to say."""
     beside = bare = saved = unchanged = None
     path = Path(options.random or options.source)
     changes = {name: given for name in ("sinks", "decay")
@@ -859,7 +1086,7 @@ def convert(options, note):
     if options.name or not saved:
         stem = Path(os.path.abspath(path)).stem
         title = options.name or (f"{stem} (random)" if options.random else stem)
-        config.name = title.encode("utf-8")[:63].decode("utf-8", "ignore").encode("utf-8")
+        config.name = title.encode("utf-8", "replace")[:63].decode("utf-8", "ignore").encode()
     tokenizer = saved.tokenizer if saved else b""
     if config.rows and not saved:
         tokenizer = choose_tokenizer(options.tokenizer, beside, config.vocab, note)
@@ -873,13 +1100,25 @@ def convert(options, note):
     for l in taylor:
         l.__dict__.update(changes)
 
-    if os.path.isdir(options.out):
-        raise Refused(f"{options.out} is a directory; expected the name of the file to write")
-    write(options.out, config, layers, tokenizer, lambda name: plan[name]())
-    print(f"{options.out}: {config.file_size / 1e6:.2f} MB, {parameters(config, layers):,} "
-          f"parameters, {len(layers)} layers, {'' if tokenizer else 'no '}tokenizer, "
-          f"{'weights as they were' if unchanged else dtype}; read back and verified")
-    return 0
+    write_temporary(temporary, config, layers, tokenizer, lambda name: plan[name]())
+    return (f"{options.out}: {config.file_size / 1e6:.2f} MB, {parameters(config, layers):,} "
+            f"parameters, {len(layers)} layers, {'' if tokenizer else 'no '}tokenizer, "
+            f"{'weights as they were' if unchanged else dtype}; read back and verified")
+
+
+def export_model(options, note):
+    """Everything but --inspect; returns what to say, and the exit status."""
+    for path in inputs(options):
+        if os.path.exists(options.out) and os.path.exists(path) and os.path.samefile(
+                options.out, path):
+            raise Refused(f"{options.out} would be written, and is read too ({path}): give the "
+                          "output another name")
+    with suppress(OSError, ValueError, AttributeError):   # /dev/stdout holds the model alone
+        if os.path.samestat(os.stat(options.out), os.fstat(sys.stdout.fileno())):
+            sys.stdout = sys.stderr
+    with replacing(options.out) as temporary:
+        text = convert(options, temporary, note)
+    return text, 0
 
 
 def between(low, high, kind=int):
@@ -906,8 +1145,9 @@ def arguments(argv):
         help="what to read (recognized by its content) and the file to write")
     add("--dtype", choices=sorted(DTYPE_CODES),
         help="how matrices are stored (f32; of a checkpoint: as they are)")
-    add("--tokenizer", metavar="FILE", help="tokenizer.json, or tokenizer.bin of llama2.c "
-        "(default: tokenizer.json beside the weights, else GPT-2's if the vocabulary is)")
+    add("--tokenizer", metavar="FILE", help="tokenizer.json, vocab.json with merges.txt "
+        "beside it, or tokenizer.bin of llama2.c (default: what lies beside the weights; GPT-2's "
+        "if nothing does and the vocabulary is)")
     add("--window", type=count, metavar="N", help="visible keys of window layers (default: as the "
         "origin says; for llama2.c its context length)")
     add("--chunk", type=between(1, 1024), default=16, metavar="C",
@@ -926,9 +1166,10 @@ def arguments(argv):
                                     "tell").add_argument
     add("--mode", choices=("causal", "window"), help="each vector sees those before it, in "
         "constant memory; or all of a window, both ways")
-    add("--heads", type=count, metavar="H", help="query heads (Edifice: 4)")
-    add("--degree", type=degree, metavar="P", help="Edifice: taylor_order (2)")
-    add("--shift", action="store_true", help="lucidrains: made with shift_tokens=True")
+    add("--heads", type=count, metavar="H", help="query heads")
+    add("--degree", type=degree, metavar="P", help="Edifice: taylor_order")
+    add("--shift", action=argparse.BooleanOptionalAction,
+        help="lucidrains: made with shift_tokens=True, or not")
     add("--prefix", metavar="TEXT", help="use the tensors whose names begin so")
     add = parser.add_argument_group("a llama2.c model, or a checkpoint of one, on constant "
                                     "memory").add_argument
@@ -948,6 +1189,17 @@ def arguments(argv):
     return options
 
 
+def stop(*_):
+    """A signal that asks the program to end: once, so that it can tidy up."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP")
+           if hasattr(signal, name)]
+
+
 def main(argv=None):
     """The program; returns its exit status."""
     options = arguments(argv)
@@ -955,15 +1207,21 @@ def main(argv=None):
     def note(text):
         print(f"export.py: note: {text}", file=sys.stderr)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)         # raises KeyboardInterrupt
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:    # as nohup leaves SIGHUP
+            signal.signal(number, stop)
     status = 1
     try:
-        status = inspect(options.inspect) if options.inspect else convert(options, note)
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:                               # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        text, result = (inspect(options.inspect) if options.inspect else
+                        export_model(options, note))
+        try:
+            print(text, flush=True)
+            return result
+        except OSError as e:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(e, BrokenPipeError):            # whoever read our output has seen enough
+                return 1
+            raise Refused(f"standard output: {e.strerror}") from None
     except KeyboardInterrupt:
         error, status = "interrupted; nothing was written", 130
     except Refused as e:
@@ -978,5 +1236,20 @@ def main(argv=None):
     return status
 
 
+def prepare_streams():
+    """Standard streams that are closed become the null device, so that no file that is opened later
+    takes their number; what a console cannot show is written as \\u30e2."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                # gets the lowest number that is free
+        if not getattr(sys, name):
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
 if __name__ == "__main__":
+    prepare_streams()
     sys.exit(main())

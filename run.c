@@ -14,6 +14,7 @@
  *     exit status   0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted. If the reader of
  *                   stdout goes away (run ... | head), the status is 1 and there is no message
  *     Ctrl-C        ends the text, and the statistics still come; a second one ends the process
+ *     files         appear whole under their names, or not at all; what is read is not overwritten
  *     memory        is allocated before the first token is fed. Only a conversation allocates
  *                   later: its lines, and the states that /undo can go back to, at most 8
  *
@@ -35,8 +36,8 @@
  *     13. Options                    one table: parsing, help, errors, what goes with what
  *     14. main
  */
-#if !defined(_POSIX_C_SOURCE) && !defined(_WIN32)
-#define _POSIX_C_SOURCE 200809L
+#if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
+#define _XOPEN_SOURCE 700               /* POSIX 2008, and realpath                               */
 #endif
 #include <errno.h>
 #include <math.h>
@@ -56,6 +57,7 @@
 #include <io.h>
 #elif (defined(__unix__) || defined(__APPLE__)) && !defined(__wasi__)
 #define RUN_POSIX 1
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
@@ -79,12 +81,12 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
     char       *before, *after, *stop;  /* the template cut in two; what ends a reply             */
-    const char **stops;                 /* (n_stops) texts that end the generated text            */
+    char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
     int64_t     predict, top_k, repeat_last_n, threads, branches;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
-    int         has_seed, chat, ignore_eos, no_checksum, info, check, bench, csv;
+    int         has_seed, chat, specials, ignore_eos, no_checksum, info, check, bench, csv;
     int         no_display_prompt, quiet, verbose, help, version;
 } options;
 
@@ -99,6 +101,7 @@ typedef struct {                        /* text on its way to stdout            
 typedef struct {                        /* a file that is being written; section 11               */
     FILE       *file;
     char       *temporary;              /* its name until it is complete; NULL: written in place  */
+    char       *target;                 /* the name that it gets then; NULL: path                 */
     const char *path, *what;            /* "the logits"                                           */
 } output;
 
@@ -222,15 +225,25 @@ static double per_second(uint64_t count, double spent) {
     return spent > 0 ? (double)count / spent : 0;
 }
 
-/* Set by Ctrl-C, read between tokens. The only variable that outlives a function. */
+/* The only variables that outlive a function: what a signal changes or needs. The number of the
+ * signal that ended the text is read between tokens. */
 #if defined(SIGINT)
 static volatile sig_atomic_t interrupted = 0;
 #else
 enum { interrupted = 0 };
 #endif
+#if defined(RUN_POSIX)
+static volatile sig_atomic_t orderly = 0;       /* 1: Ctrl-C ends the text; 2: all signals do     */
+static char *volatile unfinished = NULL;        /* file to remove if a signal ends the process    */
+static volatile sig_atomic_t renaming = 0;      /* which file that is just changes                */
+static volatile sig_atomic_t waiting = 0;       /* a signal that came meanwhile                   */
+#endif
 
 /* What stands before encoded text: nothing; what the model asks for; a start token in any case. */
 enum lead { CONTINUES, BEGINS, PREDICTS };
+
+/* What read_input reads: all of a file; the next line; a saved state, if it begins as one. */
+enum extent { ALL, LINE, STATE };
 
 /* What sections 2 to 8 need of the later ones, each with the number of its section. */
 static int     save_state(run *r, saved_state *s);                  /*  4: in memory              */
@@ -242,6 +255,9 @@ static int     score_rows(run *r, size_t first, size_t n);          /*  5: for f
 static int     no_tokenizer(const run *r);                          /*  9: an error line          */
 static int32_t start_token(const based_tokenizer *t);               /*  9: begins a text; or -1   */
 static int     encode(run *r, const char *text, size_t n, enum lead lead);  /* 9: to r->ids       */
+static int     encode_message(run *r, const char *text, size_t n, size_t from, size_t to);  /*  9 */
+static int     check_logits(run *r, const float *logits, uint64_t token);   /* 10: are there any? */
+static int32_t any_token(const run *r, uint64_t i);                 /*  6                         */
 static int     read_prompt(run *r);                                 /*  9: -i, -f, ... to r->ids  */
 static int     open_session(run *r, int every_row);                 /* 10: r->session             */
 static int     new_session(run *r, based_session **s, size_t block);        /* 10: one more       */
@@ -251,17 +267,23 @@ static int     dump_rows(run *r, const float *rows, size_t n);      /* 10: --dum
 static void    clear_progress(run *r);                              /* 10: before an error line   */
 static void    describe(const run *r, const char *what);            /* 10: the lines of -v        */
 static void    report(const run *r, const char *feeding, uint64_t n, double spent);     /* 10     */
+static size_t  drop_mark(char *text, size_t n);                     /* 11: at the beginning       */
 static size_t  drop_newline(char *text, size_t n);                  /* 11: at the end             */
-static int     read_input(const char *path, int line, char **bytes, size_t *n);         /* 11     */
-static int     open_output(output *f, const char *path, const char *what);              /* 11     */
+static int     read_input(const char *path, enum extent extent, char **bytes, size_t *n);   /* 11 */
+static int     check_output(const run *r, const char *path, const char *what);          /* 11     */
+static int     open_output(const run *r, output *f, const char *path, const char *what);    /* 11 */
 static int     output_failed(const output *f);                      /* 11: an error line          */
 static int     close_output(output *f, int rc);                     /* 11: and gives it its name  */
 static double  seconds(void);                                       /* 12: a clock                */
-static void    catch_signals(void);                                 /* 12: Ctrl-C ends the text   */
-static void    leave_signals(void);                                 /* 12: or the program         */
+static void    catch_signals(int all);                              /* 12: Ctrl-C ends the text   */
+static void    leave_signals(int all);                              /* 12: or the program         */
 static int     is_terminal(FILE *file);                             /* 12: is a person there?     */
 static int     sync_file(FILE *file);                               /* 12: to the disk            */
-static int     may_be_replaced(const char *path);                   /* 12: by renaming            */
+static int     same_file(const char *path, const char *other);      /* 12: under two names?       */
+static int     can_be_written(const char *path);                    /* 12: if not, errno says why */
+static FILE   *open_place(output *f);                               /* 12                         */
+static int     give_name(output *f);                                /* 12: to a complete file     */
+static void    drop_temporary(output *f);                           /* 12                         */
 
 /* ==== 2. Continue a text =========================================================================
  * Why the program exists. The prompt is fed in blocks; then each new token is drawn from the
@@ -353,10 +375,9 @@ static int feed_prompt(run *r) {
     TRY(feed_ids(r, r->n_ids));
     size_t n = r->n_loaded + (size_t)(r->fed - before);
     for (size_t i = 0; i < n; i++) based_sampler_accept(&r->sampler, r->ids[i]);
-    if (r->o->predict == 0 && !r->o->dump && based_count(r->session) > 0) {
-        hash_logits(r, based_logits(r->session));
-    }
-    return DONE;
+    if (based_count(r->session) == 0) return DONE;
+    if (r->o->predict == 0 && !r->o->dump) hash_logits(r, based_logits(r->session));
+    return check_logits(r, based_logits(r->session), based_count(r->session));
 }
 
 /* In a chat: remembers where the held text begins. If it turns out to be a stop text, the session
@@ -387,6 +408,7 @@ static int continue_text(run *r) {
         /* logits after all that was written */
         TRY(feed_newest(r));
         const float *logits = based_logits(r->session);
+        TRY(check_logits(r, logits, based_count(r->session)));
         if (!o->dump) hash_logits(r, logits);
 
         /* draw the next token */
@@ -410,7 +432,7 @@ static int continue_text(run *r) {
     return DONE;
 }
 
-/* The whole text of one session: prompt, continuation, end; and saves the state. */
+/* The whole text of one session: prompt, continuation, end. */
 static int write_one(run *r) {
     size_t shown = interrupted ? 0 : r->n_ids;
     /* The prompt passes through the decoder even if it is not shown, since a character may begin in
@@ -421,8 +443,7 @@ static int write_one(run *r) {
     }
     TRY(flush_text());
     TRY(continue_text(r));
-    TRY(end_text(r));
-    return r->o->save ? save_to_file(r, r->o->save) : DONE;
+    return end_text(r);
 }
 
 static int reset_sampler(run *r) {
@@ -490,8 +511,8 @@ static int generate(run *r) {
     TRY(read_prompt(r));
     TRY(prepare(r));
     if (r->o->load) TRY(load_prompt(r));
-    if (r->o->dump) TRY(open_output(&r->dump, r->o->dump, "the logits"));
-    catch_signals();
+    if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
+    catch_signals(0);
     describe(r, "prompt:");
     if (r->o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
     TRY(feed_prompt(r));
@@ -504,7 +525,9 @@ static int generate(run *r) {
     } else {
         TRY(write_one(r));
     }
+    if (r->o->save) TRY(feed_newest(r));        /* its logits belong to the dump                  */
     TRY(close_output(&r->dump, DONE));
+    if (r->o->save) TRY(save_to_file(r, r->o->save));
     report(r, "prompt eval time", r->timed, r->generate_time);
     return interrupted ? INTERRUPTED : DONE;
 }
@@ -518,18 +541,13 @@ static int generate(run *r) {
  * ring of UNDO states.
  */
 
-/* Feeds n bytes of text after everything that was fed before. */
-static int feed_text(run *r, const char *text, size_t n) {
-    TRY(encode(r, text, n, CONTINUES));
-    return feed_prompt(r);
-}
-
-static int push_undo(run *r) {
+/* Puts the state in r->saved on the ring. Only a turn that went well gets there. */
+static void push_undo(run *r) {
     conversation *c = &r->chat;
-    TRY(save_state(r, &c->turn[c->turns % UNDO]));
-    c->turns++;
+    saved_state *place = &c->turn[c->turns++ % UNDO], oldest = *place;
+    *place = r->saved;
+    r->saved = oldest;
     c->n_undo += c->n_undo < UNDO;
-    return DONE;
 }
 
 static int undo(run *r) {
@@ -545,52 +563,75 @@ static int commit_reply(run *r) {
     conversation *c = &r->chat;
     int stopped = r->out.stopped;
     size_t n_held = r->out.n_held, printed = c->n_raw > n_held ? c->n_raw - n_held : 0;
-    TRY(end_text(r));
+    int rc = ferror(stdout) ? BAD_INPUT : end_text(r);      /* one error line is enough           */
     r->out.stopped = r->out.wrote = 0;
     r->out.n_held = 0;
-    if (!stopped) return feed_newest(r);
+    if (!stopped) {
+        TRY(feed_newest(r));
+        return rc;
+    }
 
     /* a stop text: back to before it, then up to it */
     r->unfed = -1;
     based_copy(r->session, c->snapshot, NULL);
     c->has_snapshot = 0;
-    return printed > 0 ? feed_text(r, c->raw, printed) : DONE;
+    if (printed > 0) {
+        TRY(encode_message(r, c->raw, printed, 0, printed));
+        TRY(feed_prompt(r));
+    }
+    return rc;
 }
 
-/* One turn: a message and the reply to it. */
-static int chat_turn(run *r, const char *message) {
+/* One turn: a message of n bytes and the reply to it. */
+static int chat_turn(run *r, const char *message, size_t n) {
     const options *o = r->o;
 
     /* the message in the template; from the second turn on it begins on a new line */
-    size_t bytes = strlen(o->before) + strlen(message) + strlen(o->after) + 2;
-    char *text = malloc(bytes);
+    size_t from = strlen(o->before) + (based_count(r->session) > r->chat.start);
+    size_t bytes = from + n + strlen(o->after);
+    char *text = malloc(bytes + 1);
     if (!text) return out_of_memory("a turn");
-    snprintf(text, bytes, "%s%s%s%s", based_count(r->session) > r->chat.start ? "\n" : "",
-             o->before, message, o->after);
-    int rc = push_undo(r);
-    if (rc == DONE) rc = feed_text(r, text, strlen(text));
+    text[0] = '\n';
+    memcpy(text + from - strlen(o->before), o->before, strlen(o->before));
+    memcpy(text + from, message, n);
+    memcpy(text + from + n, o->after, strlen(o->after));
+    int rc = save_state(r, &r->saved);
+    if (rc == DONE) {
+        rc = o->specials ? encode(r, text, bytes, CONTINUES)
+                         : encode_message(r, text, bytes, from, from + n);
+    }
     free(text);
     TRY(rc);
-    if (interrupted) return undo(r);
+    TRY(feed_prompt(r));
+    if (interrupted) return load_state(r, &r->saved, "the last turn");
+    push_undo(r);
 
     /* the reply */
     r->chat.has_snapshot = 0;
-    TRY(continue_text(r));
-    return commit_reply(r);
+    rc = continue_text(r);
+    if (rc != DONE && !ferror(stdout)) return rc;
+    int committed = commit_reply(r);    /* the session knows what was said, even if nobody reads  */
+    return rc != DONE ? rc : committed;
 }
 
-/* A line that begins with a slash. If a command fails it says why, and the chat goes on. */
-static void run_command(run *r, const char *line) {
+/* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
+ * the chat goes on. */
+static void run_command(run *r, const char *line, size_t n) {
     const char *file = line + strcspn(line, " ");
     file += strspn(file, " ");
-    if (strncmp(line, "/save ", 6) == 0 && *file) {
+    if (strlen(line) < n) {
+        fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
+    } else if (strncmp(line, "/save ", 6) == 0 && *file) {
         save_to_file(r, file);
     } else if (strncmp(line, "/load ", 6) == 0 && *file) {
-        if (push_undo(r) == DONE && load_from_file(r, file) != DONE) undo(r);
+        if (save_state(r, &r->saved) != DONE) return;
+        if (load_from_file(r, file) == DONE) push_undo(r);
+        else load_state(r, &r->saved, "what was there before");
     } else if (strcmp(line, "/undo") == 0) {
         undo(r);
     } else if (strcmp(line, "/reset") == 0) {
-        if (push_undo(r) == DONE) load_state(r, &r->chat.first, "the beginning");
+        if (save_state(r, &r->saved) != DONE) return;
+        if (load_state(r, &r->chat.first, "the beginning") == DONE) push_undo(r);
     } else if (strcmp(line, "/stats") == 0) {
         const char *size = AMOUNT(based_saved_bytes(r->model, NOTE_HEADER
                                                      + 4 * (size_t)r->o->repeat_last_n));
@@ -613,7 +654,7 @@ static void run_command(run *r, const char *line) {
 static int chat(run *r) {
     const options *o = r->o;
     conversation *c = &r->chat;
-    int rc = DONE, asking = is_terminal(stdin) && !o->quiet;
+    int rc = DONE, asking = is_terminal(stdin) && !o->quiet, saves = o->save != NULL, first = 1;
     char *text = NULL;
     size_t n;
     TRY(open_session(r, 0));
@@ -623,7 +664,7 @@ static int chat(run *r) {
     c->room = 4096 + r->out.room;
     c->raw = malloc(c->room);
     if (!c->raw) return out_of_memory("the conversation");
-    catch_signals();
+    catch_signals(saves);
 
     /* before the first turn: a loaded state or the start token, then the system prompt */
     r->out.decoder.started = 1;         /* a reply follows a text, so its first space is printed  */
@@ -634,40 +675,46 @@ static int chat(run *r) {
         TRY(feed_prompt(r));
         c->start = based_count(r->session);
     }
-    if (o->system) TRY(feed_text(r, o->system, strlen(o->system)));
+    if (o->system) {
+        TRY(encode(r, o->system, strlen(o->system), CONTINUES));
+        TRY(feed_prompt(r));
+    }
     TRY(save_state(r, &c->first));
     if (o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
     if (asking) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
 
     /* the first message may come from -i or -f */
-    if (o->prompt) rc = chat_turn(r, o->prompt);
+    if (o->prompt) rc = chat_turn(r, o->prompt, strlen(o->prompt));
     if (o->file) {
-        TRY(read_input(o->file, 0, &text, &n));
-        drop_newline(text, n);
-        rc = chat_turn(r, text);
+        TRY(read_input(o->file, ALL, &text, &n));
+        n = drop_newline(text, drop_mark(text, n));
+        rc = chat_turn(r, text, n);
         free(text);
     }
 
     /* the others line by line; while a line is waited for, Ctrl-C ends the program */
-    while (rc == DONE) {
-        leave_signals();
+    for (int more = 1; rc == DONE && more; first = 0) {
+        leave_signals(saves);
+        if (interrupted) break;         /* by a signal that ends the conversation                 */
         if (asking) fputs("> ", stderr);
-        rc = read_input("-", 1, &text, &n);
+        rc = read_input("-", LINE, &text, &n);
         if (rc != DONE) break;
-        catch_signals();
-        int more = n > 0;
-        drop_newline(text, n);
-        if (text[0] == '/') run_command(r, text);
-        else if (text[0] != '\0') rc = chat_turn(r, text);
+        catch_signals(saves);
+        more = n > 0;
+        n = drop_newline(text, first ? drop_mark(text, n) : n);
+        if (text[0] == '/') run_command(r, text, n);
+        else if (n > 0) rc = chat_turn(r, text, n);
         free(text);
-        if (!more) break;
     }
-    catch_signals();
-    TRY(rc);
+    catch_signals(saves);
     if (asking) fputc('\n', stderr);
-    if (o->save) TRY(save_to_file(r, o->save));
-    report(r, "prompt eval time", r->timed, r->generate_time);
-    return DONE;
+
+    /* what was said is saved also if a signal or a closed terminal ended the conversation */
+    int ended = rc == DONE || interrupted || ferror(stdin) || ferror(stdout);
+    int saved = saves && ended ? save_to_file(r, o->save) : DONE;
+    if (rc == DONE) rc = interrupted ? 128 + (int)interrupted : saved;
+    if (rc != BAD_INPUT) report(r, "prompt eval time", r->timed, r->generate_time);
+    return rc;
 }
 
 /* ==== 4. Saved states ============================================================================
@@ -790,10 +837,10 @@ static int save_to_file(run *r, const char *path) {
     output f;
     TRY(feed_newest(r));                /* all that was printed is saved                          */
     TRY(save_state(r, &r->saved));
-    TRY(open_output(&f, path, "the past"));
+    TRY(open_output(r, &f, path, "the past"));
     int good = fwrite(r->saved.bytes, 1, r->saved.n, f.file) == r->saved.n;
     TRY(close_output(&f, good ? DONE : output_failed(&f)));
-    if (!r->o->quiet) {
+    if (!r->o->quiet && !ferror(stdin) && !ferror(stdout)) {    /* nothing behind an error line   */
         fprintf(stderr, "saved %s tokens in %s\n", THOUSANDS(based_count(r->session)),
                 AMOUNT(r->saved.n));
     }
@@ -803,7 +850,7 @@ static int save_to_file(run *r, const char *path) {
 static int load_from_file(run *r, const char *path) {
     char *bytes;
     size_t n;
-    TRY(read_input(path, 0, &bytes, &n));
+    TRY(read_input(path, STATE, &bytes, &n));
     int rc = load_state(r, &(saved_state){ (unsigned char *)bytes, n }, path);
     free(bytes);
     if (rc == DONE && !r->o->quiet) {
@@ -877,14 +924,15 @@ static int measure(run *r) {
     size_t bytes = 0, n = 0;
     TRY(open_session(r, 1));
     if (!r->has_tokenizer) return no_tokenizer(r);
-    TRY(read_input(path, 0, &text, &bytes));
+    TRY(read_input(path, ALL, &text, &bytes));
+    bytes = drop_mark(text, bytes);
     int rc = encode(r, text, bytes, PREDICTS);
     free(text);
     TRY(rc);
     if (r->n_ids < 3) {
         return fail(BAD_INPUT, "%s is too short to measure; it takes several tokens", path);
     }
-    catch_signals();
+    catch_signals(0);
     describe(r, "text:");
     TRY(feed_ids(r, r->n_ids - 1));
     double tokens = (double)r->scored, perplexity = exp(r->nats / tokens);
@@ -1080,15 +1128,15 @@ static int bench(run *r) {
     benchmark b = { .memory = 0 };
     char line[128];
     TRY(open_session(r, 0));
-    catch_signals();
+    catch_signals(0);
     b.model = model_name(r, b.name);
-    b.threads = based_threads(r->session);
     b.weights = based_model_weight_bytes(r->model);
     b.state = based_state_bytes(r->model);
 
     /* The most memory that the process ever had, where the system tells (Linux), after all that a
      * session uses was used. getrusage would count what was there before this program started. */
     TRY(feed_any(r, BLOCK));
+    b.threads = based_threads(r->session);      /* that there can be                              */
     FILE *f = fopen("/proc/self/status", "r");
     while (f && b.memory == 0 && fgets(line, sizeof line, f)) {
         if (strncmp(line, "VmHWM:", 6) == 0) b.memory = strtoull(line + 6, NULL, 10) * 1024;
@@ -1227,9 +1275,38 @@ static int print_info(run *r) {
     return flush_text();
 }
 
-/* Opening has checked everything except the weights. */
+/* Feeds a few tokens, or vectors, and looks for logits that are not finite: weights may be finite
+ * and still too large. */
+static int check_few(run *r) {
+    enum { FEW = 8 };
+    const based_config *c = based_model_config(r->model);
+    size_t total = FEW * based_width(r->model), bad = 0, inputs = FEW * (size_t)c->input;
+    int32_t ids[FEW], start = r->has_tokenizer ? start_token(&r->tokenizer) : -1;
+    for (int i = 0; i < FEW && c->vocab; i++) {
+        ids[i] = i == 0 && start >= 0 ? start : any_token(r, (uint64_t)i);
+    }
+    TRY(new_session(r, &r->session, FEW));
+    float *rows = calloc(total + inputs, sizeof(float));        /* (FEW, width), (FEW, input)     */
+    if (!rows) return out_of_memory("logits");
+    float *x = rows + total;
+    for (size_t i = 0; i < inputs; i++) x[i] = (float)((int)(i % 7) - 3) / 4;
+    int status = c->flags & BASED_BIDIRECTIONAL
+        ? based_feed_bidirectional(r->session, x, FEW, rows, &r->error)
+        : c->input ? based_feed_vectors(r->session, x, FEW, rows, &r->error)
+                   : based_feed(r->session, ids, FEW, rows, &r->error);
+    for (size_t i = 0; i < total && status == BASED_OK; i++) bad += rows[i] - rows[i] != 0;
+    free(rows);
+    TRY_LIB(status, r->o->checkpoint);
+    if (bad == 0) return DONE;
+    return fail(BAD_INPUT, "%s: all weights are finite, but %s of the %s logits after the first %d "
+                "tokens are NaN or infinite; the checkpoint is broken", r->o->checkpoint,
+                THOUSANDS(bad), THOUSANDS(total), FEW);
+}
+
+/* Opening has checked everything except the weights and what they compute. */
 static int check(run *r) {
     TRY_LIB(based_check_weights(r->model, &r->error), r->o->checkpoint);
+    TRY(check_few(r));
     printf("%s is sound: header, sizes, %s%s and %s parameters\n", r->o->checkpoint,
            r->o->no_checksum ? "" : "checksum, ", r->has_tokenizer ? "tokenizer" : "no tokenizer",
            THOUSANDS(based_model_parameters(r->model)));
@@ -1260,7 +1337,7 @@ static int feed_vectors(run *r, char *bytes, size_t n) {
     TRY(new_session(r, &r->session, block));
     r->rows = malloc(block * width * sizeof(float));            /* (block, width)                 */
     if (!r->rows) return out_of_memory("the result");
-    TRY(open_output(&r->dump, r->o->dump, "the logits"));
+    TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     for (size_t at = 0; at < rows; at += block) {
         size_t some = rows - at < block ? rows - at : block;
         TRY_LIB((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
@@ -1278,7 +1355,7 @@ static int vectors(run *r) {
     if (based_model_config(r->model)->input == 0) {
         return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
     }
-    TRY(read_input(r->o->vectors, 0, &bytes, &n));
+    TRY(read_input(r->o->vectors, ALL, &bytes, &n));
     int rc = feed_vectors(r, bytes, n);
     free(bytes);
     return rc;
@@ -1298,9 +1375,12 @@ static int32_t start_token(const based_tokenizer *t) {
     return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
 }
 
-/* Fills r->ids with n bytes of text. */
-static int encode(run *r, const char *text, size_t n, enum lead lead) {
+/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
+ * text[from .. to - 1]. */
+static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                        size_t to) {
     based_tokenizer t = r->tokenizer;
+    const size_t end[3] = { from, to, n };
     int add_bos = lead != CONTINUES && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
     int64_t got = 0;
     if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
@@ -1320,14 +1400,43 @@ static int encode(run *r, const char *text, size_t n, enum lead lead) {
     if (start_token(&t) >= 0 && (n == 0 ? lead != CONTINUES : lead == PREDICTS && !add_bos)) {
         r->ids[r->n_ids++] = start_token(&t);
     }
-    if (n > 0) {
-        got = based_encode(&t, text, n, BASED_PARSE_SPECIALS | (add_bos ? BASED_ADD_BOS : 0),
-                           r->ids + r->n_ids, scratch, &r->error);
+    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
+        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
+        if (end[part] == at) continue;
+        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
+        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
+                           &r->error);
+        r->n_ids += got > 0 ? (size_t)got : 0;
     }
     free(scratch);
-    if (got < 0) return library_failed(r, "cannot encode the text");
-    r->n_ids += (size_t)got;
-    return DONE;
+    return got < 0 ? library_failed(r, "cannot encode the text") : DONE;
+}
+
+static int encode(run *r, const char *text, size_t n, enum lead lead) {
+    return encode_parts(r, text, n, lead, n, n);
+}
+
+/* The length of the special token's name that the text begins with; or 0. */
+static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
+    for (uint32_t i = 0; i < t->specials; i++) {
+        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
+        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
+    }
+    return 0;
+}
+
+/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
+ * text there. The text is cut only at special tokens of the template, where it would be cut in any
+ * case; so without such names the tokens are those of encode. */
+static int encode_message(run *r, const char *text, size_t n, size_t from, size_t to) {
+    size_t begin = 0, name;
+    for (size_t at = 0; at < from; ) {
+        name = special_name(&r->tokenizer, text + at, from - at);
+        at += name ? name : 1;
+        if (name) begin = at;
+    }
+    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
+    return encode_parts(r, text, n, CONTINUES, begin, to);
 }
 
 /* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
@@ -1364,8 +1473,8 @@ static int read_prompt(run *r) {
     if (!r->has_tokenizer) return no_tokenizer(r);
     if (text && strcmp(text, "-") == 0) path = "-";
     if (path) {
-        TRY(read_input(path, 0, &bytes, &n));
-        n = drop_newline(bytes, n);
+        TRY(read_input(path, ALL, &bytes, &n));
+        n = drop_newline(bytes, drop_mark(bytes, n));
     }
     int rc = encode(r, path ? bytes : text, n, append ? CONTINUES : BEGINS);
     free(bytes);
@@ -1408,11 +1517,26 @@ static void hash_logits(run *r, const float *logits) {
     if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
 }
 
-/* Writes n rows of logits, (n, width), little-endian on every machine. */
+/* If no logit is finite, there is nothing to choose from. */
+static int check_logits(run *r, const float *logits, uint64_t token) {
+    for (size_t i = 0; i < based_width(r->model); i++) {
+        if (logits[i] - logits[i] == 0) return DONE;
+    }
+    clear_progress(r);
+    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
+                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
+                r->o->vectors ? ", or the vectors are" : "");
+}
+
+/* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
 static int dump_rows(run *r, const float *rows, size_t n) {
     size_t width = based_width(r->model), total = n * width;
+    uint64_t before = based_count(r->session) - n;
     unsigned char bytes[4096];
-    for (size_t row = 0; row < n; row++) hash_logits(r, rows + row * width);
+    for (size_t row = 0; row < n; row++) {
+        TRY(check_logits(r, rows + row * width, before + row + 1));
+        hash_logits(r, rows + row * width);
+    }
     for (size_t done = 0, some; done < total; done += some) {
         some = total - done < sizeof bytes / 4 ? total - done : sizeof bytes / 4;
         for (size_t i = 0; i < some; i++) {
@@ -1511,15 +1635,18 @@ static void report(const run *r, const char *feeding, uint64_t n, double spent) 
  * and close_output, and nowhere else.
  */
 
-/* Reads all of a file, or of standard input for "-"; or only its next line, newline included. The n
- * bytes are followed by a zero, and the caller frees them. n is 0 at the end of the input. */
-static int read_input(const char *path, int line, char **bytes, size_t *n) {
+/* Reads a file, or standard input for "-"; all of it, or only its next line, newline included, or
+ * only its beginning if a saved state was expected and it is none. The n bytes are followed by a
+ * zero, and the caller frees them. n is 0 at the end of the input. */
+static int read_input(const char *path, enum extent extent, char **bytes, size_t *n) {
     int standard = strcmp(path, "-") == 0;
     FILE *file = standard ? stdin : fopen(path, "rb");
     size_t room = 0, wanted = 0, got = 0;
     char *text = NULL;
     *n = 0;
-    while (file && got == wanted && !(line && *n > 0 && text[*n - 1] == '\n')) {
+    while (file && got == wanted) {
+        if (extent == LINE && *n > 0 && text[*n - 1] == '\n') break;
+        if (extent == STATE && *n >= 8 && memcmp(text, BASED_STATE_MAGIC, 8) != 0) break;
         /* room for one more byte and the zero */
         if (room - *n < 2) {
             room = room ? 2 * room : 256;
@@ -1532,7 +1659,7 @@ static int read_input(const char *path, int line, char **bytes, size_t *n) {
             }
             text = more;
         }
-        wanted = line ? 1 : room - 1 - *n;
+        wanted = extent == LINE ? 1 : room - 1 - *n;
         got = fread(text + *n, 1, wanted, file);
         *n += got;
     }
@@ -1545,8 +1672,19 @@ static int read_input(const char *path, int line, char **bytes, size_t *n) {
     }
     free(text);
     *bytes = NULL;
+    if (interrupted && error == EINTR) {
+        clearerr(stdin);
+        return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
+    }
     return fail(BAD_INPUT, "cannot read %s: %s", standard ? "standard input" : path,
                 strerror(error));
+}
+
+/* Drops a byte order mark, which is no part of a text. Returns the new length. */
+static size_t drop_mark(char *text, size_t n) {
+    if (n < 3 || memcmp(text, "\xef\xbb\xbf", 3) != 0) return n;
+    memmove(text, text + 3, n - 2);     /* with the zero at the end                               */
+    return n - 3;
 }
 
 /* Drops one newline at the end, \n or \r\n. Returns the new length. */
@@ -1560,19 +1698,42 @@ static int output_failed(const output *f) {
     return fail(BAD_INPUT, "cannot write %s to %s: %s", f->what, f->path, strerror(errno));
 }
 
-/* Opens a file for writing. It appears under its name only when it is complete: until then it has a
- * temporary name, where another file may be renamed over `path`. A link or a device is written in
- * place. The caller writes to f->file and then calls close_output in any case. */
-static int open_output(output *f, const char *path, const char *what) {
-    size_t bytes = strlen(path) + sizeof ".tmp";
+/* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
+ * is read completely before. */
+static int refuse_inputs(const run *r, const char *path, const char *what) {
+    const options *o = r->o;
+    const struct { const char *path, *is; } inputs[] = {
+        { o->checkpoint, "the checkpoint" }, { o->file, "the prompt" },
+        { o->vectors, "the vectors" }, { path == o->dump ? o->load : NULL, "the loaded state" },
+        { "-", "standard input" }, { path == o->dump ? o->save : o->dump, "another output" }
+    };
+    for (size_t i = 0; i < sizeof inputs / sizeof inputs[0]; i++) {
+        if (inputs[i].path && same_file(path, inputs[i].path)) {
+            return fail(BAD_USAGE, "cannot write %s to %s: it is also %s; give another name", what,
+                        path, inputs[i].is);
+        }
+    }
+    return DONE;
+}
+
+/* Before anything is read or computed: is this a file that can be written? */
+static int check_output(const run *r, const char *path, const char *what) {
+    TRY(refuse_inputs(r, path, what));
+    return can_be_written(path) ? DONE : output_failed(&(output){ .path = path, .what = what });
+}
+
+/* Opens a file for writing; all files that this program writes pass through here. A file appears
+ * under its name only when it is complete: until then it has a temporary name in the same folder,
+ * which no other file has. Of several programs that write to one name, the last one wins. The
+ * caller writes to f->file and then calls close_output in any case. */
+static int open_output(const run *r, output *f, const char *path, const char *what) {
     *f = (output){ .path = path, .what = what };
-    if (may_be_replaced(path)) f->temporary = malloc(bytes);
-    if (f->temporary) snprintf(f->temporary, bytes, "%s.tmp", path);
-    f->file = fopen(f->temporary ? f->temporary : path, "wb");
+    TRY(refuse_inputs(r, path, what));
+    f->file = open_place(f);
     if (f->file) return DONE;
-    free(f->temporary);
-    f->temporary = NULL;
-    return output_failed(f);
+    int rc = output_failed(f);
+    drop_temporary(f);
+    return rc;
 }
 
 /* Ends a file. rc: DONE if all of it was written; then it gets its name, once it is safe on the
@@ -1584,16 +1745,11 @@ static int close_output(output *f, int rc) {
     /* all bytes to the disk */
     if (rc == DONE && (fflush(f->file) != 0 || !sync_file(f->file))) error = errno;
     if (fclose(f->file) != 0 && error == 0) error = errno;
+    f->file = NULL;
 
     /* the name, or nothing */
-    if (f->temporary) {
-        int complete = rc == DONE && error == 0;
-        if (complete && rename(f->temporary, f->path) != 0) complete = 0, error = errno;
-        if (!complete) remove(f->temporary);
-        free(f->temporary);
-    }
-    f->file = NULL;
-    f->temporary = NULL;
+    if (rc == DONE && error == 0 && f->temporary && !give_name(f)) error = errno;
+    drop_temporary(f);
     errno = error;
     return rc == DONE && error ? output_failed(f) : rc;
 }
@@ -1602,13 +1758,6 @@ static int close_output(output *f, int rc) {
  * Everything that is not C99. Without it the program still works: the clock is coarser, files are
  * written in place, there is no progress line and Ctrl-C ends the process.
  */
-#if defined(SIGINT)
-static void on_interrupt(int number) {
-    (void)number;
-    interrupted = 1;
-}
-#endif
-
 #if defined(RUN_POSIX)
 /* A checkpoint is mapped, not copied. If its file is cut off while it is in use, reading it raises
  * SIGBUS, and all that can be done is to say so. */
@@ -1617,21 +1766,61 @@ static void on_lost_bytes(int number) {
                                "while it was in use?\n";
     ssize_t written = write(STDERR_FILENO, line, sizeof line - 1);
     (void)number, (void)written;
+    if (unfinished) unlink(unfinished);
     _exit(BAD_INPUT);
 }
 
-static void prepare_system(void) { signal(SIGBUS, on_lost_bytes); }
-
-/* The first Ctrl-C asks for an orderly end and gives the signal its default action back, so that
- * the second one ends the process. A signal that was ignored when the program started (nohup) stays
- * ignored. A closed pipe comes back as a failed write. */
-static void catch_signals(void) {
-    struct sigaction old, action = { .sa_handler = on_interrupt,
-                                     .sa_flags = SA_RESTART | (int)SA_RESETHAND };
-    if (sigaction(SIGINT, NULL, &old) == 0 && old.sa_handler != SIG_IGN) {
-        sigaction(SIGINT, &action, NULL);
+/* An orderly end, or the end of the process: without the file that is not finished. The second
+ * Ctrl-C always ends the process. */
+static void on_signal(int number) {
+    int enough = number == SIGINT ? orderly > 0 && !interrupted : orderly > 1;
+    if (enough) {
+        interrupted = number;           /* a closed terminal sends SIGHUP more than once          */
+    } else if (renaming) {
+        waiting = number;
+    } else {
+        if (unfinished) unlink(unfinished);
+        signal(number, SIG_DFL);
+        raise(number);
     }
-    signal(SIGPIPE, SIG_IGN);
+}
+
+/* A signal that was ignored when the program started (nohup) stays ignored. */
+static void listen(int flags) {
+    static const int numbers[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
+    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+        struct sigaction old, action = { .sa_handler = on_signal, .sa_flags = flags };
+        if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN) {
+            sigaction(numbers[i], &action, NULL);
+        }
+    }
+}
+
+static void prepare_system(void) {
+    /* If a standard stream is closed, the next file that is opened would get its number, and text
+     * would be written into it. Opened in the wrong direction, each read or write of it fails. */
+    for (int fd = 0; fd < 3; fd++) {
+        if (fcntl(fd, F_GETFD) == -1 && open("/dev/null", fd == 0 ? O_WRONLY : O_RDONLY) != fd) {
+            _exit(BAD_INPUT);
+        }
+    }
+    signal(SIGBUS, on_lost_bytes);
+    signal(SIGPIPE, SIG_IGN);           /* a closed pipe comes back as a failed write             */
+    signal(SIGXFSZ, SIG_IGN);           /* and so does a file that may not become larger          */
+    listen(SA_RESTART);
+}
+
+/* The first Ctrl-C asks for an orderly end; so do all other signals if `all`. */
+static void catch_signals(int all) {
+    orderly = all ? 2 : 1;
+    listen(SA_RESTART);
+}
+
+/* While the program waits for a person, Ctrl-C ends it at once; if `all`, in order. */
+static void leave_signals(int all) {
+    if (interrupted == SIGINT) interrupted = 0;
+    orderly = all ? 2 : 0;
+    listen(0);                          /* reading ends                                           */
 }
 
 static int is_terminal(FILE *file) { return isatty(fileno(file)); }
@@ -1641,10 +1830,138 @@ static int sync_file(FILE *file) {
     return fsync(fileno(file)) == 0 || errno == EINVAL || errno == ENOTSUP;
 }
 
-/* May another file be renamed over this one? Links and devices must be written through instead. */
-static int may_be_replaced(const char *path) {
+/* Is this one file, and not a device? "-" is standard input. */
+static int same_file(const char *path, const char *other) {
+    struct stat a, b;
+    if (strcmp(path, other) == 0) return stat(path, &a) != 0 || S_ISREG(a.st_mode);
+    return stat(path, &a) == 0 && S_ISREG(a.st_mode)
+        && (strcmp(other, "-") == 0 ? fstat(STDIN_FILENO, &b) : stat(other, &b)) == 0
+        && a.st_dev == b.st_dev && a.st_ino == b.st_ino;
+}
+
+/* How is `path` to be written? A new or a regular file by renaming another one over it. What is not
+ * a regular file, or has several names (hard links), is written in place; so is standard output
+ * under the name of a device, by its descriptor. `there` gets what is there now; its mode is 0 if
+ * that is nothing. */
+enum way { NO_WAY, IN_PLACE, BY_RENAMING, STANDARD_OUTPUT };
+
+static enum way way_to_write(const char *path, struct stat *there) {
+    struct stat link, out;
+    if (stat(path, there) != 0) {
+        there->st_mode = 0;
+        if (errno != ENOENT) return NO_WAY;
+        return lstat(path, &link) == 0 ? IN_PLACE : BY_RENAMING;    /* a link to nothing, nothing */
+    }
+    if (S_ISDIR(there->st_mode)) {
+        errno = EISDIR;
+        return NO_WAY;
+    }
+    if (fstat(STDOUT_FILENO, &out) == 0 && out.st_dev == there->st_dev
+        && out.st_ino == there->st_ino && lstat(path, &link) == 0 && S_ISLNK(link.st_mode)) {
+        return STANDARD_OUTPUT;
+    }
+    if (access(path, W_OK) != 0) return NO_WAY;
+    return S_ISREG(there->st_mode) && there->st_nlink == 1 ? BY_RENAMING : IN_PLACE;
+}
+
+static void end_renaming(void) {
+    renaming = 0;
+    if (waiting) raise(waiting);
+}
+
+/* Creates a file beside f->target (the file itself where `path` is a link) with a name that no file
+ * has, "x.state.1234-0.tmp". Returns its descriptor, or -1. */
+static int open_temporary(output *f) {
+    f->target = realpath(f->path, NULL);
+    if (!f->target && errno != ENOENT) return -1;
+    const char *path = f->target ? f->target : f->path, *slash = strrchr(path, '/');
+    size_t folder = slash ? (size_t)(slash + 1 - path) : 0, base = strlen(path + folder);
+    size_t bytes = folder + base + 48;
+    char *name = malloc(bytes);
+    int fd = -1;
+    if (!name) return -1;
+    if (base > 200) base = 200;         /* names may have 255 bytes                               */
+    renaming = 1;
+    for (int k = 0; fd < 0 && k < 10000 && (k == 0 || errno == EEXIST); k++) {
+        snprintf(name, bytes, "%.*s.%ld-%d.tmp", (int)(folder + base), path, (long)getpid(), k);
+        fd = open(name, O_WRONLY | O_CREAT | O_EXCL, 0666);
+    }
+    if (fd >= 0) unfinished = f->temporary = name;
+    else free(name);
+    end_renaming();
+    return fd;
+}
+
+static void drop_temporary(output *f) {
+    if (f->temporary && unfinished) unlink(unfinished);
+    if (f->temporary) unfinished = NULL;
+    free(f->temporary);
+    free(f->target);
+    f->temporary = f->target = NULL;
+}
+
+/* May a file be written though no other can be created beside it? */
+static int only_in_place(void) { return errno == EACCES || errno == EPERM || errno == EROFS; }
+
+static int can_be_written(const char *path) {
     struct stat there;
-    return lstat(path, &there) != 0 ? errno == ENOENT : S_ISREG(there.st_mode) != 0;
+    output f = { .path = path };
+    enum way way = way_to_write(path, &there);
+    if (way != BY_RENAMING) return way != NO_WAY;
+    int fd = open_temporary(&f), good = fd >= 0 || (there.st_mode && only_in_place()), why = errno;
+    if (fd >= 0) close(fd);
+    drop_temporary(&f);
+    errno = why;
+    return good;
+}
+
+static FILE *open_place(output *f) {
+    struct stat there;
+    enum way way = way_to_write(f->path, &there);
+    int fd = way == STANDARD_OUTPUT ? dup(STDOUT_FILENO) : way == BY_RENAMING ? open_temporary(f)
+                                                                               : -1;
+    if (way == BY_RENAMING && fd < 0 && there.st_mode && only_in_place()) way = IN_PLACE;
+    if (way == IN_PLACE) fd = open(f->path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
+    if (fd < 0) return NULL;
+
+    /* owner and mode of the file that is replaced */
+    if (way == BY_RENAMING && there.st_mode) {
+        mode_t mode = there.st_mode & 07777;
+        if (there.st_uid != geteuid() || there.st_gid != getegid()) {
+            if (fchown(fd, there.st_uid, there.st_gid) != 0) mode &= 0777;
+        }
+        fchmod(fd, mode);
+    }
+    FILE *file = fdopen(fd, "wb");
+    if (!file) close(fd);
+    return file;
+}
+
+/* Copies a complete file over one that cannot be replaced, because it is mounted there (in a
+ * container), or because its folder protects the files of others (/tmp). */
+static int copy_over(const char *from, const char *path) {
+    FILE *in = fopen(from, "rb"), *out = in ? fopen(path, "wb") : NULL;
+    char bytes[4096];
+    int good = out != NULL, error;
+    for (size_t n; good && (n = fread(bytes, 1, sizeof bytes, in)) > 0; ) {
+        good = fwrite(bytes, 1, n, out) == n;
+    }
+    good = good && !ferror(in) && fflush(out) == 0 && sync_file(out);
+    error = errno;
+    if (in) fclose(in);
+    if (out && fclose(out) != 0 && good) good = 0, error = errno;
+    errno = error;
+    return good;
+}
+
+static int give_name(output *f) {
+    renaming = 1;
+    int done = rename(f->temporary, f->target ? f->target : f->path) == 0;
+    if (done) unfinished = NULL;        /* from now on another program may use that name          */
+    end_renaming();
+    if (done) return 1;
+    if (errno != EBUSY && errno != EXDEV && !only_in_place()) return 0;
+    return copy_over(f->temporary, f->path);
 }
 #else
 static void prepare_system(void) {
@@ -1652,18 +1969,52 @@ static void prepare_system(void) {
     _setmode(_fileno(stdin), _O_BINARY), _setmode(_fileno(stdout), _O_BINARY);
 #endif
 }
-static void catch_signals(void) {
+
+#if defined(SIGINT)
+static void on_interrupt(int number) { interrupted = number; }
+#endif
+
+static void catch_signals(int all) {
+    (void)all;
 #if defined(SIGINT)
     signal(SIGINT, on_interrupt);
 #endif
 }
+
+static void leave_signals(int all) {
+    (void)all;
+#if defined(SIGINT)
+    interrupted = 0;
+    signal(SIGINT, SIG_DFL);
+#endif
+}
+
 #if defined(_WIN32)
 static int is_terminal(FILE *file) { return _isatty(_fileno(file)); }
+static int same_file(const char *path, const char *other) {
+    char a[_MAX_PATH], b[_MAX_PATH];
+    return _fullpath(a, path, sizeof a) && _fullpath(b, other, sizeof b) && _stricmp(a, b) == 0;
+}
 #else
 static int is_terminal(FILE *file) { return (void)file, 0; }
+static int same_file(const char *path, const char *other) { return strcmp(path, other) == 0; }
 #endif
 static int sync_file(FILE *file) { return (void)file, 1; }
-static int may_be_replaced(const char *path) { return (void)path, 0; }
+
+/* Files are written in place. */
+static int can_be_written(const char *path) {
+    FILE *file = fopen(path, "rb");
+    int there = file != NULL;
+    if (file) fclose(file);
+    file = fopen(path, there ? "r+b" : "wb");
+    if (!file) return 0;
+    fclose(file);
+    if (!there) remove(path);
+    return 1;
+}
+static FILE *open_place(output *f) { return fopen(f->path, "wb"); }
+static int give_name(output *f) { return (void)f, 1; }
+static void drop_temporary(output *f) { (void)f; }
 #endif
 
 /* Seconds since some moment in the past; monotonic where the system has such a clock. */
@@ -1674,14 +2025,6 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 #else
     return (double)clock() / CLOCKS_PER_SEC;
-#endif
-}
-
-/* While the program waits for a person, Ctrl-C ends it at once. */
-static void leave_signals(void) {
-#if defined(SIGINT)
-    interrupted = 0;
-    if (signal(SIGINT, SIG_DFL) == SIG_IGN) signal(SIGINT, SIG_IGN);
 #endif
 }
 
@@ -1765,7 +2108,8 @@ static const flag flags[] = {
              "(default: the time, which -v shows)",
      .takes = "a whole number from 0 to 18446744073709551615"},
     {'r', "reverse-prompt", "TEXT", TEXTS,
-     .help = "Stop before this text would be printed; may be given several times",
+     .help = "Stop before this text would be printed; may be given several times. \\n is a new "
+             "line, \\\\ a backslash",
      .takes = "a text that is not empty"},
     {0, "ignore-eos", NULL, SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
 
@@ -1796,8 +2140,12 @@ static const flag flags[] = {
      .help = "A text that stands before the conversation",
      .needs = CHAT},
     {0, "chat-template", "TEXT", TEXT, AT(chat_template),
-     .help = "How a turn looks to the model; {} is what you say, \\n a new line",
+     .help = "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash",
      .standard = "User: {}\\nAssistant:", .takes = "a text with one {} in it"},
+    {0, "specials", NULL, SWITCH, AT(specials),
+     .help = "Names of special tokens in what you say become these tokens. Without it they are "
+             "text, as anything that you say",
+     .needs = CHAT},
 
     {'x', "perplexity", "FILE", TEXT, AT(perplexity), .title = "Measuring",
      .help = "Measure how well the model predicts the text in FILE, of any length; \"-\" is "
@@ -1916,6 +2264,17 @@ static const char *takes(char out[SHORT_BYTES], const flag *f) {
     return out;
 }
 
+/* Makes \n a new line and \\ a backslash, in place. */
+static void unescape(char *text) {
+    char *to = text;
+    for (; *text; text++) {
+        int escape = text[0] == '\\' && (text[1] == 'n' || text[1] == '\\');
+        *to++ = escape && text[1] == 'n' ? '\n' : *text;
+        text += escape;
+    }
+    *to = '\0';
+}
+
 /* Stores the value of a flag, which the user typed as `typed`. */
 static int set_value(options *o, const flag *f, const char *typed, const char *text) {
     void *field = (char *)o + f->offset;
@@ -1924,7 +2283,8 @@ static int set_value(options *o, const flag *f, const char *typed, const char *t
     switch (f->kind) {
     case SWITCH: *(int *)field = 1; break;
     case TEXT:   *(const char **)field = text; break;
-    case TEXTS:  o->stops[o->n_stops++] = text, good = *text != '\0'; break;
+    case TEXTS:  o->stops[o->n_stops] = (char *)text, good = *text != '\0';
+                 unescape(o->stops[o->n_stops++]); break;
     case NAME:   *(const char **)field = text;
                  good = *text != '\0' && strcmp(text, "-") != 0; break;
     case SEED:   good = o->has_seed = parse_number(text, SEED, field); break;
@@ -2024,19 +2384,15 @@ static int check_options(const options *o) {
     return DONE;
 }
 
-/* Cuts the template of a turn in two at {}, with \n made a new line. A reply ends where the model
- * begins the next turn: at a new line and the first half, without the spaces at its end. */
+/* Cuts the template of a turn in two at {}. A reply ends where the model begins the next turn: at a
+ * new line and the first half, without the spaces at its end. */
 static int read_template(options *o) {
-    const char *from = o->chat_template;
-    size_t n = strlen(from) + 1;
-    char *to = o->before = malloc(n), *stop = o->stop = malloc(n + 1);
-    if (!to || !stop) return out_of_memory("the template of a conversation");
-    for (; *from; from++) {
-        int newline = from[0] == '\\' && from[1] == 'n';
-        *to++ = newline ? '\n' : *from;
-        from += newline;
-    }
-    *to = '\0';
+    size_t n = strlen(o->chat_template) + 1;
+    char *stop = o->stop = malloc(n + 1);
+    o->before = malloc(n);
+    if (!o->before || !stop) return out_of_memory("the template of a conversation");
+    memcpy(o->before, o->chat_template, n);
+    unescape(o->before);
     char *hole = strstr(o->before, "{}");
     if (!hole || strstr(hole + 2, "{}")) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
@@ -2107,6 +2463,8 @@ static int do_job(run *r) {
         puts("based.c " BASED_VERSION);
         return flush_text();
     }
+    if (o->save) TRY(check_output(r, o->save, "the past"));
+    if (o->dump) TRY(check_output(r, o->dump, "the logits"));
     r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
     if (!r->model) return fail(BAD_INPUT, "%s", r->error.text);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;

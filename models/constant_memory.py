@@ -160,7 +160,7 @@ def read_documents(config, section, path):
         raise Refused("--calibrate needs the model's tokenizer: --tokenizer FILE")
     tokenizer = read_tokenizer(section)
     try:
-        with open(path, encoding="utf-8") as f:
+        with open(path, encoding="utf-8-sig") as f:
             text = " " + f.read()
     except UnicodeDecodeError as e:
         raise Refused(f"{path} is not UTF-8: {e}") from None

@@ -6,8 +6,8 @@
 Runs `./run MODEL -b --csv` for each model, and for random weights of each SHAPE:DTYPE, which are
 made in build/ once. Writes all rows to OUT.csv, prints them as a table, and draws tokens per second
 (OUT_speed.png) and memory (OUT_memory.png) against the number of tokens before. --rows adds what
-was measured elsewhere, for example by tests/peers.py. LLAMA (a directory with llama.cpp's shared
-libraries) and GGUF (a model) in the environment have llama.cpp measured too.
+was measured elsewhere, for example by tests/peers.py. If LLAMA (a directory with llama.cpp's shared
+libraries) and GGUF (a model) are in the environment, llama.cpp is measured too.
 """
 import argparse
 import csv
@@ -23,8 +23,8 @@ ROOT = HERE.parent
 
 def rows_of(command):
     print("$", *command, flush=True)
-    out = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE,
-                         text=True).stdout
+    done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+    out = done.stdout
     return list(csv.DictReader(out.splitlines()))
 
 
@@ -32,10 +32,8 @@ def random_model(name):
     shape, dtype = name.split(":")
     path = ROOT / "build" / f"{shape}-{dtype}.bin"
     if not path.exists():
-        subprocess.run([
-            sys.executable, ROOT / "export.py", "--random", shape, path, "--dtype", dtype
-        ],
-                       check=True)
+        subprocess.run([sys.executable, ROOT / "export.py", "--random", shape, path,
+                        "--dtype", dtype], check=True)
     return path
 
 
@@ -48,10 +46,9 @@ def measure(options):
         rows += [{**row, "model": title}
                  for row in rows_of([ROOT / "run", model, "-b", "--csv", *threads])]
     if os.environ.get("LLAMA"):
-        rows += rows_of([
-            sys.executable, HERE / "peers.py", "--llama", os.environ["LLAMA"], os.environ["GGUF"],
-            "-j", rows[-1]["threads"] if rows else options.threads or 1
-        ])
+        rows += rows_of([sys.executable, HERE / "peers.py",
+                         "--llama", os.environ["LLAMA"], os.environ["GGUF"],
+                         "-j", rows[-1]["threads"] if rows else options.threads or 1])
     for path in options.rows:
         rows += list(csv.DictReader(Path(path).read_text().splitlines()))
     return rows
@@ -69,13 +66,11 @@ def draw(rows, column, label, path, scale=1.0):
     from matplotlib import pyplot, ticker
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for name, threads in dict.fromkeys((row["model"], row["threads"]) for row in rows):
-        points = sorted(
-            (depth(row), float(row[column]) * scale) for row in rows
-            if (row["model"],
-                row["threads"]) == (name, threads) and depth(row) is not None and row[column])
+        points = sorted((depth(row), float(row[column]) * scale) for row in rows
+                        if (row["model"], row["threads"]) == (name, threads)
+                        and depth(row) is not None and row[column])
         if points:
-            axes.plot(*zip(*points),
-                      marker="o",
+            axes.plot(*zip(*points), marker="o",
                       label=f"{name}, {threads} thread{'s' * (threads != '1')}",
                       linestyle="--" if "llama" in name else "-")
     axes.set_xscale("symlog", linthresh=1024)

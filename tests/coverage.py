@@ -1,10 +1,12 @@
-"""How much of based.c and tokenizer.c the tests reach: `make coverage` prints lines and branches
-(gcov's, of gcc), and with -v every line and branch that is left.
+"""How much of based.c and tokenizer.c the tests reach.
+
+`make coverage` prints the share of lines and branches (as counted by gcc's gcov), and with -v every
+line and branch that is left.
 
 The C tests and the library that the Python tests load are built with counters under build/coverage;
 then the tests run. What several builds count is added up by line, and by branch within a line.
 
-    python3 tests/coverage.py [-v] [--least LINES BRANCHES]      fails below so many per cent
+    python3 tests/coverage.py [-v] [--least LINES BRANCHES]      fails below so many percent
 """
 import argparse
 import collections
@@ -35,17 +37,15 @@ def measure(cc, openmp):
     for source in sorted(HERE.glob("test_*.c")):
         compile(cc, source.stem, *openmp, f"tests/{source.name}")
         subprocess.run([PLACE / source.stem], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    # for the library, each build of which keeps its counters under another name
+    # A compiler for the library, each build of which stores its counters under another name.
     compiler = PLACE / "cc"
-    compiler.write_text(
-        f'#!/bin/sh\nexec {shlex.join(cc)} "$@" {shlex.join(COUNTING)} -dumpdir {PLACE}/$$-\n')
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join(cc)} "$@" {shlex.join(COUNTING)} '
+                        f'-dumpdir {PLACE}/$$-\n')
     compiler.chmod(0o755)
     env = dict(os.environ, CC=str(compiler))
     tests = [HERE / name for name in PYTHON]
     subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *tests],
-                   cwd=ROOT,
-                   env=env,
-                   check=True)
+                   cwd=ROOT, env=env, check=True)
 
 
 def collect():
@@ -53,12 +53,8 @@ def collect():
     lines = {name: collections.Counter() for name in SOURCES}
     branches = {name: collections.defaultdict(collections.Counter) for name in SOURCES}
     for counts in PLACE.glob("*.gcda"):
-        out = subprocess.run([
-            "gcov", "--json-format", "--stdout", "--branch-probabilities", counts
-        ],
-                             cwd=ROOT,
-                             check=True,
-                             capture_output=True).stdout
+        out = subprocess.run(["gcov", "--json-format", "--stdout", "--branch-probabilities",
+                              counts], cwd=ROOT, check=True, capture_output=True).stdout
         for document in out.splitlines():
             for file in json.loads(document)["files"]:
                 name = os.path.relpath(ROOT / file["file"], ROOT)
@@ -98,14 +94,10 @@ def main():
             if lines[name][number] == 0:
                 print(f"{name}:{number}: never          {text[number - 1]}")
             elif left:
-                print(
-                    f"{name}:{number}: branch {left} of {len(branches[name][number])} "
-                    f"{text[number - 1]}"
-                )
-        print(
-            f"{name:12}  lines {of_lines:5.1f} % of {n_lines}   "
-            f"branches {of_branches:5.1f} % of {n_branches}"
-        )
+                print(f"{name}:{number}: branch {left} of {len(branches[name][number])} "
+                      f"{text[number - 1]}")
+        print(f"{name:12}  lines {of_lines:5.1f} % of {n_lines}   "
+              f"branches {of_branches:5.1f} % of {n_branches}")
         enough = enough and of_lines >= o.least[0] and of_branches >= o.least[1]
     return 0 if enough else f"less than {o.least[0]:g} % of lines and {o.least[1]:g} % of branches"
 

@@ -45,12 +45,14 @@ __attribute__((destructor)) static void report(void) {
 WRAP(void *, malloc, (size_t n), (n), ENOMEM, NULL)
 WRAP(void *, calloc, (size_t n, size_t size), (n, size), ENOMEM, NULL)
 WRAP(void *, realloc, (void *p, size_t n), (p, n), ENOMEM, NULL)
-WRAP(int, open, (const char *path, int flags), (path, flags), EMFILE, -1)
+WRAP(int, open, (const char *path, int flags, mode_t mode), (path, flags, mode), EMFILE, -1)
 WRAP(int, fstat, (int fd, struct stat *st), (fd, st), EIO, -1)
 WRAP(void *, mmap, (void *at, size_t n, int how, int flags, int fd, off_t from),
      (at, n, how, flags, fd, from), ENODEV, MAP_FAILED)
 WRAP(ssize_t, read, (int fd, void *to, size_t n), (fd, to, n), EIO, -1)
 WRAP(FILE *, fopen, (const char *path, const char *mode), (path, mode), EMFILE, NULL)
+WRAP(FILE *, fdopen, (int fd, const char *mode), (fd, mode), ENOMEM, NULL)
+WRAP(char *, realpath, (const char *path, char *to), (path, to), ENOMEM, NULL)
 WRAP(int, fsync, (int fd), (fd), EIO, -1)
 WRAP(int, rename, (const char *from, const char *to), (from, to), EACCES, -1)
 

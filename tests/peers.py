@@ -1,26 +1,24 @@
-"""Other runtimes beside this one, each through its C interface in the same loop; the columns are
-those of `./run -b --csv`.
+"""Other runtimes beside this one, each through its C interface in the same loop.
 
-    python3 tests/peers.py --based MODEL.bin            this one
-    python3 tests/peers.py --llama DIR MODEL.gguf       llama.cpp: DIR holds its shared libraries,
-    for example those of the npm
-                                                        package @node-llama-cpp/linux-x64
-                                                        (package/bins/linux-x64) python3
-                                                        tests/peers.py --llama2c PROGRAM MODEL.bin
-                                                        llama2.c: run or runq python3 tests/peers.py
-                                                        --random SHAPE DTYPE OUT     random weights
-                                                        in the shape of a Llama, Mamba, Mamba-2 or
-                                                        RWKV-7: gguf for llama.cpp (needs the PyPI
-                                                        package gguf), of a Llama also .bin for
-                                                        llama2.c and export.py; DTYPE is f32, q8 or
-                                                        q4 options: -j THREADS (1), --prompts
-                                                        128,512,...  --depths 0,1024,...  --repeats
-                                                        N (3) --cpu-time  seconds of processor time
-                                                        instead of a clock: for one thread on a
-                                                        machine that others use
+The columns are those of `./run -b --csv`.
 
-Flash attention is off in llama.cpp: on processors that is its faster setting. Several models may be
-given: they take turns.
+    python3 tests/peers.py --based MODEL.bin
+        this one
+    python3 tests/peers.py --llama DIR MODEL.gguf
+        llama.cpp: DIR holds its shared libraries, for example those of the npm package
+        @node-llama-cpp/linux-x64 (package/bins/linux-x64)
+    python3 tests/peers.py --llama2c PROGRAM MODEL.bin
+        llama2.c: run or runq
+    python3 tests/peers.py --random SHAPE DTYPE OUT
+        random weights in the shape of a Llama, Mamba, Mamba-2 or RWKV-7: gguf for llama.cpp (needs
+        the PyPI package gguf), of a Llama also .bin for llama2.c and export.py; DTYPE is f32, q8 or
+        q4
+    options: -j THREADS (1), --prompts 128,512,...  --depths 0,1024,...  --repeats N (3)
+             --cpu-time  seconds of processor time instead of a clock: for one thread on a machine
+                         that others use
+
+Flash attention is off in llama.cpp: on processors that is its faster setting. If several models are
+given, each test runs them one after the other.
 """
 import argparse
 import csv
@@ -40,18 +38,15 @@ import time
 COLUMNS = ("model", "kernels", "threads", "weight bytes", "state bytes", "peak memory", "read GB/s",
            "test", "tokens/s", "spread", "GB/s", "% of read speed")
 SHAPES = {
-    "llama-15m": {"dim": 288, "layers": 6, "heads": 6, "hidden": 768, "vocab": 32000}, "llama-110m":
-    {"dim": 768, "layers": 12, "heads": 12, "hidden": 2048, "vocab":
-     32000}, "llama-360m": {"dim": 1024, "layers": 24, "heads": 16, "hidden": 2816, "vocab":
-                            50304}, "mamba-370m":
-    {"dim": 1024, "layers": 48, "inner": 2048, "state": 16, "rank": 64, "vocab":
-     50280}, "mamba2-370m":
-    {"dim": 1024, "layers": 48, "inner": 2048, "state": 128, "heads": 32, "vocab":
-     50288}, "rwkv7-0.4b": {
-         "dim": 1024, "layers": 24, "head": 64, "hidden": 4096, "vocab": 65536, "ranks":
-         {"w": 64, "a": 64, "v": 32, "g": 128}
-     }
-}
+    "llama-15m": {"dim": 288, "layers": 6, "heads": 6, "hidden": 768, "vocab": 32000},
+    "llama-110m": {"dim": 768, "layers": 12, "heads": 12, "hidden": 2048, "vocab": 32000},
+    "llama-360m": {"dim": 1024, "layers": 24, "heads": 16, "hidden": 2816, "vocab": 50304},
+    "mamba-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 16, "rank": 64,
+                   "vocab": 50280},
+    "mamba2-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 128, "heads": 32,
+                    "vocab": 50288},
+    "rwkv7-0.4b": {"dim": 1024, "layers": 24, "head": 64, "hidden": 4096, "vocab": 65536,
+                   "ranks": {"w": 64, "a": 64, "v": 32, "g": 128}}}
 DECODED = 128
 
 
@@ -59,23 +54,24 @@ def row(options, path, name, memory, test, speeds):
     size, mean = os.path.getsize(path), statistics.mean(speeds)
     spread = statistics.stdev(speeds) if len(speeds) > 1 else 0
     bandwidth = f"{mean * size * 1e-9:.3f}" if test.startswith("tg") else ""
-    csv.writer(sys.stdout, lineterminator="\n").writerow([
-        name, "", options.threads, size, "", memory, "", test, f"{mean:.2f}", f"{spread:.2f}",
-        bandwidth, ""
-    ])
+    csv.writer(sys.stdout, lineterminator="\n").writerow(
+        [name, "", options.threads, size, "", memory, "", test, f"{mean:.2f}", f"{spread:.2f}",
+         bandwidth, ""])
     sys.stdout.flush()
 
 
 class Words(ctypes.Structure):
-    """A struct of parameters: as many 32-bit words as any version has, found by what they are by
-    default."""
+    """A struct of parameters: as many 32-bit words as any version has.
+
+    The parameters are found by their default values.
+    """
     _fields_ = [("word", ctypes.c_uint32 * 64)]
 
 
 class Batch(ctypes.Structure):
-    _fields_ = [("n", ctypes.c_int32)] + [
-        (name, ctypes.c_void_p) for name in ("token", "embd", "pos", "n_seq", "seq", "logits")
-    ]
+    _fields_ = [("n", ctypes.c_int32)]
+    _fields_ += [(name, ctypes.c_void_p)
+                 for name in ("token", "embd", "pos", "n_seq", "seq", "logits")]
 
 
 class Based:
@@ -101,12 +97,11 @@ class Llama:
     """llama.cpp through its C interface."""
 
     def __init__(self, options, path):
-        paths = [
-            glob.glob(f"{options.llama}/lib{name}.*")[0] for name in ("ggml-base", "ggml", "llama")
-        ]
+        paths = [glob.glob(f"{options.llama}/lib{name}.*")[0]
+                 for name in ("ggml-base", "ggml", "llama")]
         _, ggml, lib = [ctypes.CDLL(path, ctypes.RTLD_GLOBAL) for path in paths]
-        self.lib, self.silent = lib, ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p,
-                                                      ctypes.c_void_p)(lambda *_: None)
+        log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+        self.lib, self.silent = lib, log(lambda *_: None)
         lib.llama_log_set(self.silent, None)
         ggml.ggml_backend_load_all_from_path(options.llama.encode())
         for function in (lib.llama_model_default_params, lib.llama_context_default_params):
@@ -131,12 +126,12 @@ class Llama:
             self.lib.llama_free(self.context)
         p = self.lib.llama_context_default_params()
         default = list(p.word)
-        threads = next(i for i in range(4, 16)
-                       if default[i:i + 2] == [4, 4])  # of generation and of batches
-        flash = max(i for i in range(threads, 16)
-                    if default[i] == 0xffffffff)  # the last of four that are -1, "automatic"
-        p.word[0], p.word[threads], p.word[threads +
-                                           1], p.word[flash] = length, self.threads, self.threads, 0
+        # The threads of generation and of batches, both 4 by default; flash attention is the last
+        # of four parameters that are -1, "automatic".
+        threads = next(i for i in range(4, 16) if default[i:i + 2] == [4, 4])
+        flash = max(i for i in range(threads, 16) if default[i] == 0xffffffff)
+        p.word[0], p.word[flash] = length, 0
+        p.word[threads] = p.word[threads + 1] = self.threads
         self.context = self.lib.llama_init_from_model(self.model, p)
 
     def clear(self):
@@ -150,27 +145,30 @@ class Llama:
 
 
 def serve(pipe, kind, options, path):
-    """One runtime in a process of its own: told what to do, answers with tokens per second and the
-    most memory it ever had."""
+    """One runtime in a process of its own.
+
+    It is told what to do, and answers with tokens per second and the most memory it ever had.
+    """
     runtime = kind(options, path)
     pipe.send(runtime.name)
     while True:
         length, n, at_once, repeat = pipe.recv()
-        if not repeat:  # a new context, with all of its past but the last n, at least one token
+        if not repeat:
+            # A new context, with all of its past but the last n, at least one token.
             runtime.begin(length + 1)
             runtime.feed([1] * max(length - n, 1))
-        # a prompt, or writing from the very beginning
         elif at_once > 1 or length == options.repeats * n:
+            # A prompt, or writing from the very beginning.
             runtime.clear()
         ids, begun = [i * 7919 % 500 for i in range(n)], options.now()
         for at in range(0, n if repeat else 0, at_once):
             runtime.feed(ids[at:at + at_once])
-        pipe.send((n / max(options.now() - begun, 1e-9),
-                   resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+        speed = n / max(options.now() - begun, 1e-9)
+        pipe.send((speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
 def measure(options, runtimes):
-    """All models take turns at each test."""
+    """Each test runs all models, one after the other in each repetition."""
     served = []
     for kind, path in runtimes:
         pipe, theirs = multiprocessing.Pipe()
@@ -184,8 +182,8 @@ def measure(options, runtimes):
         speeds, memory = [[] for _ in served], [0] * len(served)
         for repeat in range(options.repeats + 1):
             for i, (pipe, _, _) in enumerate(served):
-                pipe.send((length, n if at_once > 1 else options.repeats * n if not repeat else n,
-                           at_once, repeat))
+                first = n if at_once > 1 else options.repeats * n
+                pipe.send((length, n if repeat else first, at_once, repeat))
                 speed, memory[i] = pipe.recv()
                 speeds[i] += [speed] * (repeat > 0)
         for i, (_, path, name) in enumerate(served):
@@ -193,24 +191,21 @@ def measure(options, runtimes):
 
 
 def measure_llama2c(options, path):
-    """A program that says its speed itself. The tokenizer must have as many tokens as the model;
-    none of them is looked at. Of its processor time, that of starting is taken off by means of a
-    second, shorter run."""
+    """A program that says its speed itself.
+
+    The tokenizer must have as many tokens as the model; none of them is looked at. The time of a
+    second, shorter run is subtracted, so that starting does not count.
+    """
     vocab = 32000
     with tempfile.NamedTemporaryFile(suffix=".bin") as tokenizer:
-        tokenizer.write(
-            struct.pack("<i", 8) +
-            b"".join(struct.pack("<fi", 0, 8) + b"%8d" % i for i in range(vocab)))
+        tokenizer.write(struct.pack("<i", 8) + b"".join(struct.pack("<fi", 0, 8) + b"%8d" % i
+                                                        for i in range(vocab)))
         tokenizer.flush()
 
         def seconds(n):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
-            out = subprocess.run([
-                options.llama2c, path, "-z", tokenizer.name, "-t", "0.9", "-s", "1", "-n",
-                str(n)
-            ],
-                                 check=True,
-                                 capture_output=True,
+            out = subprocess.run([options.llama2c, path, "-z", tokenizer.name, "-t", "0.9",
+                                  "-s", "1", "-n", str(n)], check=True, capture_output=True,
                                  env={**os.environ, "OMP_NUM_THREADS": str(options.threads)})
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             told = float(re.search(rb"achieved tok/s: ([\d.]+)", out.stderr).group(1))
@@ -218,25 +213,23 @@ def measure_llama2c(options, path):
 
         speeds = [(200 - 20) / (seconds(200) - seconds(20)) for _ in range(options.repeats)]
     memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    row(options, path, f"llama2.c {os.path.basename(options.llama2c)}", memory, "tg180 @ 20",
-        speeds)
+    program = os.path.basename(options.llama2c)
+    row(options, path, f"llama2.c {program}", memory, "tg180 @ 20", speeds)
 
 
 def settings(kind, shape):
     """What llama.cpp wants to know of a model: by methods of GGUFWriter."""
     dim, heads = shape["dim"], shape.get("heads")
-    told = {
-        "context_length": 65536, "embedding_length": dim, "block_count": shape["layers"],
-        "feed_forward_length": shape.get("hidden", 0), "head_count": heads if kind == "llama" else 0
-    }
+    told = {"context_length": 65536, "embedding_length": dim, "block_count": shape["layers"],
+            "feed_forward_length": shape.get("hidden", 0),
+            "head_count": heads if kind == "llama" else 0}
     if kind == "llama":
-        told |= {
-            "head_count_kv": heads, "layer_norm_rms_eps": 1e-5, "rope_dimension_count": dim // heads
-        }
+        told |= {"head_count_kv": heads, "layer_norm_rms_eps": 1e-5,
+                 "rope_dimension_count": dim // heads}
     elif kind == "rwkv7":
         told |= {"layer_norm_eps": 1e-5, "wkv_head_size": shape["head"]}
-        for name, letter in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"), ("gate",
-                                                                                          "g")):
+        for name, letter in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"),
+                             ("gate", "g")):
             told[name + "_lora_rank"] = shape["ranks"][letter]
     else:
         told |= {"layer_norm_rms_eps": 1e-5, "ssm_conv_kernel": 4, "ssm_inner_size": shape["inner"],
@@ -247,15 +240,15 @@ def settings(kind, shape):
 
 
 def outer_tensors(kind, shape):
-    """Tensors outside of layers, in llama.cpp's names. In all but RWKV the head is the
-    embedding."""
+    """Tensors outside of layers, in llama.cpp's names.
+
+    In all but RWKV the head is the embedding.
+    """
     dim, matrix = shape["dim"], (shape["vocab"], shape["dim"])
     tensors = {"token_embd.weight": matrix, "output_norm.weight": (dim,)}
     if kind == "rwkv7":
-        tensors |= {
-            "output_norm.bias": (dim, ), "token_embd_norm.weight": (dim, ), "token_embd_norm.bias":
-            (dim, ), "output.weight": matrix
-        }
+        tensors |= {"output_norm.bias": (dim,), "token_embd_norm.weight": (dim,),
+                    "token_embd_norm.bias": (dim,), "output.weight": matrix}
     return tensors
 
 
@@ -263,48 +256,37 @@ def layer_tensors(kind, shape, layer):
     dim, hidden, inner, state = (shape.get(name) for name in ("dim", "hidden", "inner", "state"))
     square, vector = (dim, dim), (dim,)
     if kind == "llama":
-        return {
-            "attn_norm.weight": vector, "ffn_norm.weight": vector, "attn_q.weight": square,
-            "attn_k.weight": square, "attn_v.weight": square, "attn_output.weight": square,
-            "ffn_gate.weight": (hidden, dim), "ffn_down.weight": (dim, hidden), "ffn_up.weight":
-            (hidden, dim)
-        }
+        return {"attn_norm.weight": vector, "ffn_norm.weight": vector, "attn_q.weight": square,
+                "attn_k.weight": square, "attn_v.weight": square, "attn_output.weight": square,
+                "ffn_gate.weight": (hidden, dim), "ffn_down.weight": (dim, hidden),
+                "ffn_up.weight": (hidden, dim)}
     if kind == "mamba":
         rank = shape["rank"]
-        return {
-            "attn_norm.weight": vector, "ssm_in.weight": (2 * inner, dim), "ssm_conv1d.weight":
-            (inner, 4), "ssm_conv1d.bias": (inner, ), "ssm_x.weight": (rank + 2 * state, inner),
-            "ssm_dt.weight": (inner, rank), "ssm_dt.bias": (inner, ), "ssm_a": (inner, state),
-            "ssm_d": (inner, ), "ssm_out.weight": (dim, inner)
-        }
+        return {"attn_norm.weight": vector, "ssm_in.weight": (2 * inner, dim),
+                "ssm_conv1d.weight": (inner, 4), "ssm_conv1d.bias": (inner,),
+                "ssm_x.weight": (rank + 2 * state, inner), "ssm_dt.weight": (inner, rank),
+                "ssm_dt.bias": (inner,), "ssm_a": (inner, state), "ssm_d": (inner,),
+                "ssm_out.weight": (dim, inner)}
     if kind == "mamba2":
         heads, convolved = shape["heads"], inner + 2 * state
-        return {
-            "attn_norm.weight": vector, "ssm_in.weight": (inner + convolved + heads, dim),
-            "ssm_conv1d.weight": (convolved, 4), "ssm_conv1d.bias": (convolved, ), "ssm_dt.bias":
-            (heads, ), "ssm_a": (heads, 1), "ssm_d": (heads, 1), "ssm_norm.weight": (1, inner),
-            "ssm_out.weight": (dim, inner)
-        }
-    tensors = {
-        f"{name}.{part}": vector
-        for name in ("attn_norm", "attn_norm_2", "time_mix_ln")
-        for part in ("weight", "bias")
-    }
+        return {"attn_norm.weight": vector, "ssm_in.weight": (inner + convolved + heads, dim),
+                "ssm_conv1d.weight": (convolved, 4), "ssm_conv1d.bias": (convolved,),
+                "ssm_dt.bias": (heads,), "ssm_a": (heads, 1), "ssm_d": (heads, 1),
+                "ssm_norm.weight": (1, inner), "ssm_out.weight": (dim, inner)}
+    tensors = {f"{name}.{part}": vector for name in ("attn_norm", "attn_norm_2", "time_mix_ln")
+               for part in ("weight", "bias")}
     for name in ("w0", "a0", "v0", "k_k", "k_a", "r_k"):
         tensors[f"time_mix_{name}.weight"] = vector
     for name, rank in shape["ranks"].items():
-        if name == "v" and not layer:  # never looked at, but llama.cpp expects this size
+        if name == "v" and not layer:           # never looked at, but llama.cpp expects this size
             rank = shape["ranks"]["a"]
-        tensors |= {
-            f"time_mix_{name}1.weight": (rank, dim), f"time_mix_{name}2.weight": (dim, rank)
-        }
+        tensors |= {f"time_mix_{name}1.weight": (rank, dim),
+                    f"time_mix_{name}2.weight": (dim, rank)}
     for name in ("receptance", "key", "value", "output"):
         tensors[f"time_mix_{name}.weight"] = square
-    return tensors | {
-        "time_mix_lerp_fused.weight":
-        (6, 1, 1, dim), "channel_mix_lerp_k.weight": vector, "channel_mix_key.weight":
-        (hidden, dim), "channel_mix_value.weight": (dim, hidden)
-    }
+    return tensors | {"time_mix_lerp_fused.weight": (6, 1, 1, dim),
+                      "channel_mix_lerp_k.weight": vector, "channel_mix_key.weight": (hidden, dim),
+                      "channel_mix_value.weight": (dim, hidden)}
 
 
 def write_random(name, dtype, out):
@@ -314,38 +296,35 @@ def write_random(name, dtype, out):
     rng = np.random.default_rng(1)
 
     def matrix(rows, cols):
-        return (rng.standard_normal(
-            (rows, cols), np.float32) / np.float32(cols**0.5)).astype(np.float32)
+        values = rng.standard_normal((rows, cols), np.float32) / np.float32(cols ** 0.5)
+        return values.astype(np.float32)
 
-    if out.endswith(
-            ".bin"):  # llama2.c: all layers of one matrix after each other, norms before or between
+    if out.endswith(".bin"):
+        # llama2.c: all layers of one matrix after each other, norms before or between.
         heads, hidden, vocab = shape["heads"], shape["hidden"], shape["vocab"]
-        sizes = {
-            name: size
-            for name, size in layer_tensors("llama", shape, 0).items() if len(size) == 2
-        }
-        norms = [np.ones(layers * dim, np.float32).tobytes()] * 2 + [
-            np.ones(dim, np.float32).tobytes()
-        ]
+        sizes = {name: size for name, size in layer_tensors("llama", shape, 0).items()
+                 if len(size) == 2}
+        norms = [np.ones(layers * dim, np.float32).tobytes()] * 2
+        norms.append(np.ones(dim, np.float32).tobytes())
         header = struct.pack("<7i", dim, hidden, layers, heads, heads, vocab, 1024)
+        if dtype == "q8":
+            header = struct.pack("<2i", 0x616b3432, 2) + header + b"\1" + struct.pack("<i", 64)
+            header = header.ljust(256, b"\0") + b"".join(norms)
         with open(out, "wb") as f:
-            f.write((struct.pack("<2i", 0x616b3432, 2) + header + b"\1" +
-                     struct.pack("<i", 64)).ljust(256, b"\0") +
-                    b"".join(norms) if dtype == "q8" else header)
+            f.write(header)
             for name, size in [("", (vocab, dim))] + list(sizes.items()):
                 if dtype == "f32" and name in ("attn_q.weight", "ffn_gate.weight"):
                     f.write(norms[0])
                 for _ in range(layers if name else 1):
                     values = matrix(*size)
                     if dtype == "q8":
-                        scale = np.abs(values.reshape(-1, 64)).max(1, keepdims=True) / 127
-                        f.write(
-                            np.rint(values.reshape(-1, 64) / scale).astype(np.int8).tobytes() +
-                            scale.tobytes())
+                        blocks = values.reshape(-1, 64)
+                        scale = np.abs(blocks).max(1, keepdims=True) / 127
+                        f.write(np.rint(blocks / scale).astype(np.int8).tobytes() + scale.tobytes())
                     else:
                         f.write(values.tobytes())
-            f.write(norms[2] +
-                    np.zeros(1024 * dim // heads, np.float32).tobytes() if dtype == "f32" else b"")
+            if dtype == "f32":
+                f.write(norms[2] + np.zeros(1024 * dim // heads, np.float32).tobytes())
         return
     import gguf
     kinds, big = gguf.GGMLQuantizationType, {"f32": "F32", "q8": "Q8_0", "q4": "Q4_0"}[dtype]
@@ -356,9 +335,8 @@ def write_random(name, dtype, out):
     def add(name, size):
         """Only large matrices are quantized, as by llama.cpp's llama-quantize."""
         if len(size) == 1 or not name.endswith(".weight") or re.search(r"norm|conv1d|lerp", name):
-            w.add_tensor(
-                name, np.full(size, {"bias": 0, "ssm_a": -1}.get(name.split(".")[-1], 1),
-                              np.float32))
+            constant = {"bias": 0, "ssm_a": -1}.get(name.split(".")[-1], 1)
+            w.add_tensor(name, np.full(size, constant, np.float32))
         else:
             stored = kinds["F32" if re.search(r"time_mix_.[12]\.", name) else big]
             w.add_tensor(name, gguf.quants.quantize(matrix(*size), stored), raw_dtype=stored)

@@ -1,5 +1,7 @@
-"""Runs the C tests given as arguments and then all Python tests; ends with one line,
-`N passed, N failed`."""
+"""Runs the C tests given as arguments and then all Python tests.
+
+Ends with one line, `N passed, N failed`.
+"""
 import re
 import subprocess
 import sys

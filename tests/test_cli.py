@@ -313,8 +313,8 @@ def test_good_numbers(args):
 FLAGS = """-i --prompt -f --file --tokens -j --threads -n --predict -t --temp -p --top-p -k --top-k
 --min-p
 --repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --ignore-eos --save --load --append
---branches -m --mode -y --system-prompt --chat-template -x --perplexity -b --bench --csv --info
---check --no-checksum --dump-logits --vectors
+--branches -m --mode -y --system-prompt --chat-template --specials -x --perplexity -b --bench --csv
+--info --check --no-checksum --dump-logits --vectors
 --no-display-prompt -q --quiet -v --verbose -h --help --version""".split()
 DEFAULTS = {"--temp": "1.0", "--top-p": "0.9", "--top-k": "0", "--min-p": "0",
             "--repeat-penalty": "1.0", "--repeat-last-n": "64", "--predict": "256",

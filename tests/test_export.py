@@ -262,17 +262,19 @@ def spoil(name, value):
     (drop(f"{LAYER}0.mixer.in_proj.weight"), {}, "layer 0 has none of"),
     (drop(f"{LAYER}0.mixer.out_proj.weight"), {}, "lacks"),
     (drop("transformer.ln_f.weight"), {}, "lacks the tensor transformer.ln_f"),
-    (drop(EMBEDDING), {}, "lacks the tensor lm_head"), (lambda state: state.clear(), {}, "lacks"),
-    (put(f"{LAYER}2.mixer.out_proj.weight", (32, 31)), {},
-     r"shape \[32, 31\], expected \[32, 32\]"),
-    (put(f"{LAYER}0.mixer.conv.conv.weight", (64, 3)), {},
-     r"shape \[64, 3\], expected \[any, 1, any\]"),
-    (put(f"{LAYER}0.mlp.fc1.weight", (511, 32)), {}, r"shape \[511, 32\], expected \[510, 32\]"),
+    (drop(EMBEDDING), {}, "lacks the tensor lm_head"),
+    (lambda state: state.clear(), {}, "lacks"),
+    (put(f"{LAYER}2.mixer.out_proj.weight",
+         (32, 31)), {}, r"shape \[32, 31\], expected \[32, 32\]"),
+    (put(f"{LAYER}0.mixer.conv.conv.weight",
+         (64, 3)), {}, r"shape \[64, 3\], expected \[any, 1, any\]"),
+    (put(f"{LAYER}0.mlp.fc1.weight",
+         (511, 32)), {}, "mlp.fc1.weight has 511, expected 512 .*n_inner = 64"),
     (put(f"{LAYER}0.mlp.fc1.weight", (0, 32)), {}, r"shape \[0, 32\]"),
     (put("transformer.embeddings.position_embeddings.weight"), {},
-     "1 tensors that no known layer uses.*position_embeddings"),
+     "adds a position embedding .n_positions"),
     (put(f"{LAYER}0.mixer.surprise"), {}, "no known layer uses.*surprise"),
-    (put(f"{LAYER}5.norm1.weight", (32,)), {}, "n_layer = 4, but the tensors of .* say 6"),
+    (put(f"{LAYER}5.norm1.weight", (32, )), {}, "n_layer = 4, but the tensors of .* say 6"),
     (spoil(f"{LAYER}3.mlp.fc2.weight", np.nan), {}, r"layers.3.down.weight holds nan at \[0, 7\]"),
     (spoil(EMBEDDING, np.inf), {}, r"embedding holds inf at \[0, 7\]"),
     (spoil("transformer.ln_f.weight", -np.inf), {}, r"final_norm.weight holds -inf at \[7\]"),
@@ -281,26 +283,25 @@ def spoil(name, value):
     (put(f"{LAYER}1.mixer.proj_k_enc.weight"), {}, "both directions"),
     (put(f"{LAYER}1.mixer.g_norm.weight"), {}, "ThunderKittens"),
     (put("backbone.layers.0.mixer.A_log"), {}, "Mamba"),
-    (None, {"alt_mixer_2": None},
-     "has attention layers, yet config.json describes no sliding window"),
-    (None, {"alt_mixer_2": {}}, "describes no sliding window"),
-    (None, {"alt_mixer_2": {"num_heads": 2}}, "window_size.*--window"),
+    (None, {"alt_mixer_2": None, "mixer": {"expand_proj": 4}
+            }, "layer 2 is full attention.*--window"),
+    (None, {"alt_mixer_2": {"window_size": None}}, "window_size = null, expected"),
     (None, {"alt_mixer_2": {"window_size": 8, "causal": False}}, "causal"),
-    (None, {"activation_function": "gelu"}, 'activation_function = "gelu"'),
+    (None, {"activation_function": "relu"}, 'activation_function = "relu"'),
     (None, {"n_head": 3}, "n_head = 3 does not divide"),
     (None, {"n_head": "x"}, 'n_head = "x", expected a positive number'),
     (None, {"n_head": None}, "n_head = null"),
     (None, {"n_head": -2}, "n_head = -2"),
     (None, {"n_layer": 5}, "n_layer = 5, but the tensors of .* say 4"),
     (None, {"n_embd": 64}, "n_embd = 64, but the tensors of .* say 32"),
-    (None, {"vocab_size": 57}, "embeds 56 tokens, config.json says vocab_size = 57"),
-    (None, {"alt_mixer": {"feature_map": {"_target_": "x.Elu", "input_dim": 16}}},
-     "feature map x.Elu"),
-    (None, {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+    (None, {"vocab_size": 57}, "embeds 56 tokens, config.json: vocab_size = 57"),
+    (None, {"alt_mixer": {"feature_map": {"_target_": "x.Elu", "input_dim": 16}}
+            }, "x.Elu.*this feature map is not supported"),
     (None, {"layer_norm_epsilon": True}, "layer_norm_epsilon = true"),
     (None, {"alt_mixer": [1]}, "alt_mixer"),
     (None, {"rotary_emb_fraction": "x"}, "rotary_emb_fraction"),
-    (None, {"rotary_emb_fraction": 1.5}, "is above 1"), (None, {"mixer": {"l_max": "x"}}, "l_max"),
+    (None, {"rotary_emb_fraction": 1.5}, "is above 1"),
+    (None, {"mixer": {"l_max": "x"}}, "l_max"),
 ])
 def test_refused(capsys, tmp_path, change, settings, pattern):
     fails(capsys, pattern, twelve(tmp_path, change, settings), tmp_path / "out.bin")
@@ -352,17 +353,11 @@ def test_pytorch_file_runs_no_code(capsys, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_known_window_without_setting(capsys, tmp_path):
-    """config.json of a released shape without a window: what the release had, and a word about
-    it."""
-    settings = {name: value for name, value in hazyresearch.SHAPES["based-360m"].items()
-                if name != "alt_mixer_2"}
-    settings["alt_mixer_2"] = {"num_heads": 16}
-    (tmp_path / "config.json").write_text(json.dumps(settings))
-    options, notes = export.arguments(["--random", str(tmp_path / "config.json"), "out.bin"]), []
-    _, layers, _ = export.open_random(str(tmp_path / "config.json"), options, notes.append)
-    assert {l.window for l in layers if l.mixer == export.WINDOW} == {65}
-    assert len(notes) == 1 and "128" in notes[0]
+def test_window_without_setting(capsys, tmp_path):
+    """config.json without a window: the original's default, 128, of which half is seen."""
+    m = exported(capsys, twelve(tmp_path, None, {"alt_mixer_2": {"num_heads": 2}}),
+                 tmp_path / "out.bin")
+    assert m.layer[2].window == 65
 
 
 # --------------------------------------------------------------------------------------------------
@@ -506,7 +501,7 @@ def test_random_with_gpt2_tokenizer(capsys, tmp_path, shape):
 
 def test_random_refused(capsys, tmp_path, shape):
     fails(capsys, "No such file", "--random", "based-7b", tmp_path / "out.bin")
-    shape.write_text(json.dumps({"n_embd": 32}))
+    shape.write_text(json.dumps({"n_embd": 32, "n_layer": None}))
     fails(capsys, "n_layer = null, expected a positive number", "--random", shape,
           tmp_path / "out.bin")
     shape.write_text(json.dumps(dict(SMALL, n_embd="wide")))

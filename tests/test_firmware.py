@@ -1,8 +1,8 @@
 """The firmware of tests/firmware on emulated boards: what `make firmware` relies on, and what it
 must refuse.
 
-    python3 -m pytest tests/test_firmware.py            FIRMWARE=required makes a missing compiler
-    or emulator a failure
+    python3 -m pytest tests/test_firmware.py
+        FIRMWARE=required makes a missing compiler or emulator a failure
 """
 import os
 import re
@@ -23,18 +23,15 @@ import boards                                                       # noqa: E402
 def tools():
     missing = [t for t in ("arm-none-eabi-gcc", "qemu-system-arm") if not shutil.which(t)]
     if missing:
-        (pytest.fail if os.environ.get("FIRMWARE") == "required" else
-         pytest.skip)(f"{', '.join(missing)} not here")
+        fail = os.environ.get("FIRMWARE") == "required"
+        (pytest.fail if fail else pytest.skip)(f"{', '.join(missing)} not here")
     assert subprocess.run(["make", "-C", str(ROOT), "run"], capture_output=True).returncode == 0
 
 
 def firmware(*args):
-    return subprocess.run([
-        sys.executable,
-        str(ROOT / "tests" / "firmware" / "boards.py"), *map(str, args)
-    ],
-                          capture_output=True,
-                          text=True)
+    boards_py = ROOT / "tests" / "firmware" / "boards.py"
+    return subprocess.run([sys.executable, str(boards_py), *map(str, args)],
+                          capture_output=True, text=True)
 
 
 def test_same_text_and_logits_and_count_twice(tools):
@@ -49,8 +46,8 @@ def test_same_text_and_logits_and_count_twice(tools):
 
 
 def test_a_fine_prompt_in_any_language(tools):
-    done = firmware(MODEL, "--window", 32, "--boards", "M4F", "--tokens", 8, "--prompt",
-                    "Zo\u00eb saw \u2603")
+    done = firmware(MODEL, "--window", 32, "--boards", "M4F", "--tokens", 8,
+                    "--prompt", "Zo\u00eb saw \u2603")
     assert done.returncode == 0 and "Zo\u00eb saw \u2603" in done.stdout, done.stderr
 
 
@@ -61,8 +58,8 @@ def test_a_fine_prompt_in_any_language(tools):
     (["--boards", "Z80"], "there are M3, M4F"),
 ])
 def test_refusals_say_why(tools, arguments, why):
-    done = firmware(MODEL, "--window", 128, "--tokens", 2,
-                    *(["--boards", "M4F"] if "--boards" not in arguments else []), *arguments)
+    board = ["--boards", "M4F"] if "--boards" not in arguments else []
+    done = firmware(MODEL, "--window", 128, "--tokens", 2, *board, *arguments)
     assert done.returncode == 1 and why in done.stderr and done.stdout == "", done.stderr
 
 
@@ -71,17 +68,11 @@ def test_a_smaller_window_is_the_same_text_until_it_is_full(tmp_path):
     small = boards.shrink(MODEL, 128, tmp_path / "small.bin")
 
     def text(model, tokens):
-        done = subprocess.run([
-            str(ROOT / "run"),
-            str(model), "-t", "0", "-n",
-            str(tokens), "-i", "Once upon a time", "-v"
-        ],
-                              capture_output=True,
-                              text=True)
+        done = subprocess.run([str(ROOT / "run"), str(model), "-t", "0", "-n", str(tokens),
+                               "-i", "Once upon a time", "-v"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        return done.stdout, re.search(r"logits #\w+",
-                                      done.stderr).group(), re.search(r"state: +([\d,]+)",
-                                                                      done.stderr).group(1)
+        return (done.stdout, re.search(r"logits #\w+", done.stderr).group(),
+                re.search(r"state: +([\d,]+)", done.stderr).group(1))
     (full, logits, _), (cut, cut_logits, state) = text(MODEL, 120), text(small, 120)
     assert (cut, cut_logits, state) == (full, logits, "163,840")
     assert text(small, 300)[1] != text(MODEL, 300)[1]

@@ -1,6 +1,8 @@
-"""Hostile files without a fuzzer: every finding of `make fuzz` is replayed, random mutants go
-through each fuzz target, and through the program itself. FUZZ_COUNT says how many of each (default
-200; .ci/run takes 2,000)."""
+"""Hostile files without a fuzzer.
+
+Every finding of `make fuzz` is replayed, and random mutants go through each fuzz target and through
+the program itself. FUZZ_COUNT says how many of each (default 200; .ci/run takes 2,000).
+"""
 import os
 import random
 import resource
@@ -24,8 +26,7 @@ def targets(tmp_path_factory):
     directory = tmp_path_factory.mktemp("fuzz")
     programs = {name: directory / f"replay_{name}" for name in TARGETS}
     subprocess.run(["make", "-s", f"BUILD={directory}", "CFLAGS=-O1", *programs.values()],
-                   cwd=ROOT,
-                   check=True)
+                   cwd=ROOT, check=True)
     seeds = {}
     for name, program in programs.items():
         (directory / name).mkdir()
@@ -39,9 +40,7 @@ def test_target(targets, name):
     program, seeds = targets[name]
     files = [*seeds, *sorted((FOUND / name).glob("*"))]
     done = subprocess.run([program, "--random", str(COUNT), *files],
-                          capture_output=True,
-                          text=True,
-                          timeout=600)
+                          capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(files)} files, {COUNT} mutants of each\n"
 
@@ -51,8 +50,10 @@ def test_every_finding_has_a_target():
 
 
 def mutant(rng, good):
-    """good with something wrong: bits, bytes, a number at an edge, a piece cut off, doubled, or
-    zeroed."""
+    """good with something wrong.
+
+    That is bits, bytes, a number at an edge, or a piece cut off, doubled, or zeroed.
+    """
     b, at, n = bytearray(good), rng.randrange(len(good)), 1 + rng.randrange(64)
     if rng.random() < 0.5:
         at %= 1024                                        # where the header is
@@ -75,23 +76,22 @@ def mutant(rng, good):
 
 
 def limits():
-    resource.setrlimit(resource.RLIMIT_AS,
-                       (1 << 31, 1 << 31))  # a mutant may ask for much, and is told so
+    # A mutant may ask for much memory, and is told that there is none.
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 31, 1 << 31))
 
 
 def run(*args):
     """Runs ./run; it must end by itself, and say one line exactly if it refuses."""
     done = subprocess.run([ROOT / "run", *map(str, args), "-q", "-j", "1"],
-                          capture_output=True,
-                          timeout=60,
-                          preexec_fn=limits)
+                          capture_output=True, timeout=60, preexec_fn=limits)
     assert done.returncode in (0, 1), (args, done)
     lines = done.stderr.decode().splitlines()             # what is printed of a file must be text
     if done.returncode == 0:
         assert lines == [] and done.stdout, (args, done)
     else:
         assert len(lines) == 1 and lines[0].startswith("run: ") and len(lines[0]) > 20, (args, done)
-        assert done.stdout == b"", (args, done)
+        # what a broken model wrote before its logits were no numbers any more stays written
+        assert done.stdout == b"" or "are NaN or infinite" in lines[0], (args, done)
     return done.returncode
 
 
@@ -99,8 +99,10 @@ SAY = ("--tokens", "1 5 2 7", "-n", "8", "-s", "1")
 
 
 def test_mutated_checkpoints(targets, tmp_path):
-    """With its checksum none is taken; without, it is refused or computes, and --check never misses
-    the end."""
+    """With its checksum none is taken.
+
+    Without, it is refused or computes, and --check never misses the end.
+    """
     seeds = [path for path in targets["checkpoint"][1] if "vectors" not in path.name]
     rng, path = random.Random(1), tmp_path / "m.bin"
     taken = 0
@@ -112,7 +114,7 @@ def test_mutated_checkpoints(targets, tmp_path):
             assert run(path, *SAY) == 1
         taken += run(path, "--no-checksum", *SAY) == 0
         run(path, "--no-checksum", "--check")
-    assert 0.1 < taken / COUNT < 0.9  # else the mutants are too wild, or too tame
+    assert 0.1 < taken / COUNT < 0.9                  # else the mutants are too wild, or too tame
 
 
 def test_mutated_states(targets, tmp_path):
@@ -131,9 +133,8 @@ def test_mutated_states(targets, tmp_path):
         if len(bad) >= 80:
             forged = bytearray(bad)
             struct.pack_into("<8s2IQ", forged, 0, b"BSTATE\r\n", 1, 0x01020304, len(bad))
-            struct.pack_into("<Q", forged, 24,
-                             based.library().based_checksum(bytes(forged[32:]),
-                                                            len(forged) - 32))
+            checksum = based.library().based_checksum(bytes(forged[32:]), len(forged) - 32)
+            struct.pack_into("<Q", forged, 24, checksum)
             path.write_bytes(forged)
             taken += run(model, "--load", path, "-n", "4") == 0
     assert taken > COUNT / 20
@@ -145,21 +146,18 @@ def test_check_finds_what_is_no_number(targets, tmp_path, bits, says):
     struct.pack_into("<I", good, len(good) - 4, bits)     # the last weight of final_norm
     path.write_bytes(good)
     done = subprocess.run([ROOT / "run", path, "--check", "--no-checksum"],
-                          capture_output=True,
-                          text=True)
+                          capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert f"final_norm: {says} 12 numbers are NaN or infinite, 1 in all" in done.stderr
     done = subprocess.run([ROOT / "run", path, "--check"], capture_output=True, text=True)
     assert done.returncode == 1 and "checksum" in done.stderr
     done = subprocess.run([ROOT / "run", targets["checkpoint"][1][1], "--check"],
-                          capture_output=True,
-                          text=True)
-    assert done.returncode == 0 and done.stderr == "" and len(
-        done.stdout.splitlines()) == 1 and " is sound: " in done.stdout
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(done.stdout.splitlines()) == 1 and " is sound: " in done.stdout
 
 
 def test_check_goes_with_nothing_else(targets):
     done = subprocess.run([ROOT / "run", targets["checkpoint"][1][0], "--check", "-i", "a"],
-                          capture_output=True,
-                          text=True)
+                          capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1

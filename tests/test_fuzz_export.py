@@ -83,14 +83,15 @@ def tensors(case, file):
 
 
 # Where the sources come from, and what they do not tell.
-ORIGINS = {"safetensors": (lambda d: based(d, "safetensors"), []),
-           "pytorch": (lambda d: based(d, "bin"), []),
-           "llama2.c": (llama, []),
-           "lucidrains.pt": (tensors(LUCIDRAINS["causal_rot"], "layer.pt"),
-                             ["--heads", 3, "--mode", "causal"]),
-           "lucidrains": (tensors(LUCIDRAINS["causal_rot"], "layer.safetensors"),
-                          ["--heads", 3, "--mode", "causal"]),
-           "edifice": (tensors(EDIFICE["c2"][1], "edifice.safetensors"), ["--mode", "window"])}
+ORIGINS = {
+    "safetensors": (lambda d: based(d, "safetensors"), []), "pytorch":
+    (lambda d: based(d, "bin"), []), "llama2.c": (llama, []), "lucidrains.pt":
+    (tensors(LUCIDRAINS["causal_rot"], "layer.pt"), ["--heads", 3, "--mode", "causal"]),
+    "lucidrains": (tensors(LUCIDRAINS["causal_rot"],
+                           "layer.safetensors"), ["--heads", 3, "--mode", "causal"]), "edifice":
+    (tensors(EDIFICE["c2"][1],
+             "edifice.safetensors"), ["--mode", "window", "--heads", 4, "--degree", 2])
+}
 
 
 @pytest.mark.parametrize("origin", ORIGINS)
@@ -134,7 +135,11 @@ def llama_tokenizer(path):
 
 
 def merge_list(path):
+    """And the vocab.json beside it."""
     path.write_text("#version: 0.2\na b\nab c\n\u0120 a\n", encoding="utf-8")
+    characters = list(export.byte_characters())
+    vocab = {c: i for i, c in enumerate(["<s>", *characters, "ab", "abc", "\u0120a"])}
+    path.with_name("vocab.json").write_text(json.dumps(vocab))
 
 
 @pytest.mark.parametrize("write, name",
@@ -147,7 +152,8 @@ def test_spoiled_tokenizers(tmp_path, write, name):
     for i in range(COUNT + 1):
         write(path)
         if i > 0:
-            spoil(rng, path)
+            beside = path.with_name("vocab.json")
+            spoil(rng, beside if beside.exists() and rng.random() < 0.5 else path)
         refused += export_quietly(source, tmp_path / "out.bin", "--tokenizer", path)
         assert i > 0 or refused == 0
         if name == "tokenizer.json":                      # and the names of its ends

@@ -1,10 +1,12 @@
-"""Instructions per token, which are the same in every run, must not grow by more than 2 %. What is
-known stands in instructions.txt, counted by callgrind with the compiler named there; under another
-one there is nothing to compare with.
+"""Instructions per token, which are the same in every run, must not grow by more than 2 %.
 
-    python3 -m pytest tests/test_instructions.py    INSTRUCTIONS=required makes a missing tool a
-    failure python3 tests/test_instructions.py              counts anew and rewrites the file; look
-    at the difference before you commit
+The known counts are in instructions.txt, taken by callgrind with the compiler named there; under
+another compiler there is nothing to compare with.
+
+    python3 -m pytest tests/test_instructions.py
+        INSTRUCTIONS=required makes a missing tool a failure
+    python3 tests/test_instructions.py
+        counts anew and rewrites the file; look at the difference before you commit
 """
 import os
 import re
@@ -26,64 +28,56 @@ KERNELS = "plain", "avx2"
 
 
 def compiler():
-    return "gcc " + subprocess.run(["gcc", "-dumpversion"], capture_output=True,
-                                   text=True).stdout.split(".")[0].strip()
+    done = subprocess.run(["gcc", "-dumpversion"], capture_output=True, text=True)
+    return "gcc " + done.stdout.split(".")[0].strip()
 
 
 def build(directory):
     """The program without threads, and the models."""
-    subprocess.run([
-        "gcc", *FLAGS, "-o", directory / "run",
-        *(ROOT / f for f in ("run.c", "based.c", "tokenizer.c")), "-lm"
-    ],
-                   check=True)
+    sources = [ROOT / f for f in ("run.c", "based.c", "tokenizer.c")]
+    subprocess.run(["gcc", *FLAGS, "-o", directory / "run", *sources, "-lm"], check=True)
+    config = HERE / "data" / "hazyresearch-tiny" / "config.json"
     for name in MODELS[1:]:
-        subprocess.run([
-            sys.executable, ROOT / "export.py", "--random", HERE / "data" / "hazyresearch-tiny" /
-            "config.json", directory / f"{name}.bin", "--dtype", name[5:]
-        ],
-                       check=True,
-                       capture_output=True)
+        subprocess.run([sys.executable, ROOT / "export.py", "--random", config,
+                        directory / f"{name}.bin", "--dtype", name[5:]],
+                       check=True, capture_output=True)
     shutil.copy(ROOT / "models" / "stories260K.bin", directory)
 
 
 def instructions(directory, model, kernels, prompt, new):
     tokens = " ".join(str(i * 7 % 47) for i in range(prompt))
-    run = subprocess.run([
-        "valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", directory / "run",
-        directory / f"{model}.bin", "--tokens", tokens, "-t", "0", "-n",
-        str(new), "--ignore-eos"
-    ],
-                         env={**os.environ, "BASED_KERNELS": kernels},
-                         capture_output=True)
+    run = subprocess.run(["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null",
+                          directory / "run", directory / f"{model}.bin", "--tokens", tokens,
+                          "-t", "0", "-n", str(new), "--ignore-eos"],
+                         env={**os.environ, "BASED_KERNELS": kernels}, capture_output=True)
     assert run.returncode == 0, run.stderr
     return int(re.search(rb"Collected : (\d+)", run.stderr).group(1))
 
 
 def count(directory, model, kernels):
-    """Of a token that is written, and of one that is read in a block: differences, so that starting
-    does not count."""
-    step = (instructions(directory, model, kernels, 3, 12) -
-            instructions(directory, model, kernels, 3, 4)) // 8
-    read = (instructions(directory, model, kernels, 128, 0) -
-            instructions(directory, model, kernels, 64, 0)) // 64
+    """Of a token that is written, and of one that is read in a block.
+
+    Both are differences of two runs, so that starting does not count.
+    """
+    def counted(prompt, new):
+        return instructions(directory, model, kernels, prompt, new)
+
+    step = (counted(3, 12) - counted(3, 4)) // 8
+    read = (counted(128, 0) - counted(64, 0)) // 64
     return step, read
 
 
 def rows():
-    return {
-        tuple(line.split()[:2]): tuple(map(int,
-                                           line.split()[2:]))
-        for line in KNOWN.read_text().splitlines() if not line.startswith("#")
-    }
+    return {tuple(line.split()[:2]): tuple(map(int, line.split()[2:]))
+            for line in KNOWN.read_text().splitlines() if not line.startswith("#")}
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     missing = [tool for tool in ("gcc", "valgrind") if not shutil.which(tool)]
     if missing:
-        (pytest.fail if os.environ.get("INSTRUCTIONS") == "required" else
-         pytest.skip)(f"{', '.join(missing)} not here")
+        fail = os.environ.get("INSTRUCTIONS") == "required"
+        (pytest.fail if fail else pytest.skip)(f"{', '.join(missing)} not here")
     if compiler() not in KNOWN.read_text():
         pytest.skip(f"{KNOWN.name} was counted with another compiler than {compiler()}")
     directory = tmp_path_factory.mktemp("instructions")
@@ -101,12 +95,8 @@ def test_no_growth(programs, model, kernels):
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
         build(Path(name))
-        lines = [
-            f"{model} {kernels} %d %d\n" % count(Path(name), model, kernels) for model in MODELS
-            for kernels in KERNELS
-        ]
-    KNOWN.write_text(
-        f"# {compiler()} {' '.join(FLAGS)}: model, kernels, instructions per token written, "
-        "and per token of a "
-        "prompt in blocks\n" + "".join(lines))
+        lines = [f"{model} {kernels} %d %d\n" % count(Path(name), model, kernels)
+                 for model in MODELS for kernels in KERNELS]
+    KNOWN.write_text(f"# {compiler()} {' '.join(FLAGS)}: model, kernels, instructions per token "
+                     "written, and per token of a prompt in blocks\n" + "".join(lines))
     print(KNOWN.read_text(), end="")

@@ -99,6 +99,12 @@ def test_lucidrains_refusals(capsys, tmp_path):
     out = tmp_path / "no.bin"
     fails(capsys, "--heads", source, "--mode", "causal", out)
     fails(capsys, "causal=True.*--mode", source, "--heads", 3, out)
+    for said, notes in (("--shift", 0), ("--no-shift", 0),
+                        (None, 1)):  # what is taken for granted is said
+        _, _, stderr = run(capsys, source, tmp_path / "out.bin", "--heads", 3, "--mode", "causal",
+                           *filter(None, [said]))
+        assert stderr.count(
+            "note: taking it that the layer was made without shift_tokens") == notes, stderr
     fails(capsys, "does not fit 5 heads", source, "--heads", 5, "--mode", "causal", out)
     fails(capsys, "degree 2", source, "--heads", 3, "--mode", "causal", "--degree", 3, out)
     more = save(tmp_path / "more.safetensors", {**w, "to_q.1.bias": np.zeros(3)})
@@ -115,10 +121,9 @@ def test_lucidrains_refusals(capsys, tmp_path):
 def edifice(capsys, tmp_path, name, *options):
     (_, order, layers, mode, *_), case = EDIFICE[name]
     source, out = save(tmp_path / "edifice.safetensors", weights(case)), tmp_path / "out.bin"
-    m = exported(capsys, source, out, "--degree", order, *options)
-    rows = slice(None) if mode == "all" else slice(-1, None)
-    layer = functools.partial(taylor.edifice, weights(case), heads=4, order=int(order))
-    return Model(out), m, case, rows, layer
+    m = exported(capsys, source, out, "--degree", order, "--heads", 4, *options)
+    return Model(out), m, case, slice(None) if mode == "all" else slice(
+        -1, None), functools.partial(taylor.edifice, weights(case), heads=4, order=int(order))
 
 
 def condition(layer, x, causal=False):
@@ -142,8 +147,8 @@ def test_edifice_window(capsys, tmp_path, name, text):
 
 
 def test_edifice_one_layer_steps(capsys, tmp_path):
-    """One layer and the last output: stepping is exact, in constant memory, and needs no choice."""
-    model, _, case, _, layer = edifice(capsys, tmp_path, "a2")
+    """One layer and the last output: stepping is exact, in constant memory."""
+    model, _, case, _, layer = edifice(capsys, tmp_path, "a2", "--mode", "causal")
     for x, y in zip(case["x"], case["y"]):
         got = Session(model, 1).feed(x)
         bound = 1e-6 * largest(y) * condition(layer, x)
@@ -167,14 +172,21 @@ def test_edifice_refusals(capsys, tmp_path):
     _, case = EDIFICE["c2"]
     w, out = weights(case), tmp_path / "no.bin"
     source = save(tmp_path / "edifice.safetensors", w)
-    fails(capsys, "2 layers that look at the whole window", source, out)
-    fails(capsys, "3 heads do not divide", source, "--mode", "window", "--heads", 3, out)
-    fails(capsys, "shift", source, "--mode", "window", "--shift", out)
+    told = "--heads", 4, "--degree", 2
+    fails(capsys, "2 layers that look at the whole window", source, *told, out)
+    fails(capsys, "do not tell num_heads.*--heads", source, "--mode", "window", "--degree", 2, out)
+    fails(capsys, "taylor_order.*--degree", source, "--mode", "window", "--heads", 4, out)
+    fails(capsys, "3 heads do not divide", source, "--mode", "window", "--heads", 3, *told[2:], out)
+    fails(capsys, "shift", source, "--mode", "window", "--shift", *told, out)
     language = save(tmp_path / "lm.safetensors", {**w, "lm_head.kernel": np.zeros((16, 30))})
     fails(capsys, r"Generate", language, "--mode", "causal", out)
+    one = save(tmp_path / "one.safetensors", weights(EDIFICE["a2"][1]))
+    fails(capsys, "1 layers .*--mode", one, *told, out)
     less = save(tmp_path / "less.safetensors",
-                {k: v for k, v in w.items() if k != "based_block_2_ffn_up.bias"})
-    fails(capsys, r"lacks the tensor based_block_2_ffn_up\.bias", less, "--mode", "causal", out)
+                {k: v
+                 for k, v in w.items() if k != "based_block_2_ffn_up.bias"})
+    fails(capsys, r"lacks the tensor based_block_2_ffn_up\.bias", less, "--mode", "causal", *told,
+          out)
     status, _, stderr = run(capsys, source, out, "--degree", "13")
     assert status == 2 and "13 is not between 1 and 12" in stderr
 

@@ -1,7 +1,7 @@
 """The page of models/page in headless Chromium: the same text as on the command line, bit for bit.
 
-    python3 -m pytest tests/test_page.py            PAGE=required makes a missing browser or
-    compiler a failure
+    python3 -m pytest tests/test_page.py
+        PAGE=required makes a missing browser or compiler a failure
 
 Drives chromedriver by its HTTP interface. Without Chromium, chromedriver, and clang for WebAssembly
 it is skipped.
@@ -26,20 +26,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build"
 MODEL = ROOT / "models" / "stories260K.bin"
-# what the WebDriver standard calls a reference to an element
+# What the WebDriver standard calls a reference to an element.
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 HOME, END = "\ue011", "\ue010"
-ARGUMENTS = [
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-    "--disable-dev-shm-usage"
-]
+ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             "--disable-dev-shm-usage"]
 
 
 def need(what, there):
     if not there:
-        (pytest.fail
-         if os.environ.get("PAGE") == "required" else pytest.skip)(f"{what} is not here")
+        fail = os.environ.get("PAGE") == "required"
+        (pytest.fail if fail else pytest.skip)(f"{what} is not here")
 
 
 class Browser:
@@ -47,22 +45,18 @@ class Browser:
 
     def __init__(self, port, profile, downloads, size=(1000, 900)):
         self.base = f"http://127.0.0.1:{port}"
-        options = {
-            "args":
-            [*ARGUMENTS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"],
-            "binary": shutil.which("chromium") or shutil.which("google-chrome"), "prefs":
-            {"download.default_directory": str(downloads)}
-        }
-        capabilities = {
-            "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-        }
+        options = {"args": [*ARGUMENTS, f"--user-data-dir={profile}",
+                            f"--window-size={size[0]},{size[1]}"],
+                   "binary": shutil.which("chromium") or shutil.which("google-chrome"),
+                   "prefs": {"download.default_directory": str(downloads)}}
+        capabilities = {"alwaysMatch": {"goog:chromeOptions": options,
+                                        "goog:loggingPrefs": {"browser": "ALL"}}}
         self.base += "/session/" + self.ask("/session", {"capabilities": capabilities})["sessionId"]
 
     def ask(self, path, body=None, method=None):
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.base + path,
-                                         data, {"Content-Type": "application/json"},
-                                         method=method)
+        request = urllib.request.Request(self.base + path, data,
+                                         {"Content-Type": "application/json"}, method=method)
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.load(answer)["value"]
@@ -71,10 +65,8 @@ class Browser:
 
     def open(self, url):
         self.ask("/url", {"url": url})
-        self.until(
-            "return !document.getElementById('form').hidden"
-            " || !document.getElementById('failed').hidden"
-        )
+        self.until("return !document.getElementById('form').hidden || "
+                   "!document.getElementById('failed').hidden")
 
     def script(self, text, *args):
         return self.ask("/execute/sync", {"script": text, "args": args})
@@ -82,8 +74,8 @@ class Browser:
     def until(self, condition, seconds=60):
         end = time.monotonic() + seconds
         while not self.script(condition):
-            assert time.monotonic(
-            ) < end, f"not within {seconds} s: {condition}\n{self.text('body')}"
+            assert time.monotonic() < end, (f"not within {seconds} s: {condition}\n"
+                                            f"{self.text('body')}")
             time.sleep(0.05)
 
     def find(self, css):
@@ -105,10 +97,8 @@ class Browser:
         Path(path).write_bytes(base64.b64decode(self.ask("/screenshot")))
 
     def complaints(self):
-        return [
-            entry["message"] for entry in self.ask("/se/log", {"type": "browser"})
-            if entry["level"] in ("SEVERE", "WARNING")
-        ]
+        return [entry["message"] for entry in self.ask("/se/log", {"type": "browser"})
+                if entry["level"] in ("SEVERE", "WARNING")]
 
     def close(self):
         self.ask("", method="DELETE")
@@ -119,8 +109,7 @@ def built():
     need("clang for WebAssembly",
          shutil.which(os.environ.get("WASM_CC", "clang-14")) and shutil.which("wasm-ld"))
     done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}"],
-                          capture_output=True,
-                          text=True)
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return BUILD
 
@@ -132,8 +121,7 @@ def driver():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with subprocess.Popen(["chromedriver", f"--port={port}"],
-                          stdout=subprocess.DEVNULL,
+    with subprocess.Popen(["chromedriver", f"--port={port}"], stdout=subprocess.DEVNULL,
                           stderr=subprocess.DEVNULL) as process:
         for _ in range(200):
             try:
@@ -163,8 +151,8 @@ def serve():
     servers = []
 
     def start(directory):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0),
-                                                 functools.partial(Quiet, directory=str(directory)))
+        handler = functools.partial(Quiet, directory=str(directory))
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
         server.asked = start.asked
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
@@ -178,14 +166,11 @@ def serve():
 
 def native(prompt, *more):
     """Text and fingerprint of ./run, greedy, to the end of the story."""
-    done = subprocess.run([
-        str(ROOT / "run"),
-        str(MODEL), "-t", "0", "-n", "-1", "-v", "-i", prompt, *more
-    ],
-                          capture_output=True)
+    done = subprocess.run([str(ROOT / "run"), str(MODEL), "-t", "0", "-n", "-1", "-v",
+                           "-i", prompt, *more], capture_output=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout.decode().rstrip("\n"), re.search(rb"logits #\w+",
-                                                        done.stderr).group().decode()
+    logits = re.search(rb"logits #\w+", done.stderr).group().decode()
+    return done.stdout.decode().rstrip("\n"), logits
 
 
 def coldest_and_fastest(b):
@@ -236,8 +221,8 @@ def test_stop_and_continue_change_nothing(built, browser):
     browser.click("#go")
     browser.until(f"return document.getElementById('count').textContent !== '{count}'")
     finish(browser)
-    assert (browser.text("#story").rstrip("\n"),
-            browser.text("#hash")) == native("Once upon a time")
+    told = browser.text("#story").rstrip("\n"), browser.text("#hash")
+    assert told == native("Once upon a time")
 
 
 def test_telling_again_begins_anew(built, browser):
@@ -265,9 +250,8 @@ def test_endless_story_keeps_its_memory(built, browser):
 
 def test_a_saved_memory_goes_on_here_and_on_the_command_line(built, browser, tmp_path):
     """Stop, save, reload the page, load, continue: with what was told before, the whole story."""
-    page, state, (text,
-                  _) = (built /
-                        "based.html").as_uri(), tmp_path / "story.state", native("Once upon a time")
+    page, state = (built / "based.html").as_uri(), tmp_path / "story.state"
+    text, _ = native("Once upon a time")
     browser.open(page)
     browser.type("#temperature", HOME)
     browser.click("#tell")
@@ -284,18 +268,15 @@ def test_a_saved_memory_goes_on_here_and_on_the_command_line(built, browser, tmp
     coldest_and_fastest(browser)
     browser.type("#file", str(state))
     browser.until("return document.getElementById('count').textContent !== '0'")
-    assert int(browser.text("#count")) == int(count) + 1  # the last token shown was not read before
+    # The last token shown was not read before.
+    assert int(browser.text("#count")) == int(count) + 1
     note = browser.text("#story")
     browser.click("#go")
     finish(browser)
     rest = browser.text("#story")[len(note):]
     assert (told + rest).rstrip("\n") == text
-    done = subprocess.run([
-        str(ROOT / "run"),
-        str(MODEL), "--load",
-        str(state), "-t", "0", "-n", "-1", "-q"
-    ],
-                          capture_output=True)
+    done = subprocess.run([str(ROOT / "run"), str(MODEL), "--load", str(state), "-t", "0",
+                           "-n", "-1", "-q"], capture_output=True)
     assert done.stdout.decode().rstrip("\n") == rest.rstrip("\n"), done.stderr
     data = bytearray(state.read_bytes())
     data[200] ^= 1
@@ -325,19 +306,16 @@ def test_it_fits_a_phone_and_every_control_has_a_name(built, browser):
     browser.click("#tell")
     browser.until("return document.getElementById('story').textContent.length > 40")
     # a frame of 360 pixels: headless windows are wider than phones
-    overflow = browser.ask(
-        "/execute/async", {
-            "args": [], "script":
-            """
+    overflow = browser.ask("/execute/async", {"args": [], "script": """
         const done = arguments[0], frame = document.createElement('iframe');
         frame.style.cssText = 'width: 360px; height: 700px; position: fixed; left: 0; top: 0';
         frame.srcdoc = document.documentElement.outerHTML.replace(/<script>[^]*?<\\/script>/g, '');
-        frame.onload = () => { const d = frame.contentDocument.documentElement; done(d.scrollWidth -
-        360); }; document.body.append(frame);"""
-        })
+        frame.onload = () => { const d = frame.contentDocument.documentElement; """
+        "done(d.scrollWidth - 360); };" """
+        document.body.append(frame);"""})
     assert overflow <= 0
-    for control in browser.ask("/elements", {
-            "using": "css selector", "value": "main button, main select, main input, main textarea"
-    }):
+    controls = browser.ask("/elements", {
+        "using": "css selector", "value": "main button, main select, main input, main textarea"})
+    for control in controls:
         label = browser.ask(f"/element/{control[ELEMENT]}/computedlabel")
         assert label or not browser.ask(f"/element/{control[ELEMENT]}/displayed"), control

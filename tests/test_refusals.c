@@ -455,11 +455,11 @@ static void test_files(void) {
     CHECK_TEXT(e.text, "/tmp: Is a directory");
     CHECK(based_open("/dev/null", 0, &e) == NULL && e.status == BASED_EFORMAT);
     CHECK_TEXT(e.text, "/dev/null: the file is empty");
-    /* a pipe that somebody has written to: it can be read, but has no size */
-    CHECK(mkfifo(path, 0600) == 0 && (out = fopen(path, "r+b")) != NULL && fputc('B', out) == 'B'
-          && fflush(out) == 0);
-    CHECK(based_open(path, 0, &e) == NULL && e.status == BASED_EIO
-          && strstr(e.text, "; a checkpoint must be a regular file"));
+    /* a pipe that stays open: no more is read than the header, which is none */
+    CHECK(mkfifo(path, 0600) == 0 && (out = fopen(path, "r+b")) != NULL);
+    for (size_t i = 0; out && i < sizeof(based_config); i++) CHECK_EACH(fputc('B', out) == 'B');
+    CHECK(fflush(out) == 0 && based_open(path, 0, &e) == NULL && e.status == BASED_EFORMAT
+          && strstr(e.text, "not a based checkpoint"));
     CHECK(fclose(out) == 0 && remove(path) == 0);
     CHECK(based_open("tests/test.h", 0, &e) == NULL && e.status == BASED_EFORMAT
           && strncmp(e.text, "tests/test.h: ", 14) == 0);

@@ -1,5 +1,4 @@
-"""The past as a file, from the command line: --save, --load, --append, --branches, and
-conversations.
+"""The past as a file, on the command line: --save, --load, --append, --branches, and conversations.
 
 What a state file must refuse, byte by byte, is in test_state.c; here it is a user's view of it.
 """
@@ -16,10 +15,8 @@ import pytest
 from test_cli import MODEL, ROOT, Terminal, run, start
 
 TEXT = "Once upon a time, there was a girl named Lily. She liked to play with her dog in the park."
-HYBRID = {
-    "mixers": [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR], "input": 0, "rows": 50,
-    "vocab": 47, "flags": export.TIED
-}
+HYBRID = {"mixers": [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR],
+          "input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 IDS = [1, 40, 3, 17, 46, 0, 9]
 
 
@@ -63,30 +60,27 @@ def book(tmp_path_factory):
 # ---- A run that was interrupted by a file is the run that was not. ----
 
 @pytest.mark.parametrize("model", sorted(str(p) for p in (ROOT / "models").glob("*.bin")))
-@pytest.mark.parametrize("options",
-                         [["-t", "0"],
-                          ["-t", "1.2", "-p", "1", "-s", "5", "--repeat-penalty", "1.3"]])
+@pytest.mark.parametrize("options", [
+    ["-t", "0"], ["-t", "1.2", "-p", "1", "-s", "5", "--repeat-penalty", "1.3"]])
 def test_50_and_50_are_100(model, options, tmp_path):
     """Text, logits and what is remembered at the end, generator and repetition penalty included."""
     options = [*options, "--ignore-eos"]
     whole, _ = fingerprint(model, *options, "-i", TEXT, "-n", 100, "--save", tmp_path / "whole")
     first = saved(tmp_path / "half", model, *options, "-i", TEXT, "-n", 50)
-    options = [o for o in options
-               if o not in ("-s", "5")]  # a saved generator goes on without being told
+    # A saved generator goes on without being told.
+    options = [o for o in options if o not in ("-s", "5")]
     done = run(model, *options, "-n", 50, "--load", tmp_path / "half", "--save", tmp_path / "both",
                "-v")
     assert joined(first, done.text()) == whole
     assert "restored" in done.err.decode()
     a, b = (tmp_path / "whole").read_bytes(), (tmp_path / "both").read_bytes()
-    note = len(b) - 28 - 4 * 64  # the second run had no seed to save
+    note = len(b) - 28 - 4 * 64                           # the second run had no seed to save
     assert a[80:note] == b[80:note] and a[40:56] == b[40:56]
 
 
 def test_every_split_of_a_model_with_every_mixer(hybrid, tmp_path):
-    whole = [
-        int(i) for i in run(hybrid, "--tokens", " ".join(map(str, IDS)), "-t", 0, "-n",
-                            100).text().split()
-    ]
+    written = run(hybrid, "--tokens", " ".join(map(str, IDS)), "-t", 0, "-n", 100).text()
+    whole = [int(i) for i in written.split()]
     dump = tmp_path / "rows"
     fed = " ".join(map(str, whole[:-1]))
     run(hybrid, "--tokens", fed, "-n", 0, "--dump-logits", dump).text()
@@ -94,8 +88,8 @@ def test_every_split_of_a_model_with_every_mixer(hybrid, tmp_path):
     for split in list(range(0, 100, 7)) + [1, 2, 99]:
         state = tmp_path / "state"
         saved(state, hybrid, "--tokens", " ".join(map(str, IDS)), "-t", 0, "-n", split)
-        rest = run(hybrid, "--load", state, "-t", 0, "-n", 100 - split, "--dump-logits",
-                   dump).text()
+        rest = run(hybrid, "--load", state, "-t", 0, "-n", 100 - split,
+                   "--dump-logits", dump).text()
         assert [int(i) for i in rest.split()] == whole[len(IDS) + split:], split
         got = np.fromfile(dump, "<f4").reshape(-1, 47)
         assert np.array_equal(got.view("u4"), rows[len(IDS) + split:].view("u4")), split
@@ -109,14 +103,7 @@ def test_a_character_may_begin_before_the_file_and_end_after_it(tmp_path):
     assert "�".encode() not in first
     (tmp_path / "t").write_bytes(emoji[2:])
     with (tmp_path / "t").open("rb") as rest:
-        second = run(MODEL,
-                     "--load",
-                     tmp_path / "s",
-                     "--append",
-                     "-",
-                     "-n",
-                     0,
-                     "-q",
+        second = run(MODEL, "--load", tmp_path / "s", "--append", "-", "-n", 0, "-q",
                      stdin=rest.read()).text()
     assert emoji in second
 
@@ -138,8 +125,8 @@ def test_seeds_and_files(tmp_path):
     saved(b, MODEL, "-i", TEXT, "-n", 0)
     go = lambda *args: run(MODEL, "-n", 40, "-q", *args).text()
     assert joined(first, go("--load", a)) == go("-i", TEXT, "-n", 70, "-s", 5)
-    assert go("--load", a) == go("--load", a) != go("--load", a, "-s", 6) == go(
-        "--load", a, "-s", 6)
+    assert (go("--load", a) == go("--load", a)
+            != go("--load", a, "-s", 6) == go("--load", a, "-s", 6))
     assert len({go("--load", b) for _ in range(4)}) > 1         # nobody asked for a seed
     assert go("--load", b, "-s", 7) == go("-i", TEXT, "-s", 7, "--no-display-prompt")
 
@@ -169,9 +156,8 @@ def test_the_same_prompt_needs_no_reading(book):
 
 def test_the_penalty_knows_a_loaded_prompt(book):
     text, state = book
-    options = [
-        "-f", text, "-n", 60, "-t", 0, "-q", "--repeat-penalty", "1.8", "--no-display-prompt"
-    ]
+    options = ["-f", text, "-n", 60, "-t", 0, "-q", "--repeat-penalty", "1.8",
+               "--no-display-prompt"]
     assert run(MODEL, *options).text() == run(MODEL, *options, "--load", state).text()
     assert run(MODEL, *options).text() == run(MODEL, *options[2:], "--load", state).text()
 
@@ -179,10 +165,8 @@ def test_the_penalty_knows_a_loaded_prompt(book):
 def test_another_prompt_is_told_apart(book, tmp_path):
     text, state = book
     words = text.read_text()
-    for other in [
-            words[:-2] + "!", "X" + words[1:], words[:400],
-            words.replace("dog", "cat", 1) + words, "Once upon"
-    ]:
+    for other in [words[:-2] + "!", "X" + words[1:], words[:400],
+                  words.replace("dog", "cat", 1) + words, "Once upon"]:
         (tmp_path / "other").write_text(other + " The end")
         done = run(MODEL, "-f", tmp_path / "other", "--load", state, "-n", 5, "-q")
         done.error(1, "does not begin with the", "tokens saved in", "--append")
@@ -193,26 +177,18 @@ def test_appending(book):
     text, state = book
     a = run(MODEL, "--load", state, "--append", "The dog", "-t", 0, "-n", 20, "-q").text()
     assert a.startswith(b"The dog")
-    assert a == run(MODEL,
-                    "--load",
-                    state,
-                    "--append",
-                    "-",
-                    "-t",
-                    0,
-                    "-n",
-                    20,
-                    "-q",
+    assert a == run(MODEL, "--load", state, "--append", "-", "-t", 0, "-n", 20, "-q",
                     stdin=b"The dog\n").text()
-    both = run(MODEL, "-i",
-               text.read_text()[:-1] + "The dog", "-t", 0, "-n", 20, "-q",
+    both = run(MODEL, "-i", text.read_text()[:-1] + "The dog", "-t", 0, "-n", 20, "-q",
                "--no-display-prompt").text()
     assert a == b"The dog" + both
 
 
 def test_interrupted_reading_goes_on_where_it_was(book, tmp_path):
-    """Ctrl-C while a long prompt is read, with --save: the same command with --load reads only the
-    rest."""
+    """Ctrl-C while a long prompt is read, with --save.
+
+    The same command with --load reads only the rest.
+    """
     text, _ = book
     long, state = tmp_path / "long.txt", tmp_path / "s"
     long.write_bytes(text.read_bytes() * 40)
@@ -230,14 +206,15 @@ def test_interrupted_reading_goes_on_where_it_was(book, tmp_path):
 
 # ---- Files that are not what they should be. ----
 
-@pytest.mark.parametrize("spoil, says",
-                         [(lambda b: b"", "not a saved state"),
-                          (lambda b: b"hello" * 100, "not a saved state"),
-                          (lambda b: b[:60], "cut off"), (lambda b: b[:-1], "cut off"),
-                          (lambda b: b + b"x", "there are"),
-                          (lambda b: b[:8] + b"\2" + b[9:], "version 2"),
-                          (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"),
-                          (lambda b: Path(MODEL).read_bytes(), "not a saved state")])
+@pytest.mark.parametrize("spoil, says", [
+    (lambda b: b"", "not a saved state"),
+    (lambda b: b"hello" * 100, "not a saved state"),
+    (lambda b: b[:60], "cut off"),
+    (lambda b: b[:-1], "cut off"),
+    (lambda b: b + b"x", "there are"),
+    (lambda b: b[:8] + b"\2" + b[9:], "version 2"),
+    (lambda b: b[:5000] + bytes([b[5000] ^ 1]) + b[5001:], "checksum"),
+    (lambda b: Path(MODEL).read_bytes(), "not a saved state")])
 def test_bad_state(spoil, says, book, tmp_path):
     _, state = book
     (tmp_path / "bad").write_bytes(spoil(state.read_bytes()))
@@ -258,18 +235,18 @@ def forge(state, path, note):
     data = state.read_bytes()
     size = len(data) - int.from_bytes(data[72:80], "little")
     forged = bytearray(data[:size] + note)
-    forged[16:24], forged[72:80] = len(forged).to_bytes(8,
-                                                        "little"), len(note).to_bytes(8, "little")
+    forged[16:24] = len(forged).to_bytes(8, "little")
+    forged[72:80] = len(note).to_bytes(8, "little")
     forged[24:32] = checksum(bytes(forged[32:])).to_bytes(8, "little")
     path.write_bytes(forged)
     return path
 
 
 def note_of(held=b"", n=None, recent=(), marks=(0, 0, 0, 0), count=None):
-    return (b"run\1" + marks[0].to_bytes(4, "little") + bytes(8) + held.ljust(4, b"\0")[:4] +
-            bytes([len(held) if n is None else n, *marks[1:]]) +
-            (len(recent) if count is None else count).to_bytes(4, "little") +
-            b"".join(token.to_bytes(4, "little") for token in recent))
+    n, count = len(held) if n is None else n, len(recent) if count is None else count
+    return (b"run\1" + marks[0].to_bytes(4, "little") + bytes(8) + held.ljust(4, b"\0")[:4]
+            + bytes([n, *marks[1:]]) + count.to_bytes(4, "little")
+            + b"".join(token.to_bytes(4, "little") for token in recent))
 
 
 def test_a_foreign_note_is_no_harm(book, tmp_path):
@@ -277,24 +254,25 @@ def test_a_foreign_note_is_no_harm(book, tmp_path):
     _, state = book
     expected = run(MODEL, "--load", state, "-t", 0, "-n", 9, "-q").text()
     for note in [b"", b"x", b"run", b"run\0" + b"\xff" * 24, b"run\2" + b"\xff" * 40]:
-        assert run(MODEL, "--load", forge(state, tmp_path / "s", note), "-t", 0, "-n", 9,
-                   "-q").text() == expected
+        forged = forge(state, tmp_path / "s", note)
+        assert run(MODEL, "--load", forged, "-t", 0, "-n", 9, "-q").text() == expected
 
 
-@pytest.mark.parametrize("note, says",
-                         [(b"run\1", "has 4 bytes, expected 28 and 4"),
-                          (note_of()[:27], "has 27 bytes"), (note_of() + b"x", "has 29 bytes"),
-                          (note_of(recent=[1, 2], count=3), "has 36 bytes"),
-                          (note_of(count=0xffffffff), "has 28 bytes"),
-                          (note_of(count=0x40000000), "has 28 bytes"),
-                          (note_of(recent=[3, 512]), "has token 512, but the vocabulary has 512"),
-                          (note_of(recent=[0xffffffff]), "has token 4294967295"),
-                          (note_of(marks=(2, 0, 0, 0)), "neither 0 nor 1"),
-                          (note_of(marks=(0, 2, 0, 0)), "neither 0 nor 1"),
-                          (note_of(marks=(0, 0, 1, 0)), "neither 0 nor 1"),
-                          (note_of(marks=(0, 0, 0, 1)), "neither 0 nor 1"),
-                          (note_of(b"abcd"), "holds 4 bytes, 61 62 63"),
-                          (note_of(n=255), "holds 255 bytes")])
+@pytest.mark.parametrize("note, says", [
+    (b"run\1", "has 4 bytes, expected 28 and 4"),
+    (note_of()[:27], "has 27 bytes"),
+    (note_of() + b"x", "has 29 bytes"),
+    (note_of(recent=[1, 2], count=3), "has 36 bytes"),
+    (note_of(count=0xffffffff), "has 28 bytes"),
+    (note_of(count=0x40000000), "has 28 bytes"),
+    (note_of(recent=[3, 512]), "has token 512, but the vocabulary has 512"),
+    (note_of(recent=[0xffffffff]), "has token 4294967295"),
+    (note_of(marks=(2, 0, 0, 0)), "neither 0 nor 1"),
+    (note_of(marks=(0, 2, 0, 0)), "neither 0 nor 1"),
+    (note_of(marks=(0, 0, 1, 0)), "neither 0 nor 1"),
+    (note_of(marks=(0, 0, 0, 1)), "neither 0 nor 1"),
+    (note_of(b"abcd"), "holds 4 bytes, 61 62 63"),
+    (note_of(n=255), "holds 255 bytes")])
 def test_a_forged_note(note, says, book, tmp_path):
     done = run(MODEL, "--load", forge(book[1], tmp_path / "s", note), "-n", 5)
     done.error(1, str(tmp_path / "s"), says)
@@ -303,18 +281,17 @@ def test_a_forged_note(note, says, book, tmp_path):
 
 def test_held_bytes(book, tmp_path):
     """What a note holds of a character is taken if something can follow that makes it one."""
-    cases = [[a] for a in (0x41, 0x80, 0xbf, 0xc1, 0xc2, 0xdf, 0xe0, 0xef, 0xf0, 0xf4, 0xf5, 0xff)
-             ] + [[0xc2, 0x80]]
-    cases += [[a, b] for a, edge in ((0xe0, 0xa0), (0xe1, 0x80), (0xe1, 0xc0), (0xed, 0xa0),
-                                     (0xf0, 0x90), (0xf1, 0x80), (0xf4, 0x90))
-              for b in (edge - 1, edge)]
+    cases = [[a] for a in (0x41, 0x80, 0xbf, 0xc1, 0xc2, 0xdf, 0xe0, 0xef, 0xf0, 0xf4, 0xf5, 0xff)]
+    cases += [[0xc2, 0x80]]
+    edges = ((0xe0, 0xa0), (0xe1, 0x80), (0xe1, 0xc0), (0xed, 0xa0), (0xf0, 0x90), (0xf1, 0x80),
+             (0xf4, 0x90))
+    cases += [[a, b] for a, edge in edges for b in (edge - 1, edge)]
     cases += [[0xe1, 0x90, 0x80]] + [[0xf0, 0x90, c] for c in (0x7f, 0x80, 0xbf, 0xc0)]
     for held in map(bytes, cases):
         texts = {(held + bytes([b]) + b"\x80" * n).decode(errors="replace")
-                 for b in (0x80, 0x90, 0xa0)
-                 for n in range(3)}
-        done = run(MODEL, "--load", forge(book[1], tmp_path / "s", note_of(held)), "-t", 0, "-n", 0,
-                   "-q")
+                 for b in (0x80, 0x90, 0xa0) for n in range(3)}
+        forged = forge(book[1], tmp_path / "s", note_of(held))
+        done = run(MODEL, "--load", forged, "-t", 0, "-n", 0, "-q")
         if any(len(text) == 1 for text in texts - {"\ufffd"}):
             assert (done.status, done.err) == (0, b""), held
         else:
@@ -328,19 +305,21 @@ def test_saving_replaces_a_file_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "old"
     saved(path, MODEL, "-n", 3)
     assert path.stat().st_size > 1000 and os.listdir(tmp_path) == ["s"]
-    run(MODEL, "-n", 3, "-q", "--save",
-        tmp_path / "none" / "s").error(1, "cannot write the past", "No such file")
+    done = run(MODEL, "-n", 3, "-q", "--save", tmp_path / "none" / "s")
+    done.error(1, "cannot write the past", "No such file")
     if os.path.exists("/dev/full"):
-        run(MODEL, "-n", 3, "-q", "--save", "/dev/full").error(1, "cannot write the past",
-                                                               "No space left")
+        done = run(MODEL, "-n", 3, "-q", "--save", "/dev/full")
+        done.error(1, "cannot write the past", "No space left")
 
 
 BAD = [(["--append", "x"], "--append goes with --load"),
        (["--load", "s", "--append", "x", "-i", "y"], "--append does not go with --prompt"),
-       (["--save", "-"], "name of a file"), (["--load", "-"], "name of a file"),
+       (["--save", "-"], "name of a file"),
+       (["--load", "-"], "name of a file"),
        (["--save", ""], "name of a file"),
        (["--branches", "2", "--save", "s"], "--branches does not go with --save"),
-       (["--branches", "0.5"], "--branches takes"), (["--branches", "70000"], "--branches takes"),
+       (["--branches", "0.5"], "--branches takes"),
+       (["--branches", "70000"], "--branches takes"),
        (["-x", "f", "--save", "s"], "--perplexity does not go with --save"),
        (["--info", "--load", "s"], "--info does not go with --load"),
        (["-m", "chat", "--tokens", "1"], "--tokens does not go with --mode chat"),
@@ -394,28 +373,32 @@ def chat(*args, say, **more):
 
 
 def test_a_conversation_from_a_pipe(tmp_path):
-    """Every line is a turn; the model has read what the template says, and the whole text is one
-    past."""
+    """Every line is a turn.
+
+    The model has read what the template says, and the whole text is one past.
+    """
     done = chat("--save", tmp_path / "s", "-q", "-t", 0, say="Hello\nTell me more\n")
     assert done.text().count(b"\n") >= 2
     first = chat("-t", 0, "-q", say="Hello\n").text()
     assert done.text().startswith(first)
-    one = run(MODEL, "-t", 0, "-n", 30, "-q", "--no-display-prompt", "--tokens",
-              turns(b"User: Hello\nAssistant:")).text()
+    one = run(MODEL, "-t", 0, "-n", 30, "-q", "--no-display-prompt",
+              "--tokens", turns(b"User: Hello\nAssistant:")).text()
     assert first == one
 
 
 def turns(text):
-    """The ids that a conversation's text is fed as: the start token, then the text with no space
-    before it."""
+    """The ids that a conversation's text is fed as.
+
+    These are the start token, then the text with no space before it.
+    """
     import ctypes
     import based
     lib = based.library()
     model = based.Model(MODEL)
     tokenizer, error = (ctypes.c_char * 256)(), based.Error()
     lib.based_tokenizer_open.argtypes = [ctypes.c_void_p] * 3
-    lib.based_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int
-                                 ] + [ctypes.c_void_p] * 3
+    lib.based_encode.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int,
+                                 *[ctypes.c_void_p] * 3]
     lib.based_encode.restype = ctypes.c_int64
     assert lib.based_tokenizer_open(tokenizer, model.handle, ctypes.byref(error)) == 0
     flags = ctypes.cast(tokenizer, ctypes.POINTER(ctypes.c_uint32))
@@ -427,7 +410,9 @@ def turns(text):
 
 def test_a_reply_ends_where_the_next_turn_begins(tmp_path):
     """A stop text in the middle of a reply: what comes after it is neither shown nor remembered.
-    The past is that of the text on the screen, whatever tokens the stop text was made of."""
+
+    The past is that of the text on the screen, whatever tokens the stop text was made of.
+    """
     whole = chat("-t", 0, "-q", say="Hello\n").text().decode()
     for cut in range(3, len(whole) - 12, 4):
         stop = whole[cut:cut + 7]
@@ -435,14 +420,15 @@ def test_a_reply_ends_where_the_next_turn_begins(tmp_path):
         got = chat("-t", 0, "-q", "-r", stop, "--save", state, say="Hello\n").text().decode()
         assert got == whole[:whole.index(stop)] + "\n"
         fed = f"User: Hello\nAssistant:{got[:-1]}"
-        want = run(MODEL, "-t", 0, "-q", "-n", 0, "--tokens", turns(fed.encode()), "--save",
-                   tmp_path / "t")
+        want = run(MODEL, "-t", 0, "-q", "-n", 0, "--tokens", turns(fed.encode()),
+                   "--save", tmp_path / "t")
         want.text()
         width = 80 + 4 * 512
         a, b = state.read_bytes(), (tmp_path / "t").read_bytes()
         same = a[40:width] == b[40:width]
-        if not same:  # the model may have spelled the reply in other tokens
-            assert abs(int.from_bytes(a[40:48], "little") - int.from_bytes(b[40:48], "little")) < 8
+        if not same:                    # the model may have spelled the reply in other tokens
+            lengths = [int.from_bytes(v[40:48], "little") for v in (a, b)]
+            assert abs(lengths[0] - lengths[1]) < 8
             x, y = (np.frombuffer(v[80:width], "<f4") for v in (a, b))
             assert np.corrcoef(x, y)[0, 1] > 0.9
 
@@ -450,12 +436,8 @@ def test_a_reply_ends_where_the_next_turn_begins(tmp_path):
 def test_undo_and_reset(tmp_path):
     """After /undo the past is what it was before the turn, to the bit."""
     a, b, c, d = (tmp_path / n for n in "abcd")
-    done = chat(
-        "-q",
-        say=
-        f"Hello\n/save {a}\nAnd then?\n/undo\n/save {b}\n/reset\n/save {c}\n/undo\n/save {d}\n"
-        "/undo\n/undo\n"
-    )
+    done = chat("-q", say=f"Hello\n/save {a}\nAnd then?\n/undo\n/save {b}\n/reset\n/save {c}\n"
+                          f"/undo\n/save {d}\n/undo\n/undo\n")
     assert done.err.count(b"\n") == 1 and b"no turn to take back" in done.err
     states = [p.read_bytes() for p in (a, b, c, d)]
     core = [s[40:len(s) - int.from_bytes(s[72:80], "little")] for s in states]
@@ -488,18 +470,8 @@ def test_commands_that_are_none():
 def test_system_prompt_template_and_first_message():
     by_hand = run(MODEL, "-t", 0, "-q", "-n", 20, "--no-display-prompt", "--tokens",
                   turns(b"A story.\nQ: Who?\nA:")).text()
-    got = chat("-t",
-               0,
-               "-q",
-               "-n",
-               20,
-               "-y",
-               "A story.",
-               "--chat-template",
-               r"Q: {}\nA:",
-               "-i",
-               "Who?",
-               say="").text()
+    got = chat("-t", 0, "-q", "-n", 20, "-y", "A story.", "--chat-template", r"Q: {}\nA:",
+               "-i", "Who?", say="").text()
     assert got != b"" and by_hand.startswith(got[:-1].rstrip(b"\n"))
 
 
@@ -511,9 +483,7 @@ def test_empty_input_and_empty_lines():
 
 def test_nobody_is_asked_without_a_terminal():
     done = subprocess.run([str(ROOT / "run"), MODEL, "-m", "chat"],
-                          stdin=subprocess.DEVNULL,
-                          capture_output=True,
-                          timeout=30)
+                          stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
     assert done.returncode == 0 and done.stdout == b"" and b">" not in done.stderr
 
 

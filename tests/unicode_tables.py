@@ -7,9 +7,10 @@ from a copy of the Unicode tables, because it is the library that decides which 
 trained on: each code point is put behind a letter, a number and a sign, and where the library keeps
 the two together, there the class is known.
 
-    python3 tests/unicode_tables.py            compare the table in tokenizer.c with the library;
-    exit 1 if they differ python3 tests/unicode_tables.py --write    write the table (after a new
-    version of Unicode reached the library)
+    python3 tests/unicode_tables.py
+        compare the table in tokenizer.c with the library; exit 1 if they differ
+    python3 tests/unicode_tables.py --write
+        write the table (after a new version of Unicode reached the library)
 """
 import re
 import sys
@@ -25,16 +26,18 @@ VERSIONS = [("14.0", 0x10570), ("15.0", 0x1E4D0), ("15.1", 0x2EBF0), ("16.0", 0x
 
 
 def library_classes():
-    """The class of all 0x110000 code points. Surrogates are no characters: nothing can ask for
-    them, they are OTHER."""
+    """The class of all 0x110000 code points.
+
+    Surrogates are no characters: nothing can ask for them, they are OTHER.
+    """
     from tokenizers import pre_tokenizers
     cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
     classes = bytearray(0x110000)
     for code in range(0x110000):
         if not 0xD800 <= code < 0xE000:
             kinds = ((LETTER, "a"), (NUMBER, "1"), (OTHER, "!"))
-            classes[code] = next(
-                (kind for kind, before in kinds if len(cut(before + chr(code))) == 1), SPACE)
+            classes[code] = next((kind for kind, before in kinds
+                                  if len(cut(before + chr(code))) == 1), SPACE)
     return bytes(classes)
 
 
@@ -50,17 +53,18 @@ def table_text(classes):
             lines.append(line)
             line = "   "
         line += item
-    return (
-        f"/* Unicode {version}. Each entry is 4 * code point + class: from there on, "
-        "up to the next entry, all\n"
-        f" * code points have that class. */\n"
-        f"static const uint32_t class_table[{len(entries)}] = {{\n" + "\n".join(lines + [line]) +
-        "\n};\n")
+    return (f"/* Unicode {version}. Each entry is 4 * code point + class: from there on, up to the "
+            f"next entry, all\n"
+            f" * code points have that class. */\n"
+            f"static const uint32_t class_table[{len(entries)}] = {{\n"
+            + "\n".join(lines + [line]) + "\n};\n")
 
 
 def source_classes(text):
-    """The class of all code points as the table in the source says, read back independently of
-    table_text."""
+    """The class of all code points as the table in the source says.
+
+    It is read back independently of table_text.
+    """
     table = text[text.index(BEGIN):text.index(END)]
     entries = [int(n) for n in re.findall(r"(\d+),", table[table.index("{"):])]
     classes = bytearray(0x110000)
@@ -80,8 +84,8 @@ def main():
     elif sys.argv[1:]:
         sys.exit(__doc__)
     wrong = [code for code, (a, b) in enumerate(zip(source_classes(text), classes)) if a != b]
-    print(f"{0x110000} code points, {len(wrong)} differ" + "".join(f", U+{code:04X}"
-                                                                   for code in wrong[:10]))
+    print(f"{0x110000} code points, {len(wrong)} differ"
+          + "".join(f", U+{code:04X}" for code in wrong[:10]))
     return bool(wrong)
 
 

@@ -18,6 +18,7 @@ Imports go one way only: export.py -> an origin -> this file.
 """
 import json
 import math
+import re
 import struct
 import sys
 from decimal import Decimal, localcontext
@@ -76,50 +77,69 @@ LAYER = Record("""mixer flags norm1 norm2 norm1_eps:f norm2_eps:f heads kv_heads
 # ---- What is read of an origin.
 
 class Settings:
-    """The fields of a config.json. Only those in `fields` (name -> default) can be asked for; a
-    name with dots is a field of a group inside, such as "alt_mixer.num_heads"."""
+    """The fields of a config.json, or of a group of fields in it. Only those in `fields` (name ->
+    default of the original) can be asked for. prefix: what stands before a name in messages."""
 
-    def __init__(self, values, fields):
-        self.values, self.fields = values, fields
+    def __init__(self, values, fields, prefix=""):
+        self.values, self.fields, self.prefix = values, fields, prefix
 
-    def get(self, name, default=None):
-        """The value of a field as the file has it; if it is absent, `default` or that of fields."""
-        values, (*groups, last) = self.values, name.split(".")
-        for group in groups:
-            values = values.get(group) or {}
-            if not isinstance(values, dict):
-                raise Refused(f"config.json: {group} = {json.dumps(values)}, expected an object")
-        return values.get(last, self.fields[name] if default is None else default)
+    def group(self, name, fields):
+        """The Settings of a group; without any values if it is absent or null."""
+        values = self.get(name) or {}
+        if not isinstance(values, dict):
+            raise Refused(f"{self.said(name)}, expected an object")
+        return Settings(values, fields, f"{self.prefix}{name}.")
 
-    def said(self, name, default=None):
+    def get(self, name):
+        """The value of a field as the file has it, or its default."""
+        return self.values.get(name, self.fields[name])
+
+    def said(self, name):
         """What get() finds, for messages."""
-        return f"config.json: {name} = {json.dumps(self.get(name, default))}"
+        return (f"config.json: {self.prefix}{name} = {json.dumps(self.get(name))}"
+                + ("" if name in self.values else " (the default, since it is absent)"))
 
     def number(self, name, default=None, kind=int, least=1e-30):
-        """The same for a field that must be a number of this kind, at least `least`."""
-        value = self.get(name, default)
+        """The same for a field that must be a number of this kind, at least `least`. default: the
+        value where it is absent, if that is not a constant."""
+        if default is not None and name not in self.values:
+            return default
+        value = self.get(name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not least <= value < 1e9 or value != kind(value):
-            raise Refused(f"{self.said(name, default)}, expected a "
-                          f"{'positive ' if least else ''}number")
+            raise Refused(f"{self.said(name)}, expected a {'positive ' if least else ''}number")
         return kind(value)
+
+
+# What torch.compile and wrappers for several devices put into names.
+WRAPPERS = r"^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 
 
 class Source:
     """The tensors of an origin by name, and its settings. shapes: {name: tuple}; load(name) returns
-    a float32 array; where: the path, for errors; settings: its config.json, or {}."""
+    a float32 array; where: the path, for errors; settings: its config.json, or {}; unusable:
+    {name: how it is stored}, of tensors whose numbers cannot be read."""
 
-    def __init__(self, shapes, load, where, settings={}):
+    def __init__(self, shapes, load, where, settings={}, unusable={}):
         self.shapes, self.load, self.where, self.settings = shapes, load, where, settings
-        self.claimed = set()
+        self.unusable, self.claimed = unusable, set()
 
     def __contains__(self, name):
         return name in self.shapes
 
-    def renamed(self, names):
-        """The same tensors under other names, {new: old}, without those that are not in it."""
-        return Source({new: self.shapes[old] for new, old in names.items()},
-                      lambda new: self.load(names[new]), self.where, self.settings)
+    def renamed(self, rename):
+        """The same tensors under other names. rename(old) -> new, or None for one to leave out."""
+        old = {}
+        for name in self.shapes:
+            new = rename(re.sub(WRAPPERS, "", name))
+            if new in old:
+                raise Refused(f"{self.where} holds {new} twice, as {old[new]} and as {name}")
+            if new is not None:
+                old[new] = name
+        return Source({new: self.shapes[name] for new, name in old.items()},
+                      lambda new: self.load(old[new]), self.where, self.settings,
+                      {new: self.unusable[name] for new, name in old.items()
+                       if name in self.unusable})
 
     def shape(self, name, *expected):
         """The shape of a tensor, which must be there. expected: its sizes, None for any but 0."""
@@ -135,6 +155,8 @@ class Source:
     def take(self, name, *expected):
         """Claims a tensor of this shape (see shape); returns a function that loads it."""
         self.shape(name, *expected)
+        if name in self.unusable:
+            raise Refused(f"{self.where} holds {name} as {self.unusable[name]}")
         self.claimed.add(name)
         return lambda: self.load(name)
 

@@ -17,9 +17,9 @@ from . import (ADD, BIDIRECTIONAL, DIAGONAL, DOWN_BIAS, GELU, IN_BIAS, INPUT_PRO
                OUT_BIAS, TAYLOR, UP_BIAS, Model, Refused)
 
 MARKS = ("based_block_1_attn_q_proj.kernel",)
-# Options of the Elixir module that do not show in the tensors: num_heads, taylor_order,
-# window_size; and whether to run it as it was trained (mode window).
-FIELDS = {"heads": 4, "degree": 2, "window": 60, "mode": None}
+# Options of the Elixir module that do not show in the tensors, num_heads, taylor_order and
+# window_size (a note only); and whether to run it as it was trained (mode window).
+FIELDS = {"heads": None, "degree": None, "window": 60, "mode": None}
 
 
 def read(source, options, note):
@@ -30,19 +30,22 @@ def read(source, options, note):
             raise Refused(f"{where} holds {name}: Edifice.Serving.Generate lets padding take part "
                           "in every result, which is not reproduced; export the model without "
                           "embedding and head, which reads vectors")
-    (dim,), heads = source.shape("final_norm.gamma", None), options.heads or FIELDS["heads"]
+    for name in ("heads", "degree"):
+        if getattr(options, name) is None:
+            raise Refused(f"{where} is an Edifice model, whose tensors do not tell num_heads and "
+                          f"taylor_order: give --{name} ({dict(heads=4, degree=2)[name]} unless it "
+                          "was made with another)")
+    (dim,), heads = source.shape("final_norm.gamma", None), options.heads
     if options.shift:
         raise Refused("--shift: Edifice knows no token shift")
     if dim % heads:
         raise Refused(f"{where} is {dim} wide, which {heads} heads do not divide")
     count = len(re.findall(r"based_block_\d+_attn_q_proj\.kernel", " ".join(source.shapes)))
     if not options.mode:
-        if count != 1:
-            raise Refused(f"{where} has {count} layers that look at the whole window, the future "
-                          "included: --mode window runs it so, --mode causal as what it was not "
-                          "trained to be, in constant memory (its results differ)")
-        note("one layer: stepping gives exactly the original's last output (not the ones before); "
-             "--mode window gives all")
+        raise Refused(f"{where} has {count} layers that look at the whole window, the future "
+                      "included: --mode window runs it so, --mode causal as what it was not "
+                      "trained to be, in constant memory (its results differ, but for the last of "
+                      "one layer)")
     m = Model(source, dim=dim, input=dim, context=options.window or FIELDS["window"],
               final_norm=NORM_LAYER, final_norm_eps=1e-5,
               flags=BIDIRECTIONAL if options.mode == "window" else 0)
@@ -64,7 +67,7 @@ def read(source, options, note):
         l = m.layer(f"based_block_{i + 1}_", NORM_LAYER, 1e-5, mixer=TAYLOR, mlp=GELU,
                     flags=IN_BIAS | OUT_BIAS | UP_BIAS | DOWN_BIAS, heads=heads, kv_heads=heads,
                     head_dim_k=dim // heads, head_dim_v=dim // heads, chunk=options.chunk,
-                    degree=options.degree or FIELDS["degree"], kernel=DIAGONAL, normalizer=ADD,
+                    degree=options.degree, kernel=DIAGONAL, normalizer=ADD,
                     normalizer_eps=1e-6, scale=1.0)
         l.hidden_dim = m.shape("ffn_up.kernel", None, None)[1]
         m.norm("norm1", "attn_norm", norm)

@@ -18,7 +18,7 @@ from . import (BIDIRECTIONAL, CLAMP, DOT, NO_OUT, NO_RESIDUAL, NORM_L2, NORM_NON
 MARKS = ("to_q.0.weight", "to_kv.0.weight")
 # Arguments of the constructor that do not show in the tensors, as options: heads, causal=True (mode
 # causal), shift_tokens=True. Degree 2 is the only one it knows.
-FIELDS = {"heads": None, "mode": None, "shift": False, "degree": 2}
+FIELDS = {"heads": None, "mode": None, "shift": None, "degree": 2}
 
 
 def read(source, options, note):
@@ -33,6 +33,9 @@ def read(source, options, note):
     if options.degree not in (None, FIELDS["degree"]):
         raise Refused(f"--degree {options.degree}: taylor-series-linear-attention knows only "
                       "degree 2")
+    if options.shift is None:
+        note("taking it that the layer was made without shift_tokens, which its tensors do not "
+             "tell: --shift or --no-shift says so")
     wide, dim = source.shape(MARKS[0], None, None)
     both, width = source.shape(MARKS[1], None, None)[0], wide // heads
     kv_heads = both // (2 * width or 1)

@@ -1,13 +1,13 @@
-"""Builds the firmware for every board, runs it in QEMU, and prints what it took: RAM, flash,
-instructions per token.
+"""Builds the firmware for every board, runs it in QEMU, and prints RAM, flash and instructions.
 
     python3 tests/firmware/boards.py MODEL [--window KEYS] [--boards M3,M4F,...] [--tokens N]
-    [--prompt TEXT] [--ram KIB] python3 tests/firmware/boards.py --size
+                                     [--prompt TEXT] [--ram KIB]
+    python3 tests/firmware/boards.py --size
 
 The logits must be the host's, bit for bit: ./run MODEL -t 0 -n N -i PROMPT -v prints the same
 fingerprint. The linker is given no more RAM than --ram, so a table that appears at all proves that
-the program fits. Instructions are counted, not timed (tests/insncount.c): the same in every run,
-and a lower bound of cycles, since QEMU knows nothing of caches and flash.
+the program fits. Instructions per token are counted, not timed (tests/insncount.c): the same in
+every run, and a lower bound of cycles, since QEMU knows nothing of caches and flash.
 """
 import argparse
 import bisect
@@ -27,9 +27,11 @@ KIB = 1024
 
 
 class Board:
-    """A machine of QEMU. flash and ram are where they begin and how long they are; outside is a
-    second, larger memory that a checkpoint goes to if it does not fit into flash beside the
-    program."""
+    """A machine of QEMU.
+
+    flash and ram are where they begin and how long they are; outside is a second, larger memory
+    that a checkpoint goes to if it does not fit into flash beside the program.
+    """
 
     def __init__(self, core, machine, tools, flags, flash, ram, outside=None):
         self.core, self.machine, self.tools, self.flags = core, machine, tools, flags.split()
@@ -43,34 +45,18 @@ MPS2 = dict(flash=(0, 4096 * KIB), ram=(0x20000000, 4096 * KIB))
 VIRT = dict(flash=(0x80000000, 32768 * KIB), ram=(0x82000000, 4096 * KIB))
 BOARDS = [
     Board("M3", "mps2-an385", ARM, "-mcpu=cortex-m3 -mthumb", outside=0x21000000, **MPS2),
-    Board("M4F",
-          "mps2-an386",
-          ARM,
-          "-mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16",
-          outside=0x21000000,
-          **MPS2),
-    Board("M7",
-          "mps2-an500",
-          ARM,
-          "-mcpu=cortex-m7 -mthumb -mfloat-abi=hard -mfpu=fpv5-d16",
-          outside=0x60000000,
-          **MPS2),
-    Board("M55",
-          "mps3-an547",
-          ARM,
-          "-mcpu=cortex-m55 -mthumb -mfloat-abi=hard",
-          flash=(0, 512 * KIB),
-          ram=(0x20000000, 512 * KIB),
-          outside=0x70000000),
+    Board("M4F", "mps2-an386", ARM, "-mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16",
+          outside=0x21000000, **MPS2),
+    Board("M7", "mps2-an500", ARM, "-mcpu=cortex-m7 -mthumb -mfloat-abi=hard -mfpu=fpv5-d16",
+          outside=0x60000000, **MPS2),
+    Board("M55", "mps3-an547", ARM, "-mcpu=cortex-m55 -mthumb -mfloat-abi=hard",
+          flash=(0, 512 * KIB), ram=(0x20000000, 512 * KIB), outside=0x70000000),
     Board("RV32IMAC", "virt", RISCV, "-march=rv32imac -mabi=ilp32", **VIRT),
     Board("RV32IMAFC", "virt", RISCV, "-march=rv32imafc -mabi=ilp32f", **VIRT),
     # A real chip's limits: 1 MB of flash, 128 KB of RAM
-    Board("STM32F405",
-          "netduinoplus2",
-          ARM,
+    Board("STM32F405", "netduinoplus2", ARM,
           "-mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16",
-          flash=(0x08000000, 1024 * KIB),
-          ram=(0x20000000, 128 * KIB)),
+          flash=(0x08000000, 1024 * KIB), ram=(0x20000000, 128 * KIB)),
 ]
 # make size: cores, with or without a board here
 CORES = [("Cortex-M0", ARM, "-mcpu=cortex-m0 -mthumb"),
@@ -80,10 +66,8 @@ CORES = [("Cortex-M0", ARM, "-mcpu=cortex-m0 -mthumb"),
          ("Cortex-M55", ARM, "-mcpu=cortex-m55 -mthumb -mfloat-abi=hard"),
          ("RV32IMAC", RISCV, "-march=rv32imac -mabi=ilp32"),
          ("RV32IMAFC", RISCV, "-march=rv32imafc -mabi=ilp32f")]
-STRICT = [
-    "-std=c99", "-ffp-contract=off", "-Wall", "-Wextra", "-DBASED_FREESTANDING",
-    "-ffunction-sections", "-fdata-sections", f"-I{ROOT}"
-]
+STRICT = ["-std=c99", "-ffp-contract=off", "-Wall", "-Wextra", "-DBASED_FREESTANDING",
+          "-ffunction-sections", "-fdata-sections", f"-I{ROOT}"]
 LIBRARY = ["--specs=picolibc.specs"]
 PACKAGES = ("gcc-arm-none-eabi picolibc-arm-none-eabi gcc-riscv64-unknown-elf "
             "picolibc-riscv64-unknown-elf qemu-system-arm qemu-system-misc")
@@ -95,20 +79,14 @@ class Failed(Exception):
 
 def command(*args, **more):
     """stdout and stderr of a command that must succeed."""
-    done = subprocess.run([str(a) for a in args],
-                          stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT,
-                          text=True,
-                          stdin=subprocess.DEVNULL,
-                          timeout=900,
-                          **more)
+    done = subprocess.run([str(a) for a in args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                          text=True, stdin=subprocess.DEVNULL, timeout=900, **more)
     if done.returncode:
         raise Failed(f"{' '.join(map(str, args))}\n{done.stdout}")
     return done.stdout
 
 
 # ---- Building ------------------------------------------------------------------------------------
-# ----------------------
 
 def fits_flash(board, model):
     return model.stat().st_size + 64 * KIB <= board.flash[1]
@@ -120,15 +98,12 @@ def holds(board, model):
 
 
 def build(board, model, options, out, ram):
-    """The firmware as an ELF file, and how to put the checkpoint beside it where it is not
-    inside."""
+    """The firmware as an ELF file, and how to load the checkpoint where it is not inside."""
     inside = fits_flash(board, model)
     if not holds(board, model):
         raise Failed(f"{model.stat().st_size:,} bytes do not fit into the flash of {board.machine}")
-    places = {
-        "__flash": board.flash[0], "__flash_size": board.flash[1], "__ram": board.ram[0],
-        "__ram_size": ram, "__stack_size": options.stack * KIB
-    }
+    places = {"__flash": board.flash[0], "__flash_size": board.flash[1], "__ram": board.ram[0],
+              "__ram_size": ram, "__stack_size": options.stack * KIB}
     sources, loader = [ROOT / "based.c", ROOT / "tokenizer.c", FIRMWARE / "main.c"], []
     if inside:
         sources.append(FIRMWARE / "model.S")
@@ -140,13 +115,13 @@ def build(board, model, options, out, ram):
             "--oslib=semihost", "--crt0=minimal", f'-DMODEL="{model}"',
             f'-DPROMPT="{options.prompt}"', f"-DTOKENS={options.tokens}", f"-DARENA={arena}",
             *sources, "-Wl,--gc-sections",
-            *(f"-Wl,--defsym={name}={value:#x}"
-              for name, value in places.items()), "-o", out, "-lm")
+            *(f"-Wl,--defsym={name}={value:#x}" for name, value in places.items()),
+            "-o", out, "-lm")
     return loader
 
 
 def sections(tools, path):
-    """(text and constants, initialised data, zeroed data) of an ELF file."""
+    """(text and constants, initialized data, zeroed data) of an ELF file."""
     text, data, bss = command(f"{tools}size", path).splitlines()[1].split()[:3]
     return int(text), int(data), int(bss)
 
@@ -158,7 +133,6 @@ def symbols(tools, path):
 
 
 # ---- Running -------------------------------------------------------------------------------------
-# ----------------------
 
 def counter(directory):
     """The plugin, or None where it cannot be built."""
@@ -174,11 +148,9 @@ def counter(directory):
 def emulate(board, elf, loader, plugin, directory):
     """What the firmware printed, and how many instructions had run when each token began."""
     counts, profile = directory / "counts", directory / "profile"
-    args = [
-        "timeout", "600",
-        board.emulator(), "-M", board.machine, "-nographic", "-monitor", "none", "-serial", "null",
-        "-semihosting-config", "enable=on,target=native", "-kernel", elf, *loader
-    ]
+    args = ["timeout", "600", board.emulator(), "-M", board.machine, "-nographic",
+            "-monitor", "none", "-serial", "null",
+            "-semihosting-config", "enable=on,target=native", "-kernel", elf, *loader]
     if board.machine == "virt":
         args += ["-bios", "none"]
     if plugin:
@@ -210,8 +182,10 @@ def value(text, name):
 
 
 def measure(board, model, options, plugin, want):
-    """One row of the table, and the profile if wanted; raises Failed if anything is not as it must
-    be."""
+    """One row of the table, and the profile if wanted.
+
+    Raises Failed if anything is not as it must be.
+    """
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         elf = directory / "firmware.elf"
@@ -219,29 +193,22 @@ def measure(board, model, options, plugin, want):
         text, marks = emulate(board, elf, loader, plugin, directory)
         got, story = value(text, "logits #"), text.split("\nlogits #")[0]
         if got != want["logits"] or story.rstrip("\n") != want["story"].rstrip("\n"):
-            raise Failed(
-                f"{board.core}: logits #{got} on the board, #{want['logits']} on this computer\n"
-                f"{text}"
-            )
+            raise Failed(f"{board.core}: logits #{got} on the board, "
+                         f"#{want['logits']} on this computer\n{text}")
         taken = [int(value(text, key + " ")) for key in ("arena", "other", "stack")]
         code = sum(sections(board.tools, elf)[:2]) - (0 if loader else model.stat().st_size)
         steps = [after - before for before, after in zip(marks, marks[1:])]
-        row = [
-            board.machine, board.core, f"{sum(taken):,}", *(f"{n:,}" for n in taken), f"{code:,}",
-            f"{sum(steps) // len(steps):,}" if steps else "-", f"#{got}"
-        ]
-        return row, most_instructions(board, elf, directory) if plugin and options.profile else []
+        row = [board.machine, board.core, f"{sum(taken):,}", *(f"{n:,}" for n in taken),
+               f"{code:,}", f"{sum(steps) // len(steps):,}" if steps else "-", f"#{got}"]
+        profile = plugin and options.profile
+        return row, most_instructions(board, elf, directory) if profile else []
 
 
 def host(model, options):
     """The same story on this computer."""
-    done = subprocess.run([
-        ROOT / "run", model, "-t", "0", "-n",
-        str(options.tokens), "-i", options.prompt, "-v"
-    ],
-                          capture_output=True,
-                          text=True,
-                          check=False)
+    done = subprocess.run([ROOT / "run", model, "-t", "0", "-n", str(options.tokens),
+                           "-i", options.prompt, "-v"],
+                          capture_output=True, text=True, check=False)
     found = re.search(r"logits #(\w+)", done.stderr)
     if done.returncode or not found:
         raise Failed(f"./run {model}: {done.stderr}")
@@ -251,13 +218,11 @@ def host(model, options):
 def table(head, rows):
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     for row in [head, *rows]:
-        print("  ".join(
-            cell.ljust(w) if i < 2 else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths))))
+        print("  ".join(cell.ljust(w) if i < 2 else cell.rjust(w)
+                        for i, (cell, w) in enumerate(zip(row, widths))))
 
 
 # ---- A smaller window ----------------------------------------------------------------------------
-# -----------------------
 
 def checksum(data):
     """based_checksum of based.h part 7, over whole words."""
@@ -273,8 +238,11 @@ def checksum(data):
 
 
 def shrink(model, window, out):
-    """A copy of a checkpoint whose window layers see at most `window` keys: a number in the header,
-    the weights are the same. Text that is shorter than the window stays the same too."""
+    """A copy of a checkpoint whose window layers see at most `window` keys.
+
+    That is a number in the header; the weights are the same. Text that is shorter than the window
+    stays the same too.
+    """
     data = bytearray(model.read_bytes())
     for layer in range(struct.unpack_from("<I", data, 40)[0]):
         at = 256 + 128 * layer + 44
@@ -286,23 +254,19 @@ def shrink(model, window, out):
 
 
 # ---- The two tables ------------------------------------------------------------------------------
-# -----------------------
 
 def firmware(options, directory):
     model = Path(options.model).resolve()
     if options.window:
         model = shrink(model, options.window, directory / model.name)
     boards = [b for b in BOARDS if not options.boards or b.core in options.boards.split(",")]
-    missing = {
-        tool
-        for b in boards
-        for tool in (b.tools + "gcc", b.emulator()) if not shutil.which(tool)
-    }
+    missing = {tool for b in boards for tool in (b.tools + "gcc", b.emulator())
+               if not shutil.which(tool)}
     if not boards:
         raise Failed(f"--boards {options.boards}: there are {', '.join(b.core for b in BOARDS)}")
     if missing:
-        raise Failed(
-            f"not here: {', '.join(sorted(missing))} (on Debian: apt-get install {PACKAGES})")
+        raise Failed(f"not here: {', '.join(sorted(missing))} "
+                     f"(on Debian: apt-get install {PACKAGES})")
     want, plugin, rows = host(model, options), counter(directory), []
     for board in boards:
         if not options.boards and (board.ram[1] < options.ram * KIB or not holds(board, model)):
@@ -313,20 +277,18 @@ def firmware(options, directory):
               file=sys.stderr)
     print(want["story"].rstrip("\n"))
     seen = f", windows of {options.window} keys" if options.window else ""
-    print(
-        f"\n{model.name}, {model.stat().st_size:,} bytes in flash{seen}; "
-        f"{options.tokens} tokens after {options.prompt!r}\n"
-    )
-    table([
-        "board", "core", "RAM", "= arena", "+ static", "+ stack", "code", "instructions/token",
-        "logits"
-    ], rows)
+    print(f"\n{model.name}, {model.stat().st_size:,} bytes in flash{seen}; "
+          f"{options.tokens} tokens after {options.prompt!r}\n")
+    table(["board", "core", "RAM", "= arena", "+ static", "+ stack", "code", "instructions/token",
+           "logits"], rows)
     print(f"\n{len(rows)} boards: the same text and logits as on this computer, #{want['logits']}")
 
 
 def size():
-    """Bytes of flash and RAM of the library on each core, and of the whole firmware without its
-    checkpoint."""
+    """Bytes of flash and RAM of the library on each core.
+
+    Also those of the whole firmware without its checkpoint.
+    """
     rows = []
     with tempfile.TemporaryDirectory() as name:
         for core, tools, flags in CORES:
@@ -337,60 +299,46 @@ def size():
             for level in ("-Os", "-O2"):
                 out, whole, static = Path(name) / "o", Path(name) / "elf", 0
                 for source in ("based.c", "tokenizer.c"):
-                    command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY, "-c",
-                            ROOT / source, "-o", out)
+                    command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY,
+                            "-c", ROOT / source, "-o", out)
                     text, data, bss = sections(tools, out)
                     row.append(f"{text:,}")
                     static += data + bss
-                command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY, "--oslib=semihost",
-                        "--crt0=minimal", ROOT / "based.c", ROOT / "tokenizer.c",
-                        FIRMWARE / "main.c", "-Wl,--gc-sections", "-DARENA=4096",
-                        "-Wl,--defsym=checkpoint=0", "-Wl,--defsym=checkpoint_end=0",
-                        "-Wl,--defsym=__flash_size=0x40000", "-o", whole, "-lm")
+                command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY,
+                        "--oslib=semihost", "--crt0=minimal",
+                        ROOT / "based.c", ROOT / "tokenizer.c", FIRMWARE / "main.c",
+                        "-Wl,--gc-sections", "-DARENA=4096", "-Wl,--defsym=checkpoint=0",
+                        "-Wl,--defsym=checkpoint_end=0", "-Wl,--defsym=__flash_size=0x40000",
+                        "-o", whole, "-lm")
                 row.append(f"{sum(sections(tools, whole)[:2]):,}")
             rows.append([*row, str(static)])
-    print(
-        "Bytes of code and constants, compiled for size and for speed; static RAM of the library\n")
-    table([
-        "core", "compiler", "based.c -Os", "tokenizer.c -Os", "firmware -Os", "based.c -O2",
-        "tokenizer.c -O2", "firmware -O2", "RAM"
-    ], rows)
-    print(
-        "\nfirmware: tests/firmware/main.c with all it links, without the checkpoint. The rest of "
-        "the RAM is the caller's:\n"
-        "based_model_bytes + based_session_bytes, and a stack of about 2,300 bytes; make firmware "
-        "measures them."
-    )
+    print("Bytes of code and constants, compiled for size and for speed; "
+          "static RAM of the library\n")
+    table(["core", "compiler", "based.c -Os", "tokenizer.c -Os", "firmware -Os",
+           "based.c -O2", "tokenizer.c -O2", "firmware -O2", "RAM"], rows)
+    print("\nfirmware: tests/firmware/main.c with all it links, without the checkpoint. "
+          "The rest of the RAM is the caller's:\n"
+          "based_model_bytes + based_session_bytes, and a stack of about 2,300 bytes; "
+          "make firmware measures them.")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", help="checkpoint")
-    parser.add_argument("--window",
-                        type=int,
-                        metavar="KEYS",
+    parser.add_argument("--window", type=int, metavar="KEYS",
                         help="let window layers see at most so many keys")
-    parser.add_argument("--boards",
-                        metavar="M3,...",
+    parser.add_argument("--boards", metavar="M3,...",
                         help="only these: " + ", ".join(b.core for b in BOARDS))
-    parser.add_argument("--tokens",
-                        type=int,
-                        default=40,
-                        metavar="N",
+    parser.add_argument("--tokens", type=int, default=40, metavar="N",
                         help="generate N tokens (40)")
     parser.add_argument("--prompt", default="Once upon a time", metavar="TEXT")
-    parser.add_argument("--ram",
-                        type=int,
-                        default=192,
-                        metavar="KIB",
+    parser.add_argument("--ram", type=int, default=192, metavar="KIB",
                         help="RAM that there is, in KiB (192)")
     parser.add_argument("--stack", type=int, default=6, metavar="KIB", help="of which stack (6)")
     parser.add_argument("--optimise", default="-O2", metavar="FLAGS", help="compiler flags (-O2)")
-    parser.add_argument("--profile",
-                        action="store_true",
+    parser.add_argument("--profile", action="store_true",
                         help="name the functions that took the most instructions")
-    parser.add_argument("--size",
-                        action="store_true",
+    parser.add_argument("--size", action="store_true",
                         help="only the sizes of the code on every core")
     options = parser.parse_args()
     if not options.size and not options.model:
