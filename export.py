@@ -180,12 +180,18 @@ def tensors(config, layers):
             add(True, "conv.weight", l.conv_width, inner)
             add(l.flags & CONV_BIAS, "conv.bias", inner)
         elif l.mixer in (TAYLOR, WINDOW):
-            rows = l.heads * l.head_dim_k + l.kv_heads * (l.head_dim_k + l.head_dim_v)
+            pairs = 2 if l.flags & PREFIX else 1              # key and value of each token
+            rows = l.heads * l.head_dim_k + pairs * l.kv_heads * (l.head_dim_k + l.head_dim_v)
             linear("in", rows, dim, l.in_dtype, l.flags & IN_BIAS)
+            add(l.flags & QK_NORM, "q_norm.weight", l.head_dim_k)
+            add(l.flags & QK_NORM, "k_norm.weight", l.head_dim_k)
             add(l.rope_pairs, "rope_freq", l.rope_pairs, dtype=U64)
             add(l.flags & KEY_MEAN, "key_mean", l.kv_heads, l.head_dim_k)
             add(l.mixer == TAYLOR, "coefficients", l.heads, l.degree + 1)
-            add(l.flags & VALUE_GATES, "gate.weight", l.heads, dim)
+            add(l.fading == GATED, "fade.weight", l.kv_heads, dim)
+            add(l.fading == GATED, "fade.bias", l.kv_heads)
+            add(l.fading == FIXED, "fade.log", l.kv_heads)
+            add(l.flags & (VALUE_GATES | VALUE_FACTORS), "gate.weight", l.heads, dim)
         if l.mixer != MIXER_NONE and not l.flags & NO_OUT:
             linear("out", dim, inner, l.out_dtype, l.flags & OUT_BIAS)
         norm("norm2", l.norm2)
@@ -204,7 +210,7 @@ def tensors(config, layers):
 def parameters(config, layers):
     """Trained numbers: every tensor but the tables that follow from the configuration."""
     return sum(math.prod(t.shape) for t in tensors(config, layers)
-               if not t.name.endswith(("rope_freq", "coefficients", "key_mean")))
+               if not t.name.endswith(("rope_freq", "coefficients", "key_mean", "fade.log")))
 
 
 def align(offset):

@@ -236,7 +236,7 @@ def test_every_field():
     tested = {name for changes in OBEYED for name in changes} | {
         name for changes, _ in REFUSED for name in changes}
     assert (top | groups) - ours <= tested
-    assert {name for name in hazyresearch.FIELDS if name not in hazyresearch.FIXED} == set(
+    assert {name for name in hazyresearch.FIELDS if name not in hazyresearch.REQUIRED} == set(
         original.DEFAULTS)
     for name, value in original.DEFAULTS.items():
         assert hazyresearch.FIELDS[name] == value, name

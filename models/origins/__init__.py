@@ -33,11 +33,12 @@ NONE = 0xFFFFFFFF
 TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL = 1, 2, 4, 8
 NORM_NONE, NORM_RMS, NORM_LAYER, NORM_L2 = 0, 1, 2, 3
 MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
-MLP_NONE, SWIGLU, GELU = 0, 1, 2
+MLP_NONE, SWIGLU, GELU, GELU_TANH = 0, 1, 2, 3
 DOT, DIAGONAL = 0, 1
 ADD, CLAMP, RAW, ONE = 0, 1, 2, 3
+FADING_NONE, GATED, FIXED = 0, 1, 2
 (IN_BIAS, OUT_BIAS, CONV_BIAS, UP_BIAS, DOWN_BIAS, VALUE_GATES, SHIFT, NO_OUT, NO_RESIDUAL,
- KEY_MEAN) = (1 << i for i in range(10))
+ KEY_MEAN, QK_NORM, PREFIX, VALUE_FACTORS) = (1 << i for i in range(13))
 
 
 class Refused(ValueError):
@@ -71,7 +72,8 @@ CONFIG = Record("""magic:8s format byte_order file_size:Q checksum:Q flags dim l
     reserved:112s""")
 LAYER = Record("""mixer flags norm1 norm2 norm1_eps:f norm2_eps:f heads kv_heads head_dim_k
     head_dim_v conv_width window chunk degree kernel normalizer normalizer_eps:f scale:f rope_pairs
-    mlp hidden_dim in_dtype out_dtype up_dtype down_dtype sinks decay:f reserved:20s""")
+    mlp hidden_dim in_dtype out_dtype up_dtype down_dtype sinks decay:f fading
+    reserved:16s""")
 
 
 # ---- What is read of an origin.

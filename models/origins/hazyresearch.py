@@ -31,12 +31,12 @@ from . import (ADD, CONV, CONV_BIAS, DOT, DOWN_BIAS, GELU, HEAD_BIAS, IN_BIAS, N
                Source, by_head, half_split, rope_freq)
 
 # Fields that must have this value, the only one that is implemented.
-FIXED = {"prenorm": True, "parallel_block": False, "rotary_emb_scale_base": None,
+REQUIRED = {"prenorm": True, "parallel_block": False, "rotary_emb_scale_base": None,
          "word_embed_proj_dim": None, "attn_dwconv": False, "fused_mlp": False,
          "fused_dense_sqrelu_dense": False}
 # All other fields that the original reads, with its defaults (those of GPT2Config are among them).
 FIELDS = {
-    **FIXED, "vocab_size": 50257, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_inner": None,
+    **REQUIRED, "vocab_size": 50257, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_inner": None,
     "activation_function": "gelu_new", "mlp_type": "base", "ff_mult": 2,
     "mlp_fc1_bias": True, "mlp_fc2_bias": True, "layer_norm_epsilon": 1e-5, "rms_norm": False,
     "tie_word_embeddings": True, "lm_head_bias": False, "pad_vocab_size_multiple": 1,
@@ -159,7 +159,7 @@ def refuse_other_models(source, settings):
         found = next((name for name in source.shapes if re.search(pattern, name)), None)
         if found:
             raise Refused(f"{source.where} is not supported: {reason} (found {found})")
-    refuse_other_values(settings, FIXED)
+    refuse_other_values(settings, REQUIRED)
 
 
 def refuse_other_values(settings, fixed):
