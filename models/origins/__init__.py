@@ -69,7 +69,7 @@ class Record:
 
 CONFIG = Record("""magic:8s format byte_order file_size:Q checksum:Q flags dim layers vocab rows
     input embedding_dtype head_dtype final_norm final_norm_eps:f tokenizer_bytes context name:64s
-    reserved:112s""")
+    prefix temperature:f top_p:f top_k min_p:f repeat_penalty:f repeat_last_n reserved:84s""")
 LAYER = Record("""mixer flags norm1 norm2 norm1_eps:f norm2_eps:f heads kv_heads head_dim_k
     head_dim_v conv_width window chunk degree kernel normalizer normalizer_eps:f scale:f rope_pairs
     mlp hidden_dim in_dtype out_dtype up_dtype down_dtype sinks decay:f fading
