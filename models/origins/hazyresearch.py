@@ -26,9 +26,9 @@ import re
 
 import numpy as np
 
-from . import (ADD, CONV, CONV_BIAS, DOT, DOWN_BIAS, GELU, HEAD_BIAS, IN_BIAS, NORM_LAYER,
+from . import (ADD, CHUNK, CONV, CONV_BIAS, DOT, DOWN_BIAS, GELU, HEAD_BIAS, IN_BIAS, NORM_LAYER,
                NORM_RMS, OUT_BIAS, SWIGLU, TAYLOR, TIED, UP_BIAS, WINDOW, Model, Refused, Settings,
-               Source, by_head, half_split, rope_freq)
+               Source, by_head, equal, half_split, random_rows, rope_freq)
 
 # Fields that must have this value, the only one that is implemented.
 REQUIRED = {"prenorm": True, "parallel_block": False, "rotary_emb_scale_base": None,
@@ -193,7 +193,7 @@ def read_embedding(m):
     embedding, *head = (m.load(name, rows, dim) for name in (EMBEDDING, HEAD)
                         if name in m or not tied)
     m.put("embedding", embedding)
-    if not head or np.array_equal(embedding(), head[0]()):
+    if not head or equal(embedding, head[0]):
         m.config.flags |= TIED
     elif tied:
         raise Refused(f"{m.source.where}: {EMBEDDING} and {HEAD} should be one tensor, but differ")
@@ -266,7 +266,7 @@ def read_taylor(m, l, i, group):
     method = group.get("parallel_implementation")
     if method not in ("quadratic", "linear", "fla_parallel", "fla_chunk"):
         raise Refused(f"{group.said('parallel_implementation')} is not supported")
-    l.mixer, l.degree, l.kernel, l.chunk = TAYLOR, 2, DOT, m.options.chunk
+    l.mixer, l.degree, l.kernel, l.chunk = TAYLOR, 2, DOT, m.options.chunk or CHUNK
     l.heads = l.kv_heads = number("num_heads")
     l.head_dim_k = number("feature_dim")
     l.head_dim_v = dim // l.heads if group.get("head_dim") is None else number("head_dim")
@@ -395,16 +395,8 @@ def random(given, where, seed):
         layer.update({f"mixer.{name}": shape for name, shape in mixer.items()})
         shapes.update({f"transformer.layers.{i}.{name}" + (".weight" if "bias" not in name else ""):
                        shape for name, shape in layer.items()})
-    number = {name: i for i, name in enumerate(shapes)}
-
-    def load(name):
-        shape = shapes[name]
-        if len(shape) == 1:
-            return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
-        scale = 1 / math.sqrt(shape[-1])
-        if name.endswith(("out_proj.weight", "fc2.weight")):
-            scale /= math.sqrt(2 * count)
-        weight = np.random.default_rng([seed, number[name]]).standard_normal(shape, np.float32)
-        weight *= np.float32(scale)
-        return weight
+    def load(name, begin, end):
+        last = name.endswith(("out_proj.weight", "fc2.weight"))
+        return random_rows(name, shapes[name], seed,
+                           1 / math.sqrt(2 * count) if last else 1)[begin:end]
     return Source(shapes, load, where, settings)
