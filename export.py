@@ -194,7 +194,7 @@ def tensors(config, layers):
             add(l.mixer == TAYLOR, "coefficients", l.heads, l.degree + 1)
             add(l.fading == GATED, "fade.weight", l.kv_heads, dim)
             add(l.fading == GATED, "fade.bias", l.kv_heads)
-            add(l.fading == FIXED, "fade.log", l.kv_heads)
+            add(l.fading == FIXED, "fade.factor", l.kv_heads)
             add(l.flags & (VALUE_GATES | VALUE_FACTORS), "gate.weight", l.heads, dim)
         if l.mixer != MIXER_NONE and not l.flags & NO_OUT:
             linear("out", dim, inner, l.out_dtype, l.flags & OUT_BIAS)
@@ -214,7 +214,7 @@ def tensors(config, layers):
 def parameters(config, layers):
     """Trained numbers: every tensor but the tables that follow from the configuration."""
     return sum(math.prod(t.shape) for t in tensors(config, layers)
-               if not t.name.endswith(("rope_freq", "coefficients", "key_mean", "fade.log")))
+               if not t.name.endswith(("rope_freq", "coefficients", "key_mean", "fade.factor")))
 
 
 def align(offset):

@@ -73,7 +73,7 @@ class Record:
 
 CONFIG = Record("""magic:8s format byte_order file_size:Q checksum:Q flags dim layers vocab rows
     input embedding_dtype head_dtype final_norm final_norm_eps:f tokenizer_bytes context name:64s
-    reserved:112s""")
+    prefix temperature:f top_p:f top_k min_p:f repeat_penalty:f repeat_last_n reserved:84s""")
 LAYER = Record("""mixer flags norm1 norm2 norm1_eps:f norm2_eps:f heads kv_heads head_dim_k
     head_dim_v conv_width window chunk degree kernel normalizer normalizer_eps:f scale:f rope_pairs
     mlp hidden_dim in_dtype out_dtype up_dtype down_dtype sinks decay:f fading
@@ -113,7 +113,7 @@ class Settings:
         value = self.get(name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not least <= value < most or value != kind(value):
-            raise Refused(f"{self.said(name)}, expected a {'positive ' if least else ''}number")
+            raise Refused(f"{self.said(name)}, expected a {'positive ' if least > 0 else ''}number")
         return kind(value)
 
 
@@ -173,7 +173,8 @@ WRAPPERS = r"^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 class Source:
     """The tensors of an origin by name, and its settings. shapes: {name: tuple}; load(name, begin,
     end) returns these rows, a float32 array; where: the path, for errors; settings: its
-    config.json, or {}; unusable: {name: how it is stored}, of tensors whose numbers cannot be read."""
+    config.json, or {}; unusable: {name: how it is stored}, of tensors whose numbers cannot be
+    read."""
 
     def __init__(self, shapes, load, where, settings={}, unusable={}):
         self.shapes, self.load, self.where, self.settings = shapes, load, where, settings
