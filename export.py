@@ -27,7 +27,8 @@ import struct
 import sys
 import tempfile
 import warnings
-from collections import namedtuple
+from collections import deque, namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ import numpy as np
 
 from models import constant_memory
 from models.origins import *        # the records and numbers of based.h part 7, as from a header
-from models.origins import edifice, hazyresearch, llama2c, lucidrains
+from models.origins import edifice, hazyresearch, huggingface, llama2c, lucidrains
 
 # --------------------------------------------------------------------------------------------------
 # 1. The format.
@@ -45,8 +46,8 @@ from models.origins import edifice, hazyresearch, llama2c, lucidrains
 MAGIC, FORMAT, BYTE_ORDER = b"BASED\r\n\032", 2, 0x01020304
 CONFIG_BYTES, LAYER_BYTES, ALIGN = 256, 128, 64
 
-# How numbers lie in the file: nbytes(shape); pack(array) -> what is written; and
-# unpack(bytes, shape) -> the array as stored.
+# How numbers lie in the file: nbytes(shape); pack(array) -> what is written, uint8 arrays: of the
+# one or two sections of a tensor; and unpack(bytes, shape) -> the array as stored.
 Dtype = namedtuple("Dtype", "name nbytes pack unpack")
 
 
@@ -54,7 +55,7 @@ def plain(name, code):
     """A dtype that stores each number by itself, little-endian."""
     kind = np.dtype(code)
     return Dtype(name, lambda shape: math.prod(shape) * kind.itemsize,
-                 lambda array: np.ascontiguousarray(array, kind),
+                 lambda array: (np.ascontiguousarray(array, kind).reshape(-1).view(np.uint8),),
                  lambda data, shape: np.frombuffer(data, kind).reshape(shape))
 
 
@@ -98,9 +99,8 @@ def quantized(name, bits, choose):
         values = values.reshape(tiles, 16, -1, 32 // bits)            # the columns of each word
         if bits == 4:
             values = values[..., :4] | values[..., 4:] << 4
-        scales = scales.swapaxes(1, 2).astype("<u2").tobytes()
-        return np.frombuffer(scales + bytes(-len(scales) % ALIGN)
-                             + values.swapaxes(1, 2).tobytes(), np.uint8)
+        return tuple(np.ascontiguousarray(part.swapaxes(1, 2)).reshape(-1).view(np.uint8)
+                     for part in (scales.astype("<u2"), values))
 
     def unpack(data, shape):
         tiles, groups, columns = sizes(shape)
@@ -132,14 +132,18 @@ def least_error(t):
     """4 bits: of many scales, the one with the smallest squared error. The range is -8 .. 7, so the
     sign of the scale matters too: the largest weight may take the longer side."""
     extreme = np.take_along_axis(t, np.abs(t).argmax(-1)[..., None], -1)[..., 0]
-    best = np.zeros(extreme.shape, np.uint16)
+    best, error = np.zeros(extreme.shape, np.uint16), np.empty_like(t)
     least = np.full(extreme.shape, np.inf, np.float32)
     for levels in (-8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.8, -6.5, -6.2, -5.9,
                    5.6, 6.2, 6.5, 6.8, 7, 7.3, 7.6):
         bits = bfloat16(extreme / np.float32(levels))
         step = as_float(bits)[..., None]
-        error = np.square(rounded(t, step, -8, 7) * step - t).sum(-1)
-        best, least = np.where(error < least, bits, best), np.minimum(error, least)
+        np.divide(t, np.where(step == 0, np.float32(1), step), out=error)
+        np.clip(np.rint(error, out=error), np.float32(-8), np.float32(7), out=error)
+        error *= step
+        error -= t
+        total = np.square(error, out=error).sum(-1)
+        best, least = np.where(total < least, bits, best), np.minimum(total, least)
     return best
 
 
@@ -320,8 +324,7 @@ def write(path, *checkpoint):
 
 def write_temporary(temporary, config, layers, tokenizer, fetch):
     """Writes a checkpoint and reads it back. tokenizer: its section, b"" for none. fetch(name) ->
-    array (see stored) is called once per tensor to write and once to verify, so that no more than
-    one tensor is in memory. Sets the fields of config that follow from the rest, and returns it."""
+    what stored() takes. Sets the fields of config that follow from the rest, and returns it."""
     config.magic, config.format, config.byte_order = MAGIC, FORMAT, BYTE_ORDER
     config.layers, config.tokenizer_bytes = len(layers), len(tokenizer)
     placed, config.file_size = layout(config, layers)
@@ -340,27 +343,58 @@ def write_temporary(temporary, config, layers, tokenizer, fetch):
         if tokenizer:
             put(tokenizer, align(f.tell()))
         for t in progress(placed, "writing"):
-            put(stored(t, fetch(t.name)).reshape(-1), t.offset)
+            put(b"", t.offset)
+            for piece in stored(t, fetch(t.name)):
+                put(piece, f.tell())
         f.seek(24)
         f.write(struct.pack("<Q", total.value()))
         f.flush()
         os.fsync(f.fileno())
-    verify(temporary, tokenizer, fetch)
+    verify(temporary, total.value())
     return config
 
 
 def stored(t, data):
-    """What the file holds of a tensor. data: the array, or (uint8) its bytes as another checkpoint
-    holds them. Refused if it has another shape, or holds NaN or infinity."""
-    if data.dtype == np.uint8:
-        return data
+    """What the file holds of a tensor, in pieces. data: its array or Rows, or (uint8) its bytes as
+    another checkpoint holds them. Refused if it has another shape, or holds NaN or infinity."""
+    if isinstance(data, np.ndarray):
+        if data.dtype == np.uint8:
+            yield data
+            return
+        data = Rows(data.shape, lambda begin, end, whole=data: whole[begin:end])
     if data.shape != t.shape:
         raise Refused(f"{t.name} has shape {list(data.shape)}, expected {list(t.shape)}")
-    if t.dtype is not U64 and not np.isfinite(data).all():
-        bad = np.argwhere(~np.isfinite(data))[0]
-        raise Refused(f"{t.name} holds {data[tuple(bad)]} at {bad.tolist()}: a model with NaN or "
-                      "infinity cannot run")
-    return t.dtype.pack(data)
+
+    def pack(rows):
+        part = data[rows[0]:rows[1]]
+        if t.dtype is not U64 and not np.isfinite(part).all():
+            row, *rest = np.argwhere(~np.isfinite(part))[0].tolist()
+            raise Refused(f"{t.name} holds {part[(row, *rest)]} at {[rows[0] + row, *rest]}: a "
+                          "model with NaN or infinity cannot run")
+        return t.dtype.pack(part)
+
+    first, second = 0, []
+    for section, *more in in_order(pack, data.pieces()):
+        yield section
+        first += len(section)
+        second += more
+    if second:
+        yield bytes(-first % ALIGN)
+        yield from second
+
+
+def in_order(work, items):
+    """work(item) for each, in their order, by as many threads as there are processors; not much is
+    begun before it is asked for."""
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        begun = deque()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > 2 * threads:
+                yield begun.popleft().result()
+        while begun:
+            yield begun.popleft().result()
 
 
 def sync_directory(path):
@@ -430,19 +464,12 @@ class Checkpoint:
         return total.value()
 
 
-def verify(path, tokenizer, fetch):
-    """Reads the file back from the start and compares all of it with what should be there."""
+def verify(path, checksum):
+    """Reads the file back from the start: is it what was written, of which this is the checksum?"""
     saved = Checkpoint(path)
-    wrong = "the tokenizer" if saved.tokenizer != tokenizer else None
-    for t in progress(saved.placed, "verifying"):
-        data = np.ascontiguousarray(stored(t, fetch(t.name))).view(np.uint8).reshape(-1)
-        if not np.array_equal(saved[t.name], t.dtype.unpack(data, t.shape)):
-            wrong = wrong or t.name
-    if not wrong and saved.checksum() != saved.config.checksum:
-        wrong = "the checksum"
-    if wrong:
-        raise Refused(f"verification failed: {wrong} read back from {path} differs; is the disk "
-                      "sound?")
+    if not saved.checksum() == saved.config.checksum == checksum:
+        raise Refused(f"verification failed: what is read back from {path} differs from what was "
+                      "written; is the disk sound?")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -528,11 +555,13 @@ def open_safetensors(path, settings={}):
         raise Refused(f"{path} is no valid safetensors file: {type(e).__name__}: "
                       f"{str(e).splitlines()[0] if str(e) else ''}") from None
 
-    def load(name):
-        (dtype, at), shape = placed[name], shapes[name]
-        kind, to_float = SAFE[dtype]
+    def load(name, begin, end):
+        (dtype, at), row = placed[name], shapes[name][1:]
+        (kind, to_float), n = SAFE[dtype], math.prod(row)
+        data = np.fromfile(path, kind, (end - begin) * n,
+                           offset=at + begin * n * np.dtype(kind).itemsize)
         with np.errstate(over="ignore"):                  # infinity is refused, with its place
-            return to_float(np.fromfile(path, kind, math.prod(shape), offset=at)).reshape(shape)
+            return to_float(data).reshape(end - begin, *row)
     return Source(shapes, load, path, settings, unusable)
 
 
@@ -574,7 +603,8 @@ def open_torch(path, settings={}):
                           f"{type(t).__name__}; expected a dictionary of tensors")
     unusable = {name: what for name, t in state.items() if (what := strange(torch, t))}
     return Source({name: tuple(t.shape) for name, t in state.items()},
-                  lambda name: state[name].detach().float().numpy(), path, settings, unusable)
+                  lambda name, begin, end: state[name].detach()[begin:end].float().numpy(),
+                  path, settings, unusable)
 
 
 def strange(torch, t):
@@ -615,7 +645,7 @@ def open_index(index, settings, read):
     for tensor in table.keys() - where:
         raise Refused(f"{index} lists {tensor}, which is in none of its files")
     return Source({name: source.shapes[name] for name, source in where.items()},
-                  lambda name: where[name].load(name), index, settings,
+                  lambda name, *rows: where[name].load(name, *rows), index, settings,
                   {name: what for source in sources for name, what in source.unusable.items()})
 
 
@@ -627,11 +657,14 @@ WEIGHTS.update({f"{name}.index.json": partial(open_index, read=read)
 def open_directory(path, options, note):
     """A directory of config.json and weights."""
     if not (path / "config.json").exists():
-        raise Refused(f"{path} holds no config.json: expected a HazyResearch/based directory")
+        raise Refused(f"{path} holds no config.json: expected a directory with a model of "
+                      "HazyResearch/based or of Hugging Face transformers")
     settings = read_json(path / "config.json")
     for name, reader in WEIGHTS.items():
         if (path / name).exists():
-            return hazyresearch.read(reader(path / name, settings), options, note)
+            source = reader(path / name, settings)
+            other = any(tensor.endswith("embed_tokens.weight") for tensor in source.shapes)
+            return (huggingface if other else hazyresearch).read(source, options, note)
     raise Refused(f"{path} holds config.json but neither {' nor '.join(WEIGHTS)}")
 
 
@@ -673,9 +706,14 @@ def open_tensors(path, options, note):
 
 
 def open_random(name, options, note):
-    """Random weights in a released shape (based-360m, based-1b), or in that of a config.json."""
-    settings = hazyresearch.SHAPES.get(name) or read_json(name)
+    """Random weights in a released shape (SHAPES), or in that of a config.json."""
+    settings = SHAPES.get(name) or read_json(name)
+    if settings.get("model_type") in huggingface.FAMILIES:
+        return huggingface.read(huggingface.Random(settings, name, options.seed), options, note)
     return hazyresearch.read(hazyresearch.random(settings, name, options.seed), options, note)
+
+
+SHAPES = {**hazyresearch.SHAPES, **huggingface.SHAPES}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1106,7 +1144,8 @@ def convert(options, temporary, note):
     for l in taylor:
         l.__dict__.update(changes)
 
-    write_temporary(temporary, config, layers, tokenizer, lambda name: plan[name]())
+    write_temporary(temporary, config, layers, tokenizer, lambda name: (
+        plan[name] if isinstance(plan[name], Rows) else plan[name]()))
     return (f"{options.out}: {config.file_size / 1e6:.2f} MB, {parameters(config, layers):,} "
             f"parameters, {len(layers)} layers, {'' if tokenizer else 'no '}tokenizer, "
             f"{'weights as they were' if unchanged else dtype}; read back and verified")
@@ -1156,7 +1195,7 @@ def arguments(argv):
         "if nothing does and the vocabulary is)")
     add("--window", type=count, metavar="N", help="visible keys of window layers (default: as the "
         "origin says; for llama2.c its context length)")
-    add("--chunk", type=between(1, 1024), default=16, metavar="C",
+    add("--chunk", type=between(1, 1024), metavar="C",
         help="taylor layers: tokens that are flushed into the sums together (16)")
     add("--sinks", "--keep", type=between(0, 1 << 20), metavar="N", help="taylor layers: the first "
         "N tokens stay exact for ever (0, or as the origin says)")
@@ -1165,7 +1204,7 @@ def arguments(argv):
         "(0, or as the origin says). A checkpoint of based.c can be given both")
     add("--name", metavar="TEXT", help="what the checkpoint calls itself (default: from SOURCE)")
     add("--random", metavar="SHAPE",
-        help="write random weights: based-360m, based-1b or a config.json")
+        help=f"write random weights: {', '.join(SHAPES)}, or a config.json")
     add("--seed", type=between(0, 1 << 63), default=1, help="of --random (1)")
     add("--inspect", metavar="FILE", help="list the tensors of a checkpoint, check its checksum")
     add = parser.add_argument_group("what files of bare tensors (lucidrains, Edifice) do not "

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from models.origins import (KEY_MEAN, NORM_RMS, SWIGLU, TAYLOR, WINDOW, Refused, progress)
+from models.origins import (CHUNK, KEY_MEAN, NORM_RMS, SWIGLU, TAYLOR, WINDOW, Refused, progress)
 
 
 def convert(config, layers, plan, tokenizer, options, note):
@@ -29,7 +29,8 @@ def convert(config, layers, plan, tokenizer, options, note):
             2 * l.rope_pairs == l.head_dim_k == l.head_dim_v) for l in layers):
         raise Refused("--taylor-degree replaces the softmax attention of llama2.c models, which "
                       "this is not")
-    least = options.window + options.chunk
+    chunk = options.chunk or CHUNK
+    least = options.window + chunk
     texts = [text for text in read_documents(config, tokenizer, options.calibrate)
              if len(text) > least]
     if not texts:
@@ -40,7 +41,7 @@ def convert(config, layers, plan, tokenizer, options, note):
     seen = [attention_inputs(layers, tensor, text) for text in progress(texts, "reading", "text")]
     for i, l in progress(list(enumerate(layers)), "fitting", "layer"):
         l.mixer, l.flags, l.degree = TAYLOR, KEY_MEAN, options.taylor_degree
-        l.window, l.chunk = options.window, options.chunk
+        l.window, l.chunk = options.window, chunk
         fit = Fit(l, [text[i] for text in seen])
         plan[f"layers.{i}.key_mean"] = lambda fit=fit: fit.mean.astype(np.float32)
         plan[f"layers.{i}.coefficients"] = lambda fit=fit, l=l: fit.coefficients(l.degree)

@@ -14,9 +14,12 @@ DEFAULTS = {
     "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
     "rotary_emb_fraction": 0.0, "rotary_emb_base": 10000.0, "rotary_emb_interleaved": False,
     "alt_mixer_layers": None, "alt_mixer_2_layers": None,
-    "mixer": None, "alt_mixer": None, "alt_mixer_2": None}
+    "mixer": None, "alt_mixer": None, "alt_mixer_2": None,
+    "fixed_decay": False, "decay_const": -3, "n_positions": 0}
 GROUPS = {"BaseConv": {"kernel_size": 3, "use_bias": True, "expand_proj": 2},
-          "LinearAttention": {"feature_dim": 16, "head_dim": None, "num_heads": 16, "eps": 1e-12},
+          "LinearAttention": {"feature_dim": 16, "head_dim": None, "num_heads": 16, "eps": 1e-12,
+                              "use_decay_proj": False},
+          "PrefixLinearAttention": {"feature_dim": 16, "eps": 1e-12, "scale_dim": None},
           "SlidingAttention": {"window_size": 128}}
 
 
@@ -28,6 +31,7 @@ def mixer_of(config, i):
     if group is None:
         return "full", {}
     kind = group["_target_"].split(".")[-1]
+    kind = {"BaseConvWithSiLU4": "BaseConv", "SlidingsMHA": "SlidingAttention"}.get(kind, kind)
     return kind, {**GROUPS[kind], **group}
 
 
@@ -56,13 +60,18 @@ def state(config, seed=1):
             linear(at + "mixer.in_proj", g["expand_proj"] * dim, dim, g["use_bias"])
             linear(at + "mixer.out_proj", dim, inner, g["use_bias"])
             shapes[at + "mixer.conv.conv.weight"] = (inner, 1, g["kernel_size"])
-        elif kind == "LinearAttention":
+        elif "LinearAttention" in kind:
             wide = g["feature_dim"] * g["num_heads"]
-            deep = g["num_heads"] * (g["head_dim"] or dim // g["num_heads"])
+            deep = g["num_heads"] * (g.get("head_dim") or dim // g["num_heads"])
             linear(at + "mixer.proj_q", wide, dim, False)
             linear(at + "mixer.proj_k", wide, dim, False)
             linear(at + "mixer.proj_v", deep, dim, False)
             linear(at + "mixer.out_proj", dim, deep, False)
+            if kind == "PrefixLinearAttention":
+                linear(at + "mixer.proj_k_enc", wide, dim, False)
+                linear(at + "mixer.proj_v_enc", deep, dim, False)
+            elif g["use_decay_proj"]:
+                linear(at + "mixer.decay_proj", g["num_heads"], dim, False)
         else:
             both = heads + 2 * (c["n_head_kv"] or heads)
             linear(at + "mixer.Wqkv", dim // heads * both, dim, c["qkv_proj_bias"])
@@ -127,12 +136,28 @@ def mix(c, g, kind, w, h, i):
         padded = np.concatenate([np.zeros((len(kernel) - 1, u.shape[1])), u])
         u = sum(kernel[j] * padded[j:j + n] for j in range(len(kernel))) + w("conv.conv.bias")
         return silu(u) * gate @ w("out_proj.weight").T + w("out_proj.bias")
-    if kind == "LinearAttention":
-        heads = g["num_heads"]
+    if "LinearAttention" in kind:
+        heads, keep = g["num_heads"], np.ones((n, n))
         q, k, v = ((h @ w(f"proj_{x}.weight").T).reshape(n, heads, -1) for x in "qkv")
-        s = np.einsum("nhd,mhd->hnm", q, k) / math.sqrt(g["feature_map"]["input_dim"])
-        a = (1 + s + s * s / 2) * past
-        y = np.einsum("hnm,mhe->nhe", a, v) / (a.sum(2).T[..., None] + g["eps"])
+        scale = (g["scale_dim"] or g["feature_dim"] if kind[0] == "P" else g["feature_map"][
+            "input_dim"] if "feature_map" in g else g["feature_dim"]) ** -0.5
+
+        def weights(k):
+            s = np.einsum("nhd,mhd->hnm", q, k) * scale
+            squared = "Squared" in str(g.get("feature_map"))
+            return s * s if squared else 1 + s + s * s / 2
+        a = weights(k) * past
+        if kind == "LinearAttention" and g["use_decay_proj"] and c["fixed_decay"]:
+            kept = 1 - 2.0 ** (c["decay_const"] - np.arange(heads))
+            keep = kept[:, None, None] ** np.maximum(np.arange(n)[:, None] - np.arange(n), 0)
+            keep = keep * (h @ w("decay_proj.weight").T).T[..., None]
+        y, z = np.einsum("hnm,mhe->nhe", a * keep, v), a.sum(2).T[..., None]
+        if kind == "PrefixLinearAttention":
+            k, v = ((h[:g["enc_length"]] @ w(f"proj_{x}_enc.weight").T).reshape(-1, heads, size)
+                    for x, size in (("k", k.shape[2]), ("v", v.shape[2])))
+            a = weights(k)
+            y, z = y + np.einsum("hnm,mhe->nhe", a, v), z + a.sum(2).T[..., None]
+        y = y / (z + g["eps"])
         return y.reshape(n, -1) @ w("out_proj.weight").T
     heads = c["n_head"]
     kv, width = c["n_head_kv"] or heads, dim // heads

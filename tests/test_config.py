@@ -23,6 +23,9 @@ CONV = {"_target_": MODULE + "convolution.BaseConv", "l_max": 64, "use_bias": Tr
 LINEAR = {"_target_": MODULE + "linear_attention.LinearAttention", "l_max": 64, "feature_dim": 8,
           "num_heads": 2, "parallel_implementation": "quadratic",
           "feature_map": {"_target_": MODULE + "linear_attention.TaylorExp", "input_dim": 8}}
+PREFIX = {"_target_": MODULE + "prefix_linear_attention.PrefixLinearAttention", "l_max": 64,
+          "feature_dim": 8, "num_heads": 2, "enc_length": 12, "feature_name": "taylor_exp",
+          "implementation": "fla_parallel"}
 SLIDING = {"_target_": MODULE + "slide_attention.SlidingAttention", "window_size": 8,
            "num_heads": 2, "causal": True}
 BASE = {"vocab_size": 29, "n_embd": 24, "n_head": 4, "n_layer": 4, "n_inner": 64, "mixer": CONV,
@@ -58,9 +61,11 @@ def export_it(capsys, tmp_path, config, state, *options):
 
 def compare(path, config, state):
     """The exported model, in C and in the reference, computes what the original does."""
-    expected = original.logits(config, state, TOKENS)
-    for got in (based.Session(based.Model(path)).feed(TOKENS),
-                reference.run(reference.read(path), TOKENS)):
+    expected, m = original.logits(config, state, TOKENS), reference.read(path)
+    session, prefix = based.Session(based.Model(path), 64), min(m.prefix, len(TOKENS))
+    first = [session.feed_prefix(TOKENS[:prefix])] if prefix else []
+    for got in (np.concatenate([*first, session.feed(TOKENS[prefix:])]),
+                reference.run(m, TOKENS, prefix=prefix)):
         assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()
     return expected
 
@@ -106,6 +111,14 @@ OBEYED = [
     {"alt_mixer.parallel_implementation": ABSENT}, {"alt_mixer_2.window_size": 20},
     {"alt_mixer_2.window_size": 7}, {"alt_mixer_2.window_size": ABSENT},
     {"alt_mixer_2.window_size": 0},
+    {"alt_mixer.feature_map._target_": "aicl.model.models.mixers.linear_attention.Squared"},
+    {"mixer._target_": "src.models.mixers.base_conv.BaseConvWithSiLU4"},
+    {"alt_mixer_2._target_": "src.models.mixers.slide_fa2.SlidingsMHA"},
+    {"alt_mixer.feature_map": ABSENT, "alt_mixer.feature_name": "taylor_exp"},
+    {"fixed_decay": True, "alt_mixer.use_decay_proj": True},
+    {"fixed_decay": True, "alt_mixer.use_decay_proj": True, "decay_const": -1.5},
+    {"fixed_decay": True}, {"n_positions": 9}, {"n_positions": ABSENT},
+    {"n_positions": 7, "max_position_embeddings": 0},
 ]
 
 
@@ -125,7 +138,7 @@ HIDDEN = [
     {"rotary_emb_fraction": 0.5}, {"rotary_emb_base": 50}, {"rotary_emb_interleaved": True},
     {"alt_mixer.eps": 0.5}, {"alt_mixer.feature_map.input_dim": 3}, {"alt_mixer_2": None},
     {"alt_mixer.num_heads": 4, "alt_mixer.feature_dim": 4}, {"alt_mixer_2.window_size": ABSENT},
-    {"alt_mixer_2.window_size": 10},
+    {"alt_mixer_2.window_size": 10}, {"alt_mixer.feature_map._target_": "x.Squared"},
 ]
 
 
@@ -177,6 +190,13 @@ REFUSED = [
     ({"alt_mixer_2.return_residual": True}, "alt_mixer_2.return_residual"),
     ({"alt_mixer_2.causal": False}, "alt_mixer_2.causal"),
     ({"alt_mixer_2.surprise": 1}, "alt_mixer_2.surprise"),
+    ({"alt_mixer.use_decay_proj": True, "fixed_decay": True}, "lacks the tensor .*decay_proj"),
+    ({"alt_mixer.use_decay_proj": True, "fixed_decay": True, "decay_const": 0}, "decay_const"),
+    ({"alt_mixer.use_decay_proj": True, "fixed_decay": True,
+      "alt_mixer.parallel_implementation": "linear"}, "parallel_implementation"),
+    ({"alt_mixer": PREFIX}, "lacks the tensor .*proj_k_enc"),
+    ({"alt_mixer.feature_map": ABSENT, "alt_mixer.feature_name": "elu"}, "feature_map.input_dim"),
+    ({"n_positions": -1, "mixer.l_max": 0, "alt_mixer.l_max": 0}, "n_positions"),
     ({"mixer": None, "mixer.l_max": 0, "alt_mixer.l_max": 0}, "--window"),
 ]
 
@@ -195,7 +215,7 @@ def test_refused(capsys, tmp_path, changes, pattern):
 
 
 # Whatever a field of these says, the file is the same.
-VALUES = {"n_positions": 512, "max_position_embeddings": 512, "dtype": None, "device": None}
+VALUES = {"dtype": None, "device": None}
 
 
 def test_irrelevant(capsys, tmp_path):
@@ -216,13 +236,47 @@ MEANT = {"": ("qkv_proj_bias", "out_proj_bias", "rotary_emb_base", "rotary_emb_s
 
 
 def test_context_is_l_max(capsys, tmp_path):
-    """l_max changes no result: it is the note `context`, and the window of full attention."""
+    """l_max changes no result: it is the note `context`, and the window of full attention; so does
+    n_positions where no group has l_max, as in the baselines with attention alone."""
     state = original.state(BASE)
     path = export_it(capsys, tmp_path, changed({"mixer.l_max": 99}), state)
     assert export.Checkpoint(path).config.context == 99
     config = changed({"alt_mixer_2": ABSENT, "mixer.l_max": 40})
     path = export_it(capsys, tmp_path, config, original.state(config))
     assert [l.window for l in export.Checkpoint(path).layers] == [0, 0, 40, 40]
+    config = changed({"mixer": None, "alt_mixer": None, "alt_mixer_layers": None,
+                      "alt_mixer_2_layers": None, "n_positions": 30,
+                      "rotary_emb_fraction": 0.5, "n_inner": None})
+    path = export_it(capsys, tmp_path, config, original.state(config))
+    assert [l.window for l in export.Checkpoint(path).layers] == 4 * [30]
+
+
+PREFIXED = [{}, {"num_heads": 3}, {"feature_dim": ABSENT}, {"eps": 0.5}, {"scale_dim": 3},
+            {"implementation": ABSENT}, {"feature_name": ABSENT}, {"enc_length": 60}]
+NOT_PREFIXED = [({"num_heads": ABSENT}, "num_heads"), ({"num_heads": 4}, "proj_q"),
+                ({"feature_dim": 9}, "proj_q"), ({"eps": -1}, "eps"), ({"scale_dim": "x"}, "scale"),
+                ({"implementation": "tk"}, "implementation"), ({"feature_name": "elu"}, "elu"),
+                ({"enc_length": 1025}, "enc_length"), ({"enc_length": None}, "enc_length")]
+
+
+def prefixed(changes):
+    return changed({"alt_mixer": {name: value for name, value in {**PREFIX, **changes}.items()
+                                  if value is not ABSENT}})
+
+
+@pytest.mark.parametrize("changes", PREFIXED, ids=repr)
+def test_prefix_obeyed(capsys, tmp_path, changes):
+    """Of a prompt that is all in the prefix, or longer."""
+    config = prefixed(changes)
+    state = original.state(config)
+    compare(export_it(capsys, tmp_path, config, state), config, state)
+
+
+@pytest.mark.parametrize("changes, pattern", NOT_PREFIXED, ids=repr)
+def test_prefix_refused(capsys, tmp_path, changes, pattern):
+    source = origins.write_based(tmp_path / "source", original.state(prefixed({})),
+                                 prefixed(changes))
+    fails(capsys, pattern, source, tmp_path / "out.bin")
 
 
 def test_every_field():

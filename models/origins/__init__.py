@@ -7,10 +7,11 @@ An origin is a file beside this one. It knows one kind of model and nothing of t
 
 source is a Source, or a path for a format of its own. options are those of the command line, and
 note(text) tells the user what had to be assumed. config is a record CONFIG, layers is a list of
-records LAYER, and plan maps the name of each tensor of part 7 to a function without arguments that
-returns its array, so that no more than one tensor is ever in memory. What cannot be reproduced
-exactly raises Refused. FIELDS lists all that an origin reads besides the tensors, with the value
-that counts where nothing is given; None means that it follows from the tensors, or must be given.
+records LAYER, and plan maps the name of each tensor of part 7 to its Rows, or to a function without
+arguments that returns its array, so that no more than one tensor is ever in memory, and of a large
+one only a part. What cannot be reproduced exactly raises Refused. FIELDS lists all that an origin
+reads besides the tensors, with the value that counts where nothing is given; None means that it
+follows from the tensors, or must be given.
 
 These pieces are here and not in export.py because export.py usually runs as the program: a module
 that imported it would get a second copy of it, with another class Refused that nobody catches.
@@ -21,8 +22,10 @@ import math
 import re
 import struct
 import sys
+import zlib
 from decimal import Decimal, localcontext
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -30,6 +33,7 @@ import numpy as np
 # ---- The records of based.h part 7, and the numbers in them.
 
 NONE = 0xFFFFFFFF
+CHUNK = 16                                  # tokens that are flushed together, unless --chunk says
 TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL = 1, 2, 4, 8
 NORM_NONE, NORM_RMS, NORM_LAYER, NORM_L2 = 0, 1, 2, 3
 MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
@@ -101,16 +105,65 @@ class Settings:
         return (f"config.json: {self.prefix}{name} = {json.dumps(self.get(name))}"
                 + ("" if name in self.values else " (the default, since it is absent)"))
 
-    def number(self, name, default=None, kind=int, least=1e-30):
-        """The same for a field that must be a number of this kind, at least `least`. default: the
+    def number(self, name, default=None, kind=int, least=1e-30, most=1e9):
+        """The same for a field that must be a number of this kind, from least to most. default: the
         value where it is absent, if that is not a constant."""
         if default is not None and name not in self.values:
             return default
         value = self.get(name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not least <= value < 1e9 or value != kind(value):
-            raise Refused(f"{self.said(name)}, expected a {'positive ' if least else ''}number")
+        if not number or not least <= value < most or value != kind(value):
+            raise Refused(f"{self.said(name)}, expected a {'positive ' if least > 0 else ''}number")
         return kind(value)
+
+
+class Rows:
+    """A tensor that is read when it is needed, a part at a time. rows[begin:end] is the array of
+    these rows, which read(begin, end) reads; rows() is the whole."""
+
+    def __init__(self, shape, read):
+        self.shape, self.read = tuple(shape), read
+
+    def __getitem__(self, rows):
+        return self.read(rows.start, rows.stop)
+
+    def __call__(self):
+        return self[0:self.shape[0]]
+
+    def pieces(self, size=1 << 20):
+        """(begin, end) of all rows in pieces of about so many numbers, whole blocks of 64 rows."""
+        step = max(64, size // max(1, math.prod(self.shape[1:])) // 64 * 64)
+        return [(at, min(at + step, self.shape[0])) for at in range(0, self.shape[0], step)]
+
+
+def stacked(parts):
+    """The Rows of several Rows one below the other."""
+    starts = np.cumsum([0] + [part.shape[0] for part in parts]).tolist()
+
+    def read(begin, end):
+        return np.concatenate([part[max(begin - at, 0):min(end - at, part.shape[0])]
+                               for part, at in zip(parts, starts)
+                               if begin < at + part.shape[0] and at < end])
+    return Rows((starts[-1], *parts[0].shape[1:]), read)
+
+
+def equal(one, two):
+    """Do these Rows of one shape hold the same?"""
+    return all(np.array_equal(one[a:b], two[a:b]) for a, b in one.pieces())
+
+
+def random_rows(name, shape, seed, scale):
+    """The Rows of a random tensor: vectors are 1, biases 0; else normally distributed numbers times
+    scale / sqrt(columns). They follow from name and seed, whichever rows are read first."""
+    number, scale = zlib.crc32(name.encode()), np.float32(scale / math.sqrt(shape[-1]))
+
+    def read(begin, end):
+        if len(shape) == 1:
+            return np.full(end - begin, 0.0 if name.endswith("bias") else 1.0, np.float32)
+        blocks = [np.random.default_rng([seed, number, block]).standard_normal(
+            (64, *shape[1:]), np.float32) for block in range(begin // 64, -(-end // 64))]
+        return np.concatenate(blocks)[begin % 64:begin % 64 + end - begin] * scale
+    return Rows(shape, read)
 
 
 # What torch.compile and wrappers for several devices put into names.
@@ -118,9 +171,10 @@ WRAPPERS = r"^(module\.)+|\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_
 
 
 class Source:
-    """The tensors of an origin by name, and its settings. shapes: {name: tuple}; load(name) returns
-    a float32 array; where: the path, for errors; settings: its config.json, or {}; unusable:
-    {name: how it is stored}, of tensors whose numbers cannot be read."""
+    """The tensors of an origin by name, and its settings. shapes: {name: tuple}; load(name, begin,
+    end) returns these rows, a float32 array; where: the path, for errors; settings: its
+    config.json, or {}; unusable: {name: how it is stored}, of tensors whose numbers cannot be
+    read."""
 
     def __init__(self, shapes, load, where, settings={}, unusable={}):
         self.shapes, self.load, self.where, self.settings = shapes, load, where, settings
@@ -139,7 +193,7 @@ class Source:
             if new is not None:
                 old[new] = name
         return Source({new: self.shapes[name] for new, name in old.items()},
-                      lambda new: self.load(old[new]), self.where, self.settings,
+                      lambda new, *rows: self.load(old[new], *rows), self.where, self.settings,
                       {new: self.unusable[name] for new, name in old.items()
                        if name in self.unusable})
 
@@ -155,12 +209,12 @@ class Source:
         return shape
 
     def take(self, name, *expected):
-        """Claims a tensor of this shape (see shape); returns a function that loads it."""
-        self.shape(name, *expected)
+        """Claims a tensor of this shape (see shape); returns its Rows."""
+        shape = self.shape(name, *expected)
         if name in self.unusable:
             raise Refused(f"{self.where} holds {name} as {self.unusable[name]}")
         self.claimed.add(name)
-        return lambda: self.load(name)
+        return Rows(shape, partial(self.load, name))
 
 
 class Model:
@@ -191,7 +245,7 @@ class Model:
         return self.source.take(self.theirs + theirs, *expected)
 
     def put(self, ours, load):
-        """Tensor `ours` is what load() returns."""
+        """Tensor `ours` is `load`: Rows, or a function that returns its array."""
         self.plan[self.ours + ours] = load
 
     def norm(self, ours, theirs, names):
@@ -199,20 +253,21 @@ class Model:
         for mine, name in zip((".weight", ".bias"), names):
             self.put(ours + mine, self.load(theirs + name, self.config.dim))
 
-    def linear(self, flag, ours, parts, cols, order=lambda rows: rows):
+    def linear(self, flag, ours, parts, cols, order=None):
         """One matrix (rows, cols): the rows of matrices (name, rows) one below the other, put in
-        `order`. Likewise their biases, if they have any and flag (of the layer) is not 0."""
+        another order by order(array) if it is given. Likewise their biases, if they have any and
+        flag (of the layer) is not 0."""
         kinds = [(".weight", [cols])]
         if flag and parts[0][0] + ".bias" in self:
             kinds.append((".bias", []))
             self.layers[-1].flags |= flag
         for kind, shape in kinds:
-            loads = [self.load(name + kind, rows, *shape) for name, rows in parts]
-            self.put(ours + kind, lambda loads=loads: order(np.concatenate([f() for f in loads])))
+            rows = stacked([self.load(name + kind, rows, *shape) for name, rows in parts])
+            self.put(ours + kind, (lambda rows=rows: order(rows())) if order else rows)
 
-    def taylor(self, l):
-        """The coefficients (heads, degree + 1) of the series of exp: 1/p!."""
-        row = [1 / math.factorial(p) for p in range(l.degree + 1)]
+    def taylor(self, l, row=None):
+        """The coefficients (heads, degree + 1): of each head `row`, or the series of exp, 1/p!."""
+        row = row or [1 / math.factorial(p) for p in range(l.degree + 1)]
         self.put("coefficients", lambda: np.tile(np.float32(row), (l.heads, 1)))
 
     def done(self):
@@ -227,18 +282,22 @@ class Model:
 # ---- RoPE. In based.c the partner of row i of a head is row i + head_dim_k / 2, and frequencies
 #      are 64-bit fractions of a whole turn, so that an angle is exact at any position.
 
-def rope_freq(pairs, width, base=10000.0):
-    """(pairs) uint64: 2^64 * frequency / 2 pi. The frequencies are 1 / base^(2i/width) with each
-    step rounded to float32, as the models were trained; the rounding is exact here (decimal, not
-    libm), so that every machine writes the same file."""
-    frequencies = []
+def frequencies(pairs, width, base=10000.0):
+    """(pairs) float32: 1 / base^(2i/width), each step rounded to float32, as the models were
+    trained; the rounding is exact here (decimal, not libm), so that every machine writes the same
+    file."""
+    base, found = Decimal(float(np.float32(base))), []
     with localcontext() as context:
         context.prec = 50
         for i in range(pairs):
             exponent = np.float32(2 * i) / np.float32(width)
-            power = np.float32(float(Decimal(base) ** Decimal(float(exponent))))
-            frequencies.append(np.float32(1) / power)
-    return fractions_of_a_turn(frequencies)
+            found.append(np.float32(1) / np.float32(float(base ** Decimal(float(exponent)))))
+    return np.array(found, np.float32)
+
+
+def rope_freq(pairs, width, base=10000.0):
+    """The table rope_freq of part 7 for these frequencies."""
+    return fractions_of_a_turn(frequencies(pairs, width, base))
 
 
 def fractions_of_a_turn(frequencies):

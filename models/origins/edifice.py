@@ -13,8 +13,8 @@ import re
 
 import numpy as np
 
-from . import (ADD, BIDIRECTIONAL, DIAGONAL, DOWN_BIAS, GELU, IN_BIAS, INPUT_PROJECTION, NORM_LAYER,
-               OUT_BIAS, TAYLOR, UP_BIAS, Model, Refused)
+from . import (ADD, BIDIRECTIONAL, CHUNK, DIAGONAL, DOWN_BIAS, GELU, IN_BIAS, INPUT_PROJECTION,
+               NORM_LAYER, OUT_BIAS, TAYLOR, UP_BIAS, Model, Refused)
 
 MARKS = ("based_block_1_attn_q_proj.kernel",)
 # Options of the Elixir module that do not show in the tensors, num_heads, taylor_order and
@@ -66,7 +66,7 @@ def read(source, options, note):
     for i in range(count):
         l = m.layer(f"based_block_{i + 1}_", NORM_LAYER, 1e-5, mixer=TAYLOR, mlp=GELU,
                     flags=IN_BIAS | OUT_BIAS | UP_BIAS | DOWN_BIAS, heads=heads, kv_heads=heads,
-                    head_dim_k=dim // heads, head_dim_v=dim // heads, chunk=options.chunk,
+                    head_dim_k=dim // heads, head_dim_v=dim // heads, chunk=options.chunk or CHUNK,
                     degree=options.degree, kernel=DIAGONAL, normalizer=ADD,
                     normalizer_eps=1e-6, scale=1.0)
         l.hidden_dim = m.shape("ffn_up.kernel", None, None)[1]

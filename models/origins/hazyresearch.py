@@ -1,6 +1,8 @@
 """HazyResearch/based (Arora et al., arXiv 2402.18668): https://github.com/HazyResearch/based,
-models based-360m and based-1b on https://huggingface.co/hazyresearch; and what models/train.py
-saves.
+models based-360m and based-1b on https://huggingface.co/hazyresearch; the variants of
+https://github.com/HazyResearch/prefix-linear-attention (Arora et al., arXiv 2407.05483), which are
+JRT-360M-30B, JRT-1B-50B and based-360M-30B, with a decay; models of corl-team/rebased; and what
+models/train.py saves.
 
 A directory with config.json and model.safetensors or pytorch_model.bin (or the parts that an
 index of either lists). The model is what config.json says (FIELDS, MIXERS), with the original's
@@ -15,6 +17,10 @@ own defaults where it is silent; the tensors must agree.
                        mixer.conv.conv              conv.weight (width, channels), conv.bias
       LinearAttention  mixer.proj_q, proj_k,        taylor: in (q, k, v), out. Degree 2
                        proj_v, out_proj
+                       mixer.decay_proj              gate.weight, of VALUE_FACTORS
+    transformer.decay.decay                          fade.factor, its exponential
+      PrefixLinearAttention: also
+                       mixer.proj_k_enc, proj_v_enc  the last rows of in
       SlidingAttention mixer.Wqkv, out_proj         window: in (q, k, v), out. Rotary pairs that are
       or full                                       neighbors become halves of a head
       mlp.fc1 (value, gate), mlp.fc2                up (gate, value), down; fc3 is the value if
@@ -23,12 +29,14 @@ own defaults where it is silent; the tensors must agree.
 """
 import math
 import re
+from decimal import Decimal
 
 import numpy as np
 
-from . import (ADD, CONV, CONV_BIAS, DOT, DOWN_BIAS, GELU, HEAD_BIAS, IN_BIAS, NORM_LAYER,
-               NORM_RMS, OUT_BIAS, SWIGLU, TAYLOR, TIED, UP_BIAS, WINDOW, Model, Refused, Settings,
-               Source, by_head, half_split, rope_freq)
+from . import (ADD, CHUNK, CONV, CONV_BIAS, DOT, DOWN_BIAS, FIXED, GELU, HEAD_BIAS, IN_BIAS,
+               NORM_LAYER, NORM_RMS, OUT_BIAS, PREFIX, SWIGLU, TAYLOR, TIED, UP_BIAS,
+               VALUE_FACTORS, WINDOW, Model, Refused, Settings, Source, by_head, equal,
+               half_split, random_rows, rope_freq)
 
 # Fields that must have this value, the only one that is implemented.
 REQUIRED = {"prenorm": True, "parallel_block": False, "rotary_emb_scale_base": None,
@@ -48,21 +56,32 @@ FIELDS = {
     # it is in alt_mixer_layers, else mixer. Without that group it is full attention.
     "alt_mixer_layers": None, "alt_mixer_2_layers": None,
     "mixer": None, "alt_mixer": None, "alt_mixer_2": None,
+    # a constant decay in linear attention that has use_decay_proj
+    "fixed_decay": False, "decay_const": -3,
+    # the length of a model that has full attention alone
+    "n_positions": 0,
 }
 # GPT2Config knows some fields by two names; these win.
-ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer"}
+ALIASES = {"hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+           "max_position_embeddings": "n_positions"}
 # Class that a group names by _target_ -> its fields, with its defaults.
 MIXERS = {
     "BaseConv": {"kernel_size": 3, "use_bias": True, "expand_proj": 2},
     "LinearAttention": {
         "num_heads": 16, "feature_dim": 16, "head_dim": None, "eps": 1e-12,
-        "parallel_implementation": "quadratic", "feature_map": None,
+        "parallel_implementation": "quadratic", "feature_map": None, "use_decay_proj": False,
+        "feature_name": None,                                 # of older classes, for feature_map
         "sinks": 0, "keep": 0, "decay": 0, "forget": 0},      # of models/train.py, which wrote keep
                                                               # and forget before
+    "PrefixLinearAttention": {
+        "num_heads": None, "feature_dim": 16, "eps": 1e-12, "scale_dim": None, "enc_length": None,
+        "implementation": "default", "feature_name": None},
     "SlidingAttention": {"window_size": 128, "causal": True, "cross_attn": False,
                          "return_residual": False},
 }
 FEATURE_MAP = {"_target_": "TaylorExp", "input_dim": None}
+# Classes by the names they had before.
+RENAMED = {"BaseConvWithSiLU4": "BaseConv", "SlidingsMHA": "SlidingAttention"}
 # Read by the original, or written beside what it reads, without an effect on the results. Other
 # fields at the top of config.json are those of transformers, which the original does not read.
 IRRELEVANT = {
@@ -70,25 +89,21 @@ IRRELEVANT = {
                      "special_initializer use_weight_init checkpointing mlp_checkpoint_lvl",
     "how it is computed, not what": "residual_in_fp32 sequence_parallel fused_bias_fc use_cuda "
                                     "fused_dropout_add_ln use_flash_attn device dtype",
-    "no mixer uses the decay": "fixed_decay decay_const decay_denom",
-    "a position embedding is a tensor, and refused": "n_positions max_position_embeddings",
+    "not read by the released code": "decay_denom",
+    "of masks, for padding": "use_mask dec_length num_key_value_heads",
     "only with parallel_block": "parallel_block_tied_norm",
     "of a group: not read, or replaced by the fields of attention above":
         "l_max kernel_sizes layer_idx num_heads num_heads_kv qkv_proj_bias out_proj_bias "
         "softmax_scale rotary_emb_dim rotary_emb_base rotary_emb_scale_base rotary_emb_interleaved",
 }
 REFUSED_NAMES = {
-    r"mixer\.conv1\.":
-        "it uses the older classes of the withdrawn based-1.3b, which nobody could verify",
-    r"mixer\.decay_proj\.":
-        "its linear attention decays (based-360M-30B of the JRT paper), which is another model",
-    r"mixer\.proj_[kv]_enc\.":
-        "it reads its prompt in both directions (JRT, prefix linear attention)",
     r"g_norm\.": "it divides by a norm per head in place of the sum (the ThunderKittens demo)",
     r"mixer\.(A_log|x_proj|dt_proj)|^backbone\.": "it is a Mamba, not a Based model",
     r"position_embeddings\.": "it adds a position embedding (n_positions)",
 }
 EMBEDDING, HEAD = "transformer.embeddings.word_embeddings.weight", "lm_head.weight"
+DECAY = "transformer.decay.decay"
+MAX_PREFIX = 1024                           # of based.h: a prefix is computed as one block
 # What the config.json of each release says, where it is not a default: for --random.
 RELEASED = {"n_head": 16, "vocab_size": 50257, "pad_vocab_size_multiple": 8,
             "activation_function": "swiglu", "rms_norm": True, "rotary_emb_fraction": 1,
@@ -108,8 +123,8 @@ SHAPES = {
 def clean_name(name):
     """The name of a tensor as in the table above; None for what training left behind."""
     name = re.sub(r"^(model\.|module\.)+", "", name)
-    left = "metrics" in name or name.endswith("inv_freq") or name == "transformer.decay.decay"
-    return None if left else name
+    left = "metrics" in name or name.endswith("inv_freq")
+    return None if left else name.replace("mixer.conv1.", "mixer.conv.")
 
 
 def read(source, options, note):
@@ -136,7 +151,8 @@ def read(source, options, note):
     m = Model(source, dim=dim, vocab=vocab, rows=rows, final_norm=kind, final_norm_eps=eps)
     m.settings, m.options, m.note = settings, options, note
     m.config.context = next((l_max for name in ("mixer", "alt_mixer", "alt_mixer_2") if (
-        l_max := settings.group(name, {"l_max": 0}).number("l_max", least=0))), 0)
+        l_max := settings.group(name, {"l_max": 0}).number("l_max", least=0))), 0) or (
+            settings.number("n_positions", least=0))
     read_embedding(m)
     m.norm("final_norm", "transformer.ln_f", norm)
     for i in range(count):
@@ -145,6 +161,7 @@ def read(source, options, note):
         read_mixer(m, l, i)
         m.norm("norm2", "norm2", norm)
         read_mlp(m, l)
+    source.claimed.add(DECAY)                             # the original has it without using it too
     return m.done()
 
 
@@ -193,7 +210,7 @@ def read_embedding(m):
     embedding, *head = (m.load(name, rows, dim) for name in (EMBEDDING, HEAD)
                         if name in m or not tied)
     m.put("embedding", embedding)
-    if not head or np.array_equal(embedding(), head[0]()):
+    if not head or equal(embedding, head[0]):
         m.config.flags |= TIED
     elif tied:
         raise Refused(f"{m.source.where}: {EMBEDDING} and {HEAD} should be one tensor, but differ")
@@ -215,6 +232,7 @@ def read_mixer(m, l, i):
         name = alt if i in (layers or []) else name
     group = m.settings.group(name, {"_target_": None})
     target = str(group.get("_target_") or "").rpartition(".")[2]
+    target = RENAMED.get(target, target)
     if m.settings.get(name) is None:
         target = "full attention"
     elif not target:                                      # a config.json for tests, or by hand
@@ -257,16 +275,19 @@ def read_conv(m, l, i, group):
 
 
 def read_taylor(m, l, i, group):
-    """Linear attention with the Taylor feature map of degree 2."""
+    """Linear attention with the Taylor feature map of degree 2, or its last power alone."""
     number, dim = group.number, m.config.dim
     feature_map = group.group("feature_map", FEATURE_MAP)
-    if str(feature_map.get("_target_")).rpartition(".")[2] != "TaylorExp":
+    if group.get("feature_map") is None and group.get("feature_name") == "taylor_exp":
+        feature_map.values = {"input_dim": group.get("feature_dim")}
+    kind = str(feature_map.get("_target_")).rpartition(".")[2]
+    if kind not in ("TaylorExp", "Squared"):
         raise Refused(f"{feature_map.said('_target_')}: this feature map is not supported, only "
-                      "TaylorExp")
+                      "TaylorExp and Squared")
     method = group.get("parallel_implementation")
     if method not in ("quadratic", "linear", "fla_parallel", "fla_chunk"):
         raise Refused(f"{group.said('parallel_implementation')} is not supported")
-    l.mixer, l.degree, l.kernel, l.chunk = TAYLOR, 2, DOT, m.options.chunk
+    l.mixer, l.degree, l.kernel, l.chunk = TAYLOR, 2, DOT, m.options.chunk or CHUNK
     l.heads = l.kv_heads = number("num_heads")
     l.head_dim_k = number("feature_dim")
     l.head_dim_v = dim // l.heads if group.get("head_dim") is None else number("head_dim")
@@ -283,6 +304,55 @@ def read_taylor(m, l, i, group):
     l.decay = number("decay", number("forget", kind=float, least=0), float, 0)
     m.linear(0, "in", [("mixer.proj_q", wide), ("mixer.proj_k", wide), ("mixer.proj_v", deep)],
              dim)
+    m.taylor(l, [0, 0, 1] if kind == "Squared" else None)
+    if group.get("use_decay_proj") and m.settings.get("fixed_decay"):
+        if method != "quadratic":
+            raise Refused(f"{group.said('parallel_implementation')} knows no decay, but "
+                          f"{m.settings.said('fixed_decay')[13:]}")
+        l.fading = FIXED
+        l.flags |= VALUE_FACTORS
+        factors = fixed_decay(m, l.heads)
+        m.put("fade.factor", lambda: factors)
+        m.put("gate.weight", m.load("mixer.decay_proj.weight", l.heads, dim))
+    m.linear(0, "out", [("mixer.out_proj", dim)], deep)
+
+
+def fixed_decay(m, heads):
+    """(heads) float32: what the sums of values keep from one token to the next, whose logarithm the
+    model has, or as its class makes it."""
+    if DECAY in m.source:
+        logs = m.source.take(DECAY, heads)()
+        if not (np.isfinite(logs) & (logs <= 0)).all():
+            raise Refused(f"{m.source.where}: {DECAY} holds a number that is not 0 or below")
+        return np.float32([float(Decimal(float(x)).exp()) for x in logs])
+    const = m.settings.number("decay_const", kind=float, least=-20)
+    if const >= 0:
+        raise Refused(f"{m.settings.said('decay_const')}, expected a number below 0")
+    return np.float32([1 - 2 ** (const - h) for h in range(heads)])
+
+
+def read_prefix(m, l, i, group):
+    """Linear attention where every token sees all of the first enc_length tokens of a prompt, by
+    keys and values of their own, and those up to itself."""
+    number, dim = group.number, m.config.dim
+    if group.get("implementation") not in ("default", "fla_parallel") or (
+            group.get("feature_name") not in (None, "taylor_exp")):
+        raise Refused(f"{group.said('implementation')}, {group.said('feature_name')[13:]}: not "
+                      "supported")
+    l.mixer, l.degree, l.kernel, l.chunk = TAYLOR, 2, DOT, m.options.chunk or CHUNK
+    l.heads = l.kv_heads = number("num_heads")
+    l.head_dim_k, l.head_dim_v = number("feature_dim"), dim // l.heads
+    wide, deep = l.heads * l.head_dim_k, l.heads * l.head_dim_v
+    scale_dim = l.head_dim_k if group.get("scale_dim") is None else number("scale_dim")
+    l.scale, l.normalizer = 1 / math.sqrt(scale_dim), ADD
+    l.normalizer_eps, prefix = number("eps", kind=float, least=0), number("enc_length")
+    if m.config.prefix not in (0, prefix) or prefix > MAX_PREFIX:
+        raise Refused(f"{group.said('enc_length')}: expected the same in all layers, at most "
+                      f"{MAX_PREFIX}")
+    m.config.prefix = prefix
+    l.flags |= PREFIX
+    m.linear(0, "in", [("mixer.proj_q", wide), ("mixer.proj_k", wide), ("mixer.proj_v", deep),
+                       ("mixer.proj_k_enc", wide), ("mixer.proj_v_enc", deep)], dim)
     m.taylor(l)
     m.linear(0, "out", [("mixer.out_proj", dim)], deep)
 
@@ -329,6 +399,7 @@ def read_window(m, l, i, group):
 
 # Class -> (a tensor that only it has, how it is read).
 KINDS = {"BaseConv": ("mixer.in_proj.weight", read_conv),
+         "PrefixLinearAttention": ("mixer.proj_k_enc.weight", read_prefix),
          "LinearAttention": ("mixer.proj_q.weight", read_taylor),
          "SlidingAttention": ("mixer.Wqkv.weight", read_window),
          "full attention": ("mixer.Wqkv.weight", read_window)}
@@ -395,16 +466,8 @@ def random(given, where, seed):
         layer.update({f"mixer.{name}": shape for name, shape in mixer.items()})
         shapes.update({f"transformer.layers.{i}.{name}" + (".weight" if "bias" not in name else ""):
                        shape for name, shape in layer.items()})
-    number = {name: i for i, name in enumerate(shapes)}
-
-    def load(name):
-        shape = shapes[name]
-        if len(shape) == 1:
-            return np.full(shape, 0.0 if name.endswith("bias") else 1.0, np.float32)
-        scale = 1 / math.sqrt(shape[-1])
-        if name.endswith(("out_proj.weight", "fc2.weight")):
-            scale /= math.sqrt(2 * count)
-        weight = np.random.default_rng([seed, number[name]]).standard_normal(shape, np.float32)
-        weight *= np.float32(scale)
-        return weight
+    def load(name, begin, end):
+        last = name.endswith(("out_proj.weight", "fc2.weight"))
+        return random_rows(name, shapes[name], seed,
+                           1 / math.sqrt(2 * count) if last else 1)[begin:end]
     return Source(shapes, load, where, settings)

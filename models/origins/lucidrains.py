@@ -12,8 +12,8 @@ state dict of one layer TaylorSeriesLinearAttn: a model of vectors in and vector
 
 Its de-duplicated and full features are the same function.
 """
-from . import (BIDIRECTIONAL, CLAMP, DOT, NO_OUT, NO_RESIDUAL, NORM_L2, NORM_NONE, SHIFT, TAYLOR,
-               VALUE_GATES, Model, Refused, by_head, fractions_of_a_turn, half_split)
+from . import (BIDIRECTIONAL, CHUNK, CLAMP, DOT, NO_OUT, NO_RESIDUAL, NORM_L2, NORM_NONE, SHIFT,
+               TAYLOR, VALUE_GATES, Model, Refused, by_head, fractions_of_a_turn, half_split)
 
 MARKS = ("to_q.0.weight", "to_kv.0.weight")
 # Arguments of the constructor that do not show in the tensors, as options: heads, causal=True (mode
@@ -45,7 +45,7 @@ def read(source, options, note):
     m = Model(source, dim=dim, input=dim, flags=BIDIRECTIONAL if options.mode == "window" else 0)
     l = m.layer("", NORM_NONE, 0, mixer=TAYLOR, flags=NO_RESIDUAL, heads=heads,
                 kv_heads=kv_heads, head_dim_k=width, head_dim_v=width, degree=2,
-                chunk=options.chunk, kernel=DOT, normalizer=CLAMP, normalizer_eps=1e-5,
+                chunk=options.chunk or CHUNK, kernel=DOT, normalizer=CLAMP, normalizer_eps=1e-5,
                 scale=width ** -0.5)
     if options.shift:
         l.flags |= SHIFT
