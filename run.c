@@ -1601,8 +1601,8 @@ static int feed_ids(run *r, size_t n) {
             some = same;
         }
         /* the beginning of a prompt, in a model that has prefix layers */
-        size_t prefix = o->perplexity || based_count(r->session) ? 0
-                                                                 : based_model_config(r->model)->prefix;
+        int alone = o->perplexity || based_count(r->session) > 0;
+        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
         if (prefix > 0 && some > prefix) some = prefix;
         if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, r->rows,
                                                           &r->error) != BASED_OK) {
