@@ -85,6 +85,7 @@ struct based_taylor {           /* what a Taylor attention knows before it sees 
     const struct kernels *k;    /* the instruction set in use */
     const float *multinomial;   /* (D) how often a monomial is in (q.k)^p: x_i x_i 1, x_i x_j 2 */
     uint32_t features;          /* D = C(head_dim_k + degree, degree) */
+    uint32_t fading;            /* based_fading, a refinement */
 };
 
 struct layer {
@@ -92,10 +93,12 @@ struct layer {
     struct norm norm1, norm2;   /* before the mixer, before the MLP */
     struct matrix in, out;      /* of the mixer: (in_rows, dim), (dim, inner_dim) */
     struct matrix up, down;     /* MLP: gate and value (2 hidden_dim, dim); (dim, hidden_dim) */
-    struct matrix gates;        /* (heads, dim), a refinement, section 7 */
+    struct norm q_norm, k_norm; /* (head_dim_k) of each head's q and k; refinements, section 7: */
+    struct matrix gates, fade;  /* (heads, dim), of the values; (kv_heads, dim), of the past */
     const float *conv_weight;   /* (conv_width, channels); the last row multiplies the present */
     const float *conv_bias;     /* (channels) or NULL */
     const float *key_mean;      /* (kv_heads, head_dim_k) subtracted from every key, or NULL */
+    const float *fade_factor;   /* (kv_heads) or NULL */
     const uint32_t *rope_freq;  /* (rope_pairs, 2) angle per token, in units of 2^-64 turns */
     struct based_taylor taylor;
     size_t state;               /* where the layer's state begins in a session's, in floats */
@@ -140,6 +143,7 @@ struct based_session {          /* one text: its state, and memory to compute th
     float *scratch;             /* (scratch_heads, m->scratch) */
     float *xq, *xq_scale, *xq_offset;    /* vectors quantized to int8, section 10 */
     int bidirectional;          /* all keys of a block are stored before any query reads */
+    int in_prefix;              /* the block is a prefix, whose tokens see each other */
     int threads, barrier_count, barrier_phase, oversubscribed, spin_ns, contended; /* section 15 */
     void *owned;                /* what based_session_free gives back */
 };
@@ -157,6 +161,11 @@ struct kernels {
     /* out (width) = sum_i w[i] rows[i], i ascending; the n rows lie `stride` floats apart */
     void (*weighted_sum)(float *out, const float *w, const float *rows, size_t n, size_t width,
                          size_t stride);
+    /* the same for m outputs; that of output j has the weights w[i * step_i + j * step_j] */
+    void (*weighted_sums)(float *const *out, size_t m, const float *w, size_t step_i, size_t step_j,
+                          const float *rows, size_t n, size_t width, size_t stride);
+    /* out[j] = dot product of column j of a (n, m) with b (n) */
+    void (*dot_columns)(float *out, size_t m, const float *a, const float *b, size_t n);
     /* y[i] += a[i] * x[i] */
     void (*mul_add)(float *y, const float *a, const float *x, size_t n);
     /* y[i] = silu(gate[i]) * value[i], where silu(x) = x / (1 + exp(-x)) */
@@ -184,6 +193,7 @@ static float dot(const float *a, const float *b, size_t n);
 static float sum(const float *a, size_t n);
 static float two_sum(float *total, float x); /* *total += x; returns the rounding error */
 static float gelu(float x);
+static float gelu_tanh(float x);
 static void sincos_turns(uint64_t angle, float *cosine, float *sine); /* angle: 2^64 is a turn */
 static uint64_t two_words(const uint32_t w[2]);                       /* low word first */
 
@@ -240,6 +250,9 @@ static void apply_rope(const struct layer *l, const struct thread *th, size_t n)
     FOR_MY_PART(r, n) {
         size_t d = c->head_dim_k;
         float *q = s->proj + r * in_rows(c), *k = q + q_dim(c);
+        if (c->flags & BASED_QK_NORM) /* a refinement: the keys lie right behind the queries */
+            for (size_t h = 0; h < c->heads + c->kv_heads; h++)
+                normalize(q + h * d, q + h * d, h < c->heads ? &l->q_norm : &l->k_norm, d);
         for (size_t i = 0; i < c->rope_pairs; i++) {
             /* integers wrap around as angles do, so a position of any size is exact */
             float cosine, sine;
@@ -253,7 +266,7 @@ static void apply_rope(const struct layer *l, const struct thread *th, size_t n)
         }
         for (size_t i = 0; l->key_mean && i < k_dim(c); i++) k[i] -= l->key_mean[i];
     }
-    if (c->rope_pairs || l->key_mean) barrier(th);
+    if (c->rope_pairs || l->key_mean || (c->flags & BASED_QK_NORM)) barrier(th);
 }
 
 /* conv: proj has u and g, (channels) each. In each channel, with W = conv_width (3 in Based):
@@ -336,14 +349,25 @@ static void window_mixer(const struct layer *l, const struct thread *th, size_t 
  */
 struct head_state {             /* made anew for each token: pointers into the session's state */
     float *s, *z, *k, *v, *comp, *comp_z;
+    float *fade;                /* (N + 1) a refinement, section 7 */
     uint64_t count;             /* tokens in this state; this and n_recent follow from row->t */
     size_t n_recent;            /* how many of them are in k and v, at most N */
 };
 
-/* Section 7 defines these, which hide the refinements: exact window, sinks, decay, normalizers. In
- * the simplest case local_scores is scores[j] = w(q, k_j) = sum_p a[p] (q.k_j)^p for the recent
- * tokens and returns their sum, and normalize_output is y /= z + eps. */
+struct query {                  /* one query of one token, and where its result goes */
+    const float *q;             /* (d_k) */
+    float *y;                   /* (d_v) */
+    float z;
+    uint32_t head;              /* whose coefficients a[p] are used */
+};
+enum { TOGETHER = 32 };         /* queries that read the sums together, at most */
+
+/* Section 7 defines these, which hide the refinements: exact window, sinks, decay, fading, prefix,
+ * normalizers. In the simplest case local_scores is scores[j] = w(q, k_j) = sum_p a[p] (q.k_j)^p
+ * for the recent tokens and returns their sum, and normalize_output is y /= z + eps. */
 static size_t kv_capacity(const based_taylor_config *c);
+static size_t columns_of(const based_taylor_config *c); /* of phi: the smaller of C and TOGETHER */
+static int is_compensated(const struct based_taylor *t); /* yes, unless the sums decay */
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
 static void set_count(struct head_state *s, const struct based_taylor *t); /* z[0], from integers */
 static uint64_t monomials(uint64_t d, uint64_t p, uint64_t cap); /* of degree p: C(d + p - 1, p) */
@@ -351,6 +375,8 @@ static float local_scores(float *scores, const struct head_state *s, const struc
                           const float *q, const float *a, float *y, float *z);
 static void normalize_output(float *y, size_t n, float z, const based_taylor_config *c);
 static void decayed_add(float *total, float decay, const float *x, size_t n);
+static float fade_chunk(struct head_state *s, const struct based_taylor *t);
+static void fade_state(struct head_state *s, const struct layer *l, size_t head, const float *x);
 
 /* phi (D, n) = the features of n vectors x (d, stride), one column per vector: 1, then for p = 1 to
  * degree the monomials x_i x_j ... of p factors, i <= j <= ..., in lexicographic order. */
@@ -378,77 +404,113 @@ static void feature_map(float *phi, const float *x, size_t n, size_t stride,
     }
 }
 
-/* S += sum_j phi_j v_j^T and z += sum_j phi_j for n tokens: phi (D, n), v (n, d_v) */
+/* S += sum_j phi_j v_j^T and z += sum_j phi_j for n tokens: phi (D, n), v (n, d_v). Refinements:
+ * before that, the sums lose the fraction `lost` of themselves; fade (n), if it is not NULL,
+ * multiplies the terms of z (v is multiplied by it already). */
 static void update_state(struct head_state *s, const struct based_taylor *t, const float *phi,
-                         const float *v, size_t n) {
-    size_t dv = t->c.head_dim_v;
-    float decay = t->c.decay;
+                         const float *v, size_t n, float lost, const float *fade) {
+    size_t dv = t->c.head_dim_v, comp_width = (dv + 1) / 2;
     for (size_t f = 0; f < t->features; f++) {
         /* z[f] += sum_j phi[f][j] */
-        float part[32], dz = sum(phi + f * n, n);
-        /* a refinement: before that, the sums lose the fraction `decay` of themselves */
-        if (decay > 0.0f) dz -= decay * s->z[f];
+        float dz = fade ? dot(phi + f * n, fade, n) : sum(phi + f * n, n);
+        if (t->fading != BASED_FIXED) dz -= lost * s->z[f];
         s->comp_z[f] = two_sum(s->z + f, dz + s->comp_z[f]);
-        /* S[f] += sum_j phi[f][j] v[j], 32 columns at a time */
+    }
+    /* S[f] += sum_j phi[f][j] v[j], for 4 features and 32 columns at a time */
+    for (size_t f = 0, many; f < t->features; f += many) {
+        many = t->features - f < 4 ? t->features - f : 4;
         for (size_t e = 0; e < dv; e += 32) {
             size_t width = dv - e < 32 ? dv - e : 32;
-            float *total = s->s + f * dv + e, *comp = s->comp + f * ((dv + 1) / 2) + e / 2;
-            t->k->weighted_sum(part, phi + f * n, v + e, n, width, dv);
-            if (decay > 0.0f) decayed_add(total, decay, part, width);
-            else t->k->compensated_add(total, comp, part, width);
+            float part[4][32], *const out[4] = { part[0], part[1], part[2], part[3] };
+            t->k->weighted_sums(out, many, phi + f * n, 1, n, v + e, n, width, dv);
+            for (size_t i = 0; i < many; i++) {
+                float *total = s->s + (f + i) * dv + e;
+                if (!is_compensated(t)) decayed_add(total, lost, part[i], width);
+                else t->k->compensated_add(total, s->comp + (f + i) * comp_width + e / 2, part[i],
+                                           width);
+            }
         }
     }
 }
 
-/* One more token, k (d_k) and v (d_v). phi: scratch memory, (D, C). */
-static void append_kv(struct head_state *s, const struct based_taylor *t, const float *k,
-                      const float *v, float *phi) {
+/* Makes room for one more token: if there is none, the oldest chunk (but not the sinks, a
+ * refinement) is flushed into the sums. phi: scratch memory, (D, columns_of). */
+static void make_room(struct head_state *s, const struct based_taylor *t, float *phi) {
     size_t capacity = kv_capacity(&t->c), chunk = t->c.chunk, dk = t->c.head_dim_k;
-    size_t dv = t->c.head_dim_v, sinks = t->c.sinks, at;
-    if (s->n_recent == capacity) {
-        /* no room: flush the oldest chunk into the sums (but not the sinks, a refinement) */
-        float *oldest_k = s->k + sinks, *oldest_v = s->v + sinks * dv;
-        feature_map(phi, oldest_k, chunk, capacity, &t->c);
-        update_state(s, t, phi, oldest_v, chunk);
-        s->n_recent -= chunk;
-        set_count(s, t);
-        /* the tokens after that chunk move to its place */
-        at = s->n_recent - sinks;
-        for (size_t i = 0; i < dk; i++)
-            memmove(oldest_k + i * capacity, oldest_k + i * capacity + chunk, at * sizeof *k);
-        memmove(oldest_v, oldest_v + chunk * dv, at * dv * sizeof *v);
+    size_t dv = t->c.head_dim_v, sinks = t->c.sinks, stay;
+    float *oldest_k = s->k + sinks, *oldest_v = s->v + sinks * dv, lost = t->c.decay;
+    if (s->n_recent < capacity) return;
+    if (t->fading) lost = fade_chunk(s, t);
+    for (size_t j = 0, many; j < chunk; j += many, lost = 0.0f) {
+        many = chunk - j < columns_of(&t->c) ? chunk - j : columns_of(&t->c);
+        feature_map(phi, oldest_k + j, many, capacity, &t->c);
+        update_state(s, t, phi, oldest_v + j * dv, many, lost,
+                     t->fading == BASED_GATED ? s->fade + j : NULL);
     }
-    /* k becomes a column of s->k, v a row of s->v */
-    at = s->n_recent++;
-    for (size_t i = 0; i < dk; i++) s->k[i * capacity + at] = k[i];
+    s->n_recent -= chunk;
+    set_count(s, t);
+    /* the tokens after that chunk move to its place */
+    stay = s->n_recent - sinks;
+    for (size_t i = 0; i < dk; i++)
+        memmove(oldest_k + i * capacity, oldest_k + i * capacity + chunk, stay * sizeof *oldest_k);
+    memmove(oldest_v, oldest_v + chunk * dv, stay * dv * sizeof *oldest_v);
+}
+
+/* One more token, k (d_k) and v (d_v), for which there is room: k becomes a column of s->k, v a row
+ * of s->v. */
+static void append_kv(struct head_state *s, const struct based_taylor *t, const float *k,
+                      const float *v) {
+    size_t capacity = kv_capacity(&t->c), dv = t->c.head_dim_v, at = s->n_recent++;
+    for (size_t i = 0; i < t->c.head_dim_k; i++) s->k[i * capacity + at] = k[i];
     memcpy(s->v + at * dv, v, dv * sizeof *v);
     s->count++;
 }
 
-/* y (d_v) = sum_j w(q, k_j) v_j / sum_j w(q, k_j) over all tokens j of the state, with the
- * coefficients a[p] of query head `head`; q (d_k). scratch: D + N + d_k floats. */
-static void taylor_attention(float *y, const struct head_state *s, const struct based_taylor *t,
-                             const float *q, size_t head, float *scratch) {
+/* The flushed tokens: y = phi(q) S and z = phi(q).z for n queries together, n <= columns_of, so
+ * that S is read once. scratch: D * columns_of + N + d_k * columns_of floats. */
+static void read_sums(struct query *query, size_t n, const struct head_state *s,
+                      const struct based_taylor *t, float *scratch) {
     const based_taylor_config *c = &t->c;
-    const float *a = c->coefficients + head * (c->degree + 1);
     size_t dk = c->head_dim_k, dv = c->head_dim_v, f = 0;
-    float *phi_q = scratch;               /* (D) */
-    float *scores = phi_q + t->features;  /* (N) */
-    float *q_scaled = scores + kv_capacity(c), z, total, part[32];
+    float *phi = scratch;                                             /* (D, n) */
+    float *q = phi + t->features * columns_of(c) + kv_capacity(c);    /* (d_k, n) */
+    float *y[TOGETHER], z[TOGETHER], a[TOGETHER];
     /* (scale q).k = q.k / sqrt(d) */
-    for (size_t i = 0; i < dk; i++) q_scaled[i] = q[i] * c->scale;
-    /* phi_q[f] = a[p] * multinomial[f] * monomial f of q, so that phi_q.phi(k) = w(q, k) */
-    feature_map(phi_q, q_scaled, 1, 1, c);
+    for (size_t i = 0; i < dk; i++)
+        for (size_t j = 0; j < n; j++) q[i * n + j] = query[j].q[i] * c->scale;
+    /* phi[f] = a[p] * multinomial[f] * monomial f of q, so that phi.phi(k) = w(q, k) */
+    feature_map(phi, q, n, n, c);
     for (uint32_t p = 0; p <= c->degree; p++) {
         size_t many = c->kernel == BASED_DIAGONAL && p
                           ? dk : (size_t)monomials(dk, p, BASED_MAX_FEATURES);
-        for (size_t end = f + many; f < end; f++) phi_q[f] *= a[p] * t->multinomial[f];
+        size_t end = f + many;
+        for (size_t j = 0; j < n; j++) a[j] = c->coefficients[query[j].head * (c->degree + 1) + p];
+        if (n == 1) /* on its own, because compilers vectorize this loop */
+            for (; f < end; f++) phi[f] *= a[0] * t->multinomial[f];
+        for (; f < end; f++)
+            for (size_t j = 0; j < n; j++) phi[f * n + j] *= a[j] * t->multinomial[f];
     }
-    /* the flushed tokens: y = phi(q) S, z = phi(q).z */
-    t->k->weighted_sum(y, phi_q, s->s, t->features, dv, dv);
-    z = dot(phi_q, s->z, t->features);
-    /* the recent tokens: y += scores V, z += sum of scores */
-    total = local_scores(scores, s, t, q_scaled, a, y, &z);
+    for (size_t j = 0; j < n; j++) y[j] = query[j].y;
+    if (n == 1) {
+        t->k->weighted_sum(y[0], phi, s->s, t->features, dv, dv);
+        z[0] = dot(phi, s->z, t->features);
+    } else {
+        t->k->weighted_sums(y, n, phi, n, 1, s->s, t->features, dv, dv);
+        t->k->dot_columns(z, n, phi, s->z, t->features);
+    }
+    for (size_t j = 0; j < n; j++) query[j].z = z[j];
+}
+
+/* The recent tokens: y += sum_j w(q, k_j) v_j, z += sum_j w(q, k_j), with the coefficients a[p] of
+ * the query's head. Then y /= z: the result of the attention. scratch: as in read_sums. */
+static void read_recent(const struct query *query, const struct head_state *s,
+                        const struct based_taylor *t, float *scratch) {
+    const based_taylor_config *c = &t->c;
+    size_t dk = c->head_dim_k, dv = c->head_dim_v;
+    float *scores = scratch + t->features * columns_of(c); /* (N) */
+    float *q = scores + kv_capacity(c), *y = query->y, z = query->z, total, part[32];
+    for (size_t i = 0; i < dk; i++) q[i] = query->q[i] * c->scale;
+    total = local_scores(scores, s, t, q, c->coefficients + query->head * (c->degree + 1), y, &z);
     for (size_t e = 0; e < dv; e += 32) {
         size_t width = dv - e < 32 ? dv - e : 32;
         t->k->weighted_sum(part, scores, s->v + e, s->n_recent, width, dv);
@@ -457,34 +519,73 @@ static void taylor_attention(float *y, const struct head_state *s, const struct 
     normalize_output(y, dv, z + total, c);
 }
 
-/* taylor: each token is stored, then its queries read the state. Threads divide the heads. */
+/* All of that for n queries q (n, d_k) -> y (n, d_v); query i has the coefficients of head
+ * head + i mod group. */
+static void taylor_attention(float *y, const float *q, size_t n, size_t head,
+                             const struct head_state *s, const struct based_taylor *t,
+                             float *scratch) {
+    size_t together = columns_of(&t->c);
+    struct query query[TOGETHER];
+    for (size_t at = 0, many; at < n; at += many) {
+        many = n - at < together ? n - at : together;
+        for (size_t i = 0; i < many; i++)
+            query[i] = (struct query){ q + (at + i) * t->c.head_dim_k,
+                                       y + (at + i) * t->c.head_dim_v, 0.0f,
+                                       (uint32_t)(head + (at + i) % t->c.group) };
+        read_sums(query, many, s, t, scratch);
+        for (size_t i = 0; i < many; i++) read_recent(&query[i], s, t, scratch);
+    }
+}
+
+/* taylor: each token is stored, then its queries read the state. Several tokens that follow each
+ * other read the sums together, up to the next flush. Threads divide the heads. */
 static void taylor_mixer(const struct layer *l, const struct thread *th, size_t n) {
     const based_layer *c = l->c;
+    const struct based_taylor *t = &l->taylor;
     based_session *s = th->s;
     size_t dk = c->head_dim_k, dv = c->head_dim_v, group = c->heads / c->kv_heads;
-    FOR_MY_PART(head, c->kv_heads) for (size_t r = 0; r < n; r++) {
-        const float *k = s->proj + r * in_rows(c) + q_dim(c) + head * dk;
-        const float *v = s->proj + r * in_rows(c) + q_dim(c) + k_dim(c) + head * dv;
+    size_t together = columns_of(&t->c);
+    FOR_MY_PART(head, c->kv_heads) for (size_t r = 0, many; r < n; r += many) {
         float *scratch = scratch_of(s, head);
         struct head_state state = head_state_of(&s->row[r], l, head);
-        /* store token r in the state */
-        append_kv(&state, &l->taylor, k, v, scratch);
-        /* row r reads; in a bidirectional model, all rows do when the last one is stored */
-        if (s->bidirectional && r + 1 < n) continue;
-        for (size_t reader = s->bidirectional ? 0 : r; reader <= r; reader++)
-            for (size_t h = head * group; h < (head + 1) * group; h++)
-                taylor_attention(s->inner + reader * inner_dim(c) + h * dv, &state, &l->taylor,
-                                 s->proj + reader * in_rows(c) + h * dk, h, scratch);
+        struct query query[TOGETHER];
+        make_room(&state, t, scratch);
+        /* rows r .. r + many - 1 are of one session, and there is room for all of them */
+        for (many = 1; r + many < n && s->row[r + many].s == s->row[r].s; many++)
+            if ((many + 1) * group > together || state.n_recent + many == kv_capacity(&t->c)) break;
+        for (size_t first = 0, heads; first < group; first += heads) {
+            /* the queries (many, heads) of these rows read the sums */
+            heads = group - first < together ? group - first : together;
+            for (size_t i = 0; i < many * heads; i++) {
+                size_t row = r + i / heads, h = head * group + first + i % heads;
+                query[i] = (struct query){ s->proj + row * in_rows(c) + h * dk,
+                                           s->inner + row * inner_dim(c) + h * dv, 0.0f,
+                                           (uint32_t)h };
+            }
+            read_sums(query, many * heads, &state, t, scratch);
+            for (size_t i = 0; i < many; i++) {
+                /* token r + i is stored; its queries read it and the other recent tokens */
+                const float *k = s->proj + (r + i) * in_rows(c) + q_dim(c) + head * dk;
+                const float *v = s->proj + (r + i) * in_rows(c) + q_dim(c) + k_dim(c) + head * dv;
+                if (first == 0) append_kv(&state, t, k, v);
+                if (first == 0 && t->fading)
+                    fade_state(&state, l, head, s->x_norm + (r + i) * s->m->c->dim);
+                for (size_t h = 0; h < heads; h++)
+                    read_recent(&query[i * heads + h], &state, t, scratch);
+            }
+        }
     }
 }
 
 /* ==== 5. The forward pass ========================================================================
  * n tokens, from embeddings in s->x (n, dim) to their last hidden vectors in s->x_norm (n, dim).
  * Every thread runs it on its part of the work, and waits for the others (in barrier and matmul)
- * before it reads what they have computed. In a plain Based model all flags are 0; shift_tokens and
- * gate_heads are refinements. */
+ * before it reads what they have computed. In a plain Based model all flags are 0; the functions
+ * declared here are refinements, section 7. */
 static void shift_tokens(const struct layer *l, const struct thread *th, size_t n);
 static void gate_heads(const struct layer *l, const struct thread *th, size_t n);
+static void store_prefix(const struct layer *l, const struct thread *th, size_t n);
+static void bidirectional_mixer(const struct layer *l, const struct thread *th, size_t n);
 
 static void forward(const struct thread *th, size_t n) {
     based_session *s = th->s;
@@ -500,14 +601,16 @@ static void forward(const struct thread *th, size_t n) {
             if (c->flags & BASED_SHIFT) shift_tokens(l, th, n);
             FOR_MY_PART(r, n) normalize(s->x_norm + r * dim, s->mixer_in + r * dim, &l->norm1, dim);
             barrier(th);
-            matmul(s->proj, l->in.rows, &l->in, 0, l->in.rows, s->x_norm, n, th);
+            if (s->in_prefix && (c->flags & BASED_PREFIX)) store_prefix(l, th, n);
+            matmul(s->proj, in_rows(c), &l->in, 0, in_rows(c), s->x_norm, n, th);
             /* inner (n, inner_dim) = mixer(proj): the only place where one token sees another */
             if (c->mixer != BASED_CONV) apply_rope(l, th, n);
             if (c->mixer == BASED_CONV) conv_mixer(l, th, n);
             else if (c->mixer == BASED_WINDOW) window_mixer(l, th, n);
+            else if (s->bidirectional) bidirectional_mixer(l, th, n);
             else taylor_mixer(l, th, n);
             barrier(th);
-            if (c->flags & BASED_VALUE_GATES) gate_heads(l, th, n);
+            if (c->flags & (BASED_VALUE_GATES | BASED_VALUE_FACTORS)) gate_heads(l, th, n);
             /* x += out(inner), the residual connection */
             if (y == s->x_norm) matmul(s->x_norm, dim, &l->out, 0, dim, s->inner, n, th);
             FOR_MY_PART(r, n) for (size_t e = r * dim; e < (r + 1) * dim; e++)
@@ -525,7 +628,8 @@ static void forward(const struct thread *th, size_t n) {
                 const float *gate = s->proj + r * rows + first;
                 float *y = s->inner + r * hidden + first;
                 if (c->mlp == BASED_SWIGLU) m->k->silu_mul(y, gate, gate + hidden, many);
-                else for (size_t e = 0; e < many; e++) y[e] = gelu(gate[e]);
+                else for (size_t e = 0; e < many; e++)
+                    y[e] = c->mlp == BASED_GELU ? gelu(gate[e]) : gelu_tanh(gate[e]);
             }
             barrier(th);
             /* x += down(inner) */
@@ -637,9 +741,10 @@ static int is_finite(float x) { return x - x == 0.0f; }
 
 /* ==== 7. Refinements of Taylor attention =========================================================
  * Why: what part one only named. A layer may give its newest keys exact softmax weights (window),
- * keep its first keys out of the sums (sinks), let the sums fade (decay), divide by other
- * normalizers, mix in the token before (token shift) and scale each head (value gates). The sums
- * need to know how often each monomial occurs (multinomials) and where in a session they lie.
+ * keep its first keys out of the sums (sinks), let the past fade at each flush (decay) or at each
+ * token (fading), begin with the pairs of a prefix, divide by other normalizers, mix in the token
+ * before (token shift) and scale each head (value gates). The sums need to know how often each
+ * monomial occurs (multinomials) and where in a session they lie.
  * May assume: every field is within the limits that check_taylor and check_layer enforce.
  * Later code relies on: head_state_floats and scratch_floats, by which memory is reserved, are
  * exactly what the attention uses.
@@ -725,17 +830,27 @@ static size_t kv_capacity(const based_taylor_config *t) {
     return (size_t)t->sinks + t->window + t->chunk;
 }
 
-/* Floats of state of one key/value head: S, z, K, V and the compensation of S and z. */
-static uint64_t head_state_floats(const based_taylor_config *t, uint64_t features) {
-    uint64_t comp = t->decay > 0.0f ? 0 : (U64(t->head_dim_v) + 1) / 2;
-    return features * (U64(t->head_dim_v) + 2 + comp)
-           + kv_capacity(t) * (U64(t->head_dim_k) + t->head_dim_v);
+/* So many columns phi has room for: keys of a chunk, or queries that read the sums together. */
+static size_t columns_of(const based_taylor_config *t) {
+    return t->chunk < TOGETHER ? t->chunk : TOGETHER;
 }
 
-/* Floats of scratch of one head: the features of a chunk of keys or of one query, the weights of
- * the recent keys, and the scaled query. */
-static uint64_t scratch_floats(const based_taylor_config *t, uint64_t features) {
-    return features * t->chunk + kv_capacity(t) + t->head_dim_k;
+/* Sums that lose a part of themselves again and again need no compensation: errors fade, too. */
+static int is_compensated(const struct based_taylor *t) {
+    return t->c.decay == 0.0f && !t->fading;
+}
+
+/* Floats of state of one key/value head: S, z, K, V, the compensation of S and z, and fade. */
+static uint64_t head_state_floats(const struct based_taylor *t, uint64_t features) {
+    uint64_t comp = is_compensated(t) ? (U64(t->c.head_dim_v) + 1) / 2 : 0;
+    return features * (U64(t->c.head_dim_v) + 2 + comp) + (t->fading ? kv_capacity(&t->c) + 1 : 0)
+           + kv_capacity(&t->c) * (U64(t->c.head_dim_k) + t->c.head_dim_v);
+}
+
+/* Floats of scratch of one head: the features of keys or queries, the weights of the recent keys,
+ * and the scaled queries. */
+static uint64_t scratch_floats(const struct based_taylor *t, uint64_t features) {
+    return (features + t->c.head_dim_k) * columns_of(&t->c) + kv_capacity(&t->c);
 }
 
 /* The state that begins at `base`, after `count` tokens, of which n_recent are in K and V. */
@@ -747,28 +862,81 @@ static struct head_state head_state(float *base, const struct based_taylor *t, u
     s.z = s.s + d * dv;                                         /* (D) */
     s.k = s.z + d;                                              /* (dk, N) */
     s.v = s.k + kv_capacity(&t->c) * dk;                        /* (N, dv) */
-    s.comp = s.v + kv_capacity(&t->c) * dv;                     /* (D, dv/2), absent with decay */
-    s.comp_z = s.comp + (t->c.decay > 0.0f ? 0 : d * ((dv + 1) / 2));           /* (D) */
+    s.comp = s.v + kv_capacity(&t->c) * dv;                     /* (D, dv/2), if compensated */
+    s.comp_z = s.comp + (is_compensated(t) ? d * ((dv + 1) / 2) : 0);           /* (D) */
+    s.fade = s.comp_z + d;                                      /* (N + 1), with fading only */
     s.count = count;
     s.n_recent = n_recent;
     return s;
 }
 
-/* In a session the position t says how many tokens are recent: up to N at first; from then on, each
+/* In a session the number of pairs says how many are recent: up to N at first; from then on, each
  * time a token finds no room, a chunk is flushed into the sums. */
-static struct head_state head_state_of(const struct row *r, const struct layer *l, size_t head) {
+static struct head_state head_state_at(const struct row *r, const struct layer *l, size_t head,
+                                       uint64_t pairs) {
     const based_taylor_config *c = &l->taylor.c;
-    size_t stay = (size_t)c->sinks + c->window, n_recent = (size_t)r->t;
-    if (r->t > stay) n_recent = stay + (size_t)((r->t - stay - 1) % c->chunk) + 1;
-    float *base = state_of(r, l) + head * (size_t)head_state_floats(c, l->taylor.features);
-    return head_state(base, &l->taylor, r->t, n_recent);
+    size_t stay = (size_t)c->sinks + c->window, n_recent = (size_t)pairs;
+    if (pairs > stay) n_recent = stay + (size_t)((pairs - stay - 1) % c->chunk) + 1;
+    float *base = state_of(r, l) + head * (size_t)head_state_floats(&l->taylor, l->taylor.features);
+    return head_state(base, &l->taylor, pairs, n_recent);
+}
+
+/* Rows of `in` for the pairs of a prefix; the tokens of the session's prefix, a number that is the
+ * last one of the state, so that it is saved, copied and reset with it. */
+static uint32_t prefix_rows(const based_layer *c) {
+    return c->flags & BASED_PREFIX ? k_dim(c) + v_dim(c) : 0;
+}
+static uint32_t prefix_tokens(const based_session *s) {
+    return s->m->c->prefix ? (uint32_t)s->state[s->m->state - 1] : 0;
+}
+
+/* In a prefix layer the pairs of the prefix come before those of the tokens. */
+static struct head_state head_state_of(const struct row *r, const struct layer *l, size_t head) {
+    int prefix = (l->c->flags & BASED_PREFIX) != 0;
+    return head_state_at(r, l, head, r->t + (prefix ? prefix_tokens(r->s) : 0));
+}
+
+/* JRT: the pairs k_enc, v_enc of all n tokens of the prefix go into the state, before any of these
+ * tokens reads it. */
+static void store_prefix(const struct layer *l, const struct thread *th, size_t n) {
+    based_session *s = th->s;
+    size_t rows = prefix_rows(l->c), dk = l->c->head_dim_k, dv = l->c->head_dim_v;
+    matmul(s->proj, rows, &l->in, in_rows(l->c), rows, s->x_norm, n, th);
+    FOR_MY_PART(head, l->c->kv_heads) for (size_t r = 0; r < n; r++) {
+        struct head_state state = head_state_at(&s->row[r], l, head, r);
+        const float *k = s->proj + r * rows + head * dk;
+        make_room(&state, &l->taylor, scratch_of(s, head));
+        append_kv(&state, &l->taylor, k, s->proj + r * rows + k_dim(l->c) + head * dv);
+    }
+    barrier(th);
+}
+
+/* Bidirectional models: all pairs of the block are stored before any query reads. */
+static void bidirectional_mixer(const struct layer *l, const struct thread *th, size_t n) {
+    const based_layer *c = l->c;
+    based_session *s = th->s;
+    size_t dk = c->head_dim_k, dv = c->head_dim_v, group = c->heads / c->kv_heads;
+    FOR_MY_PART(head, c->kv_heads) {
+        float *scratch = scratch_of(s, head);
+        struct head_state state = head_state_of(&s->row[0], l, head);
+        for (size_t r = 0; r < n; r++) {
+            const float *k = s->proj + r * in_rows(c) + q_dim(c) + head * dk;
+            make_room(&state, &l->taylor, scratch);
+            append_kv(&state, &l->taylor, k,
+                      s->proj + r * in_rows(c) + q_dim(c) + k_dim(c) + head * dv);
+        }
+        for (size_t r = 0; r < n; r++)
+            taylor_attention(s->inner + r * inner_dim(c) + head * group * dv,
+                             s->proj + r * in_rows(c) + head * group * dk, group, head * group,
+                             &state, &l->taylor, scratch);
+    }
 }
 
 /* z[0], the sum of the feature 1, is the number of tokens in the sums. It is set from an exact
- * integer; only with decay it is a sum like the others. */
+ * integer; only if it decays it is a sum like the others. */
 static void set_count(struct head_state *s, const struct based_taylor *t) {
     uint64_t n = s->count - s->n_recent;
-    if (t->c.decay > 0.0f) return;
+    if (t->c.decay > 0.0f || t->fading == BASED_GATED) return;
     /* negative if pairs were subtracted while they were still recent */
     s->z[0] = n >> 63 ? -(float)(0 - n) : (float)n;
     s->comp_z[0] = 0.0f;
@@ -783,6 +951,45 @@ INLINE void decayed_add(float *total, float decay, const float *x, size_t n) {
     }
 }
 
+/* Fading: before a token is stored, all that is there loses a part, so that it keeps the factor
+ * g < 1. fade[j] is the product of these factors since recent token j, fade[N] since the last flush,
+ * when the sums changed. GATED: g is computed from the token, x = norm1(x'); FIXED: it is given. */
+static void fade_state(struct head_state *s, const struct layer *l, size_t head, const float *x) {
+    size_t n = kv_capacity(&l->taylor.c), dim = l->fade.cols;
+    float g = l->fade_factor ? l->fade_factor[head]
+                             : sigmoid(dot(l->fade.data + head * dim, x, dim) + l->fade.bias[head]);
+    for (size_t j = 0; j <= n; j++)     /* columns without a token are set when they get one */
+        s->fade[j] = s->fade[j] * g < 1e-30f ? 0.0f : s->fade[j] * g;
+    s->fade[s->n_recent - 1] = 1.0f;
+}
+
+/* At a flush: the values of the chunk, as far as they have faded; returns what the sums have lost.
+ * All recent tokens are flushed, because there are neither sinks nor a window with fading. */
+static float fade_chunk(struct head_state *s, const struct based_taylor *t) {
+    size_t n = kv_capacity(&t->c), dv = t->c.head_dim_v;
+    float lost = 1.0f - s->fade[n];
+    for (size_t j = 0; j < n; j++)
+        for (size_t e = 0; e < dv; e++) s->v[j * dv + e] *= s->fade[j];
+    s->fade[n] = 1.0f;
+    return lost;
+}
+
+/* The same when a query reads: weights (n_recent) and what the sums give are multiplied by what is
+ * left of them. Returns the sum of the weights, which fade too if GATED. */
+static float fade_weights(float *weights, const struct head_state *s, const struct based_taylor *t,
+                          float *y, float *z) {
+    float left = s->fade[kv_capacity(&t->c)], total = sum(weights, s->n_recent);
+    for (size_t j = 0; j < s->n_recent; j++) weights[j] *= s->fade[j];
+    if (t->fading == BASED_GATED) {
+        total = sum(weights, s->n_recent);
+        /* weights that are never negative add up to zero or less by rounding only */
+        if (t->c.normalizer == BASED_ADD && t->c.normalizer_eps == 0.0f && !(*z > 0.0f)) left = 0.0f;
+        *z *= left;
+    }
+    for (size_t e = 0; e < t->c.head_dim_v; e++) y[e] *= left;
+    return total;
+}
+
 /* The weights of the recent keys; returns their sum. On entry y and *z are what the sums give.
  * Without a window the weights are the polynomial. With a window they are exp(s), and all weights,
  * those behind y and *z too, are divided by exp(top), so that none overflows. If the weights behind
@@ -792,7 +999,7 @@ static float local_scores(float *weights, const struct head_state *s, const stru
     float top = *z > 0.0f ? 0.0f : -FLT_MAX, total;
     if (!t->c.window) {
         polynomial_scores(weights, q, s->k, s->n_recent, kv_capacity(&t->c), a, t);
-        return sum(weights, s->n_recent);
+        return t->fading ? fade_weights(weights, s, t, y, z) : sum(weights, s->n_recent);
     }
     /* weights = exp(q.k - top), top = the largest q.k, and at least 0 if the sums count */
     t->k->weighted_sum(weights, q, s->k, t->c.head_dim_k, s->n_recent, kv_capacity(&t->c));
@@ -839,11 +1046,14 @@ static void shift_tokens(const struct layer *l, const struct thread *th, size_t 
 }
 
 /* Value gates: each head's output (head_dim_v) is multiplied by one number between 0 and 1, so that
- * a head can add nothing: y *= sigmoid(gate . mixer_in). */
+ * a head can add nothing: y *= sigmoid(gate . mixer_in). Value factors: y *= gate . norm1(x'). */
 static void gate_heads(const struct layer *l, const struct thread *th, size_t n) {
     size_t dv = l->c->head_dim_v, heads = l->c->heads, dim = th->s->m->c->dim;
     FOR_MY_PART(r, n) for (size_t h = 0; h < heads; h++) {
-        float g = sigmoid(dot(l->gates.data + h * dim, th->s->mixer_in + r * dim, dim));
+        const float *w = l->gates.data + h * dim;
+        float g = l->c->flags & BASED_VALUE_FACTORS
+                      ? dot(w, th->s->x_norm + r * dim, dim)
+                      : sigmoid(dot(w, th->s->mixer_in + r * dim, dim));
         for (size_t e = 0; e < dv; e++) th->s->inner[(r * heads + h) * dv + e] *= g;
     }
     barrier(th);
@@ -865,16 +1075,23 @@ size_t based_sampler_bytes(const based_sampler *s) {
     return s->vocab * sizeof(struct candidate) + s->repeat_last_n * sizeof(int32_t);
 }
 
-int based_sampler_init(based_sampler *s, void *memory, size_t bytes, based_error *e) {
-    if (s->vocab == 0 || s->vocab > BASED_MAX_VOCAB || s->repeat_last_n > BASED_MAX_VOCAB)
-        return INVALID(e, "a sampler needs 1 to %u logits and at most as many recent "
-                    "tokens", BASED_MAX_VOCAB);
+/* The settings of a sampler, and those that a checkpoint recommends. */
+static int check_sampler(const based_sampler *s, int status, based_error *e) {
     if (!(s->temperature >= 0.0f && is_finite(s->temperature)))
-        return INVALID(e, "temperature must be a number from 0 up");
+        return fail(e, status, "temperature must be a number from 0 up");
     if (!(s->top_p >= 0.0f && s->top_p <= 1.0f) || !(s->min_p >= 0.0f && s->min_p <= 1.0f))
-        return INVALID(e, "top_p and min_p must be numbers from 0 to 1");
+        return fail(e, status, "top_p and min_p must be numbers from 0 to 1");
     if (!(s->repeat_penalty > 0.0f && is_finite(s->repeat_penalty)))
-        return INVALID(e, "repeat_penalty must be a number above 0 (1: off)");
+        return fail(e, status, "repeat_penalty must be a number above 0 (1: off)");
+    if (s->repeat_last_n > BASED_MAX_VOCAB)
+        return fail(e, status, "repeat_last_n must be at most %u", BASED_MAX_VOCAB);
+    return BASED_OK;
+}
+
+int based_sampler_init(based_sampler *s, void *memory, size_t bytes, based_error *e) {
+    if (s->vocab == 0 || s->vocab > BASED_MAX_VOCAB)
+        return INVALID(e, "a sampler needs 1 to %u logits", BASED_MAX_VOCAB);
+    if (check_sampler(s, BASED_EINVAL, e)) return BASED_EINVAL;
     if (!memory || (uintptr_t)memory % 8 || bytes < based_sampler_bytes(s))
         return fail(e, BASED_ENOMEM, "a sampler needs %zu bytes, aligned to 8",
                     based_sampler_bytes(s));
@@ -1117,6 +1334,11 @@ static float gelu(float x) {
         erf = z < 4.0f ? 1.0f - exp_approx(-z * z) * t * p : 1.0f;
     }
     return x * (0.5f + 0.5f * (x < 0.0f ? -erf : erf));
+}
+
+/* x (1 + tanh(u)) / 2 = x sigmoid(2 u), with u = sqrt(2 / pi) (x + 0.044715 x^3) */
+static float gelu_tanh(float x) {
+    return x * sigmoid(1.595769122f * (x + 0.044715f * x * x * x));
 }
 
 /* Cosine and sine of an angle in units of 2^-64 turns. The product of such an integer and a
@@ -1457,6 +1679,76 @@ INLINE void weighted_sum_body(float *out, const float *w, const float *rows, siz
 INLINE void tile_generic(TILE, const int bits);
 #endif
 
+/* The columns e .. of four outputs of weighted_sums; adds rows from .. to - 1. The four sums have
+ * names for the same reason as in dot4. */
+#define WEIGHTED_SUMS(many)                                                                        \
+    for (; width - e >= (many); e += (many)) {                                                     \
+        float s0[many] = { 0 }, s1[many] = { 0 }, s2[many] = { 0 }, s3[many] = { 0 };              \
+        for (size_t l = 0; from && l < (many); l++) {                                              \
+            s0[l] = y[0][e + l], s1[l] = y[1][e + l], s2[l] = y[2][e + l], s3[l] = y[3][e + l];    \
+        }                                                                                          \
+        for (size_t i = from; i < to; i++) {                                                       \
+            const float *row = rows + i * stride + e;                                              \
+            const float w0 = v[0][i * step_i], w1 = v[1][i * step_i];                              \
+            const float w2 = v[2][i * step_i], w3 = v[3][i * step_i];                              \
+            for (size_t l = 0; l < (many); l++) {                                                  \
+                s0[l] += w0 * row[l];                                                              \
+                s1[l] += w1 * row[l];                                                              \
+                s2[l] += w2 * row[l];                                                              \
+                s3[l] += w3 * row[l];                                                              \
+            }                                                                                      \
+        }                                                                                          \
+        for (size_t l = 0; l < (many); l++) {                                                      \
+            y[0][e + l] = s0[l], y[1][e + l] = s1[l], y[2][e + l] = s2[l], y[3][e + l] = s3[l];    \
+        }                                                                                          \
+    }
+
+/* A matrix product whose sums have the order of weighted_sum. 256 rows at a time are read for all
+ * outputs, so that they come from memory once and from then on from a cache. If there are fewer
+ * than four outputs, the last one is computed several times. */
+INLINE void weighted_sums_body(float *const *out, size_t m, const float *w, size_t step_i,
+                               size_t step_j, const float *rows, size_t n, size_t width,
+                               size_t stride, const int columns) {
+    for (size_t from = 0, to; from < n; from = to) {
+        to = n - from < 256 ? n : from + 256;
+        for (size_t j = 0; j < m; j += 4) {
+            float *y[4];
+            const float *v[4];
+            size_t e = 0;
+            for (size_t i = 0; i < 4; i++) {
+                size_t at = j + i < m ? j + i : m - 1;
+                y[i] = out[at];
+                v[i] = w + at * step_j;
+            }
+            if (columns == 32) { WEIGHTED_SUMS(32) }
+            if (columns >= 16) { WEIGHTED_SUMS(16) }
+            WEIGHTED_SUMS(1)
+        }
+    }
+}
+
+/* Dot products with the columns of a (n, m), in the order of dot: lane l adds rows l, l + 16, ... */
+INLINE void dot_columns_body(float *out, size_t m, const float *a, const float *b, size_t n) {
+    for (size_t j = 0, many; j < m; j += many) {
+        float lane[LANES][LANES];
+        many = m - j < LANES ? m - j : LANES;
+        for (size_t l = 0; l < LANES; l++) {
+            float s[LANES] = { 0 };
+            if (many == LANES)
+                for (size_t i = l; i < n; i += LANES)
+                    for (size_t c = 0; c < LANES; c++) s[c] += a[i * m + j + c] * b[i];
+            else
+                for (size_t i = l; i < n; i += LANES)
+                    for (size_t c = 0; c < many; c++) s[c] += a[i * m + j + c] * b[i];
+            memcpy(lane[l], s, sizeof s);
+        }
+        for (size_t half = LANES / 2; half; half /= 2)
+            for (size_t l = 0; l < half; l++)
+                for (size_t c = 0; c < many; c++) lane[l][c] += lane[l + half][c];
+        memcpy(out + j, lane[0], many * sizeof *out);
+    }
+}
+
 /* ---- Sets of kernels: `target` is the attribute that selects the instruction set ------------- */
 #define ROWS_KERNEL(set, target, prefetch)                                                         \
     target static void rows_f32_##set(float *out, size_t out_stride, const float *w, size_t rows,  \
@@ -1464,10 +1756,19 @@ INLINE void tile_generic(TILE, const int bits);
         rows_f32_body(out, out_stride, w, rows, x, prefetch);                                      \
     }
 /* A constant (n == 32, 8 bits, 4 bits) lets the compiler vectorize and unroll. */
-#define FLOAT_KERNELS(set, target)                                                                 \
+#define FLOAT_KERNELS(set, target, columns)                                                        \
     target static void weighted_sum_##set(float *out, const float *w, const float *rows, size_t n, \
                                           size_t width, size_t stride) {                           \
         weighted_sum_body(out, w, rows, n, width, stride);                                         \
+    }                                                                                              \
+    target static void weighted_sums_##set(float *const *out, size_t m, const float *w,            \
+                                           size_t step_i, size_t step_j, const float *rows,        \
+                                           size_t n, size_t width, size_t stride) {                \
+        weighted_sums_body(out, m, w, step_i, step_j, rows, n, width, stride, columns);            \
+    }                                                                                              \
+    target static void dot_columns_##set(float *out, size_t m, const float *a, const float *b,     \
+                                         size_t n) {                                               \
+        dot_columns_body(out, m, a, b, n);                                                         \
     }                                                                                              \
     target static void mul_add_##set(float *y, const float *a, const float *x, size_t n) {         \
         for (size_t i = 0; i < n; i++) y[i] += a[i] * x[i];                                        \
@@ -1494,12 +1795,16 @@ INLINE void tile_generic(TILE, const int bits);
         begin, end, rows_f32_##rows, { q8_##tile, q4_##tile }, quantize_##floats                   \
     };                                                                                             \
     static const struct kernels set##_kernels = {                                                  \
-        name, &set##_matmul, weighted_sum_##floats, mul_add_##floats, silu_mul_##floats,           \
-        softmax_exp_##floats, compensated_add_##floats                                             \
+        name, &set##_matmul, weighted_sum_##floats, weighted_sums_##floats, dot_columns_##floats,  \
+        mul_add_##floats, silu_mul_##floats, softmax_exp_##floats, compensated_add_##floats        \
     };
 
 ROWS_KERNEL(generic, , 0)
-FLOAT_KERNELS(generic, )
+#ifdef BASED_NARROW
+FLOAT_KERNELS(generic, , 1)
+#else
+FLOAT_KERNELS(generic, , 16)
+#endif
 TILE_KERNELS(generic, )
 KERNELS(generic, "plain", NULL, NULL, generic, generic, generic)
 
@@ -1672,6 +1977,25 @@ int based_feed_bidirectional(based_session *s, const float *x, size_t n, float *
     return BASED_OK;
 }
 
+int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *logits,
+                      based_error *e) {
+    const based_model *m = s->m;
+    size_t most = m->c->prefix < s->block ? m->c->prefix : s->block;
+    int status = check_tokens(m, tokens, n, e);
+    if (status) return status;
+    if (!m->c->prefix) return INVALID(e, "this model has no prefix layers; use based_feed");
+    if (s->count) return INVALID(e, "a prefix must come first, but tokens were fed already");
+    if (n == 0 || n > most)
+        return INVALID(e, "a prefix of %zu tokens; expected 1 to %zu, the smaller of the session's "
+                       "block and the model's prefix", n, most);
+    s->state[m->state - 1] = (float)n;
+    s->in_prefix = 1;
+    feed(s, tokens, NULL, n, logits);
+    s->in_prefix = 0;
+    s->history = based_history_of(s->history, tokens, n);
+    return BASED_OK;
+}
+
 /* The first session lends its scratch memory; each row of the block belongs to another session. */
 int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, based_error *e) {
     based_session *lead = n ? s[0] : NULL;
@@ -1742,7 +2066,7 @@ static int check_reserved(const uint32_t *word, size_t n, const char *where, uin
 static int check_config(const based_config *c, based_error *e) {
     CHECK_FIELDS(BASED_EFORMAT, "header", 0, e,
         FIELD(c, flags, 0, BASED_TIED | BASED_HEAD_BIAS | BASED_INPUT_PROJECTION
-                           | BASED_BIDIRECTIONAL),
+                           | BASED_BIDIRECTIONAL | BASED_SAMPLING),
         FIELD(c, dim, 1, BASED_MAX_DIM),
         FIELD(c, layers, 1, BASED_MAX_LAYERS),
         FIELD(c, vocab, 0, BASED_MAX_VOCAB),
@@ -1750,7 +2074,8 @@ static int check_config(const based_config *c, based_error *e) {
         FIELD(c, input, 0, BASED_MAX_DIM),
         FIELD(c, final_norm, 0, BASED_NORM_L2),
         FIELD(c, embedding_dtype, 0, BASED_Q4),
-        FIELD(c, head_dtype, 0, BASED_Q4));
+        FIELD(c, head_dtype, 0, BASED_Q4),
+        FIELD(c, prefix, 0, c->input || (c->flags & BASED_BIDIRECTIONAL) ? 0 : BASED_MAX_BLOCK));
     if (check_reserved(c->reserved, COUNT(c->reserved), "header", 0, e)) return BASED_EFORMAT;
     if (c->name[63]) return DAMAGED(e, "header: the name is not terminated");
     if (!is_finite(c->final_norm_eps))
@@ -1764,6 +2089,14 @@ static int check_config(const based_config *c, based_error *e) {
                     "dim %u", c->input, c->dim);
     if (c->input == 0 && (c->flags & BASED_INPUT_PROJECTION))
         return DAMAGED(e, "header: an input projection without input vectors");
+    based_sampler s = {
+        .temperature = c->temperature, .top_p = c->top_p, .top_k = c->top_k, .min_p = c->min_p,
+        .repeat_penalty = c->repeat_penalty, .repeat_last_n = c->repeat_last_n
+    };
+    if (c->flags & BASED_SAMPLING) return check_sampler(&s, BASED_EFORMAT, e);
+    if (s.temperature != 0.0f || s.top_p != 0.0f || s.top_k || s.min_p != 0.0f
+        || s.repeat_penalty != 0.0f || s.repeat_last_n)
+        return DAMAGED(e, "header: sampling settings without the flag SAMPLING, expected 0");
     return BASED_OK;
 }
 
@@ -1806,10 +2139,10 @@ static int check_layer(const based_config *c, const based_layer *l, uint32_t i, 
 #define IF(condition, high) ((condition) ? (high) : 0u)
     CHECK_FIELDS(BASED_EFORMAT, "layer", i, e,
         FIELD(l, mixer, 0, BASED_WINDOW),
-        FIELD(l, flags, 0, 1023),
+        FIELD(l, flags, 0, 8191),
         FIELD(l, norm1, 0, BASED_NORM_L2),
         FIELD(l, norm2, 0, BASED_NORM_L2),
-        FIELD(l, mlp, 0, BASED_GELU),
+        FIELD(l, mlp, 0, BASED_GELU_TANH),
         FIELD(l, hidden_dim, l->mlp != 0, IF(l->mlp, BASED_MAX_HIDDEN)),
         FIELD(l, in_dtype, 0, BASED_Q4),
         FIELD(l, out_dtype, 0, BASED_Q4),
@@ -1826,7 +2159,8 @@ static int check_layer(const based_config *c, const based_layer *l, uint32_t i, 
         FIELD(l, degree, 0, checked),
         FIELD(l, kernel, 0, checked),
         FIELD(l, normalizer, 0, checked),
-        FIELD(l, sinks, 0, checked));
+        FIELD(l, sinks, 0, checked),
+        FIELD(l, fading, 0, IF(taylor, BASED_FIXED)));
     based_taylor_config t = taylor_config_of(l);
     if (taylor && check_taylor(&t, BASED_EFORMAT, "layer", i, e)) return BASED_EFORMAT;
     if (check_reserved(l->reserved, COUNT(l->reserved), "layer", i, e)) return BASED_EFORMAT;
@@ -1838,6 +2172,20 @@ static int check_layer(const based_config *c, const based_layer *l, uint32_t i, 
     if (taylor && count_features(&t, BASED_MAX_FEATURES) > BASED_MAX_FEATURES)
         return DAMAGED(e, "layer %u: degree %u of width %u has more than %u features",
                     i, l->degree, l->head_dim_k, BASED_MAX_FEATURES);
+    if ((l->fading || (l->flags & BASED_PREFIX))
+        && (l->window || l->sinks || l->decay != 0.0f || l->kernel != BASED_DOT
+            || (c->flags & BASED_BIDIRECTIONAL)))
+        return DAMAGED(e, "layer %u: fading or a prefix together with window, sinks, decay, another "
+                       "kernel or a bidirectional model", i);
+    if ((l->flags & BASED_PREFIX)
+        && (!c->prefix || !taylor || l->fading || l->rope_pairs
+            || (l->flags & (BASED_KEY_MEAN | BASED_QK_NORM | BASED_IN_BIAS))))
+        return DAMAGED(e, "layer %u: a prefix needs a taylor layer without fading, rope, key mean, "
+                       "norms of q and k and in.bias, and the header's field prefix", i);
+    if ((l->flags & BASED_VALUE_FACTORS) && (l->flags & BASED_VALUE_GATES))
+        return DAMAGED(e, "layer %u: value gates and value factors exclude each other", i);
+    if (!attention && (l->flags & BASED_QK_NORM))
+        return DAMAGED(e, "layer %u: only attention has norms of q and k", i);
     if (!taylor && ((l->flags & BASED_KEY_MEAN) || l->decay != 0.0f || l->normalizer_eps != 0.0f))
         return DAMAGED(e, "layer %u: only taylor layers have a key mean, decay or normalizer_eps, "
                        "expected 0", i);
@@ -1965,10 +2313,11 @@ static struct matrix read_matrix(struct reader *r, const char *name, uint32_t ro
     return a;
 }
 
-static struct norm read_norm(struct reader *r, const char *name, uint32_t kind, float eps) {
+static struct norm read_norm(struct reader *r, const char *name, uint32_t kind, float eps,
+                             uint32_t dim) {
     struct norm n = { NULL, NULL, kind, eps };
-    if (kind != BASED_NORM_NONE) n.weight = read_weights(r, name, "", r->m->c->dim);
-    if (kind == BASED_NORM_LAYER) n.bias = read_weights(r, name, ".bias", r->m->c->dim);
+    if (kind != BASED_NORM_NONE) n.weight = read_weights(r, name, "", dim);
+    if (kind == BASED_NORM_LAYER) n.bias = read_weights(r, name, ".bias", dim);
     return n;
 }
 
@@ -1983,8 +2332,8 @@ static struct layer_sizes sizes_of(const based_config *c, const based_layer *l) 
         n.scratch = l->window;
     }
     if (l->mixer == BASED_TAYLOR) {
-        based_taylor_config t = taylor_config_of(l);
-        n.features = count_features(&t, BASED_MAX_FEATURES);
+        struct based_taylor t = { .c = taylor_config_of(l), .fading = l->fading };
+        n.features = count_features(&t.c, BASED_MAX_FEATURES);
         n.state += head_state_floats(&t, n.features) * l->kv_heads;
         n.scratch = scratch_floats(&t, n.features);
     }
@@ -2015,8 +2364,13 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
         r->layer = i + 1;
         /* the mixer */
         if (f->mixer != BASED_MIXER_NONE) {
-            l->norm1 = read_norm(r, "norm1", f->norm1, f->norm1_eps);
-            l->in = read_matrix(r, "in", in_rows(f), dim, f->in_dtype, f->flags & BASED_IN_BIAS);
+            l->norm1 = read_norm(r, "norm1", f->norm1, f->norm1_eps, dim);
+            l->in = read_matrix(r, "in", in_rows(f) + prefix_rows(f), dim, f->in_dtype,
+                                f->flags & BASED_IN_BIAS);
+            if (f->flags & BASED_QK_NORM) {
+                l->q_norm = read_norm(r, "q_norm", BASED_NORM_RMS, f->norm1_eps, f->head_dim_k);
+                l->k_norm = read_norm(r, "k_norm", BASED_NORM_RMS, f->norm1_eps, f->head_dim_k);
+            }
             if (f->mixer == BASED_CONV) {
                 uint64_t n = U64(f->conv_width) * f->head_dim_v;
                 l->conv_weight = read_weights(r, "conv_weight", "", n);
@@ -2031,17 +2385,22 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
                                                        U64(f->heads) * (f->degree + 1));
                 l->taylor.k = m->k;
                 l->taylor.features = (uint32_t)need.features;
+                l->taylor.fading = f->fading;
             }
-            if (f->flags & BASED_VALUE_GATES)
+            if (f->fading == BASED_GATED)
+                l->fade = read_matrix(r, "fade", f->kv_heads, dim, BASED_F32, 1);
+            if (f->fading == BASED_FIXED)
+                l->fade_factor = read_floats(r, "fade", ".factor", f->kv_heads);
+            if (f->flags & (BASED_VALUE_GATES | BASED_VALUE_FACTORS))
                 l->gates = read_matrix(r, "gate", f->heads, dim, BASED_F32, 0);
             if (!(f->flags & BASED_NO_OUT))
                 l->out = read_matrix(r, "out", dim, inner_dim(f), f->out_dtype,
                                      f->flags & BASED_OUT_BIAS);
-            m->widest_in = max_u32(m->widest_in, in_rows(f));
+            m->widest_in = max_u32(m->widest_in, max_u32(in_rows(f), prefix_rows(f)));
             m->widest_mid = max_u32(m->widest_mid, inner_dim(f));
         }
         /* the MLP; SwiGLU has a gate beside each value */
-        l->norm2 = read_norm(r, "norm2", f->norm2, f->norm2_eps);
+        l->norm2 = read_norm(r, "norm2", f->norm2, f->norm2_eps, dim);
         if (f->mlp != BASED_MLP_NONE) {
             uint32_t rows = f->mlp == BASED_SWIGLU ? 2 * f->hidden_dim : f->hidden_dim;
             l->up = read_matrix(r, "up", rows, dim, f->up_dtype, f->flags & BASED_UP_BIAS);
@@ -2060,9 +2419,10 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
 #endif
     }
     r->layer = 0;
+    if (c->prefix) m->state++;          /* prefix_tokens */
     /* at least one tile of 16 rows; head() computes as many logits at a time */
     m->widest_in = m->widest_in ? (m->widest_in + 15) / 16 * 16 : 16;
-    m->final_norm = read_norm(r, "final_norm", c->final_norm, c->final_norm_eps);
+    m->final_norm = read_norm(r, "final_norm", c->final_norm, c->final_norm_eps, dim);
     m->head = m->embedding;
     if (c->rows && !tied) m->head = read_matrix(r, "head", c->rows, dim, c->head_dtype, 0);
     if (c->flags & BASED_HEAD_BIAS) m->head.bias = read_weights(r, "head", ".bias", c->rows);
@@ -2182,7 +2542,7 @@ static int swap_checkpoint(void *bytes, size_t size, based_error *e) {
     uint32_t words = 0;
     /* the header, from the format version to the name and behind it, and the layers */
     swap_bytes(p + 8, (offsetof(based_config, name) - 8) / 4, 4);
-    swap_bytes(c->reserved, COUNT(c->reserved), 4);
+    swap_bytes(p + offsetof(based_config, prefix), (sizeof *c - offsetof(based_config, prefix)) / 4, 4);
     at = align64(sizeof *c + U64(c->layers) * sizeof(based_layer));
     if (c->layers > BASED_MAX_LAYERS || at > size || c->tokenizer_bytes > size - at)
         return DAMAGED(e, "the header describes more than the %zu bytes there are",
@@ -2674,6 +3034,15 @@ int based_load(based_session *s, const void *saved, size_t size, const void **no
         return DAMAGED(e, "the configuration does not match: %llu logits and %llu numbers of state "
                        "were saved, this model has %zu and %zu", h.width, h.state,
                     width, m->state);
+    if (m->c->prefix) {
+        /* the last number of the state: the tokens of the prefix */
+        float n;
+        memcpy(&n, p + fixed - 4, 4);
+        if (machine_is_big_endian()) swap_bytes(&n, 1, 4);
+        if (!(n >= 0.0f && n <= (float)m->c->prefix && n == (float)(uint32_t)n))
+            return DAMAGED(e, "the saved state has a prefix of another number of tokens than 0 to "
+                           "%u", m->c->prefix);
+    }
     s->count = h.count;
     s->history = h.history;
     memcpy(s->logits, p + sizeof h, 4 * width);
@@ -2703,6 +3072,7 @@ int based_taylor_measure(based_taylor_sizes *out, const based_taylor_config *c, 
     /* stop counting features here: far above what is allowed, far below where bytes overflow */
     const uint64_t cap = U64(1) << 36;
     uint64_t d, attention, state, scratch;
+    struct based_taylor t = { .fading = BASED_NO_FADING };
     CHECK_FIELDS(BASED_EINVAL, "Taylor attention", 0, e,
         FIELD(c, head_dim_k, 1, BASED_MAX_HIDDEN), FIELD(c, head_dim_v, 1, BASED_MAX_HIDDEN),
         FIELD(c, group, 1, BASED_MAX_HEADS));
@@ -2711,8 +3081,9 @@ int based_taylor_measure(based_taylor_sizes *out, const based_taylor_config *c, 
     /* an attention: the struct, the coefficients (group, degree + 1), the multinomials (d) */
     attention = align64(sizeof(based_taylor))
                 + (U64(c->group) * (c->degree + 1) + d) * sizeof(float);
-    state = align64(sizeof(based_taylor_state)) + head_state_floats(c, d) * sizeof(float);
-    scratch = scratch_floats(c, d) * sizeof(float);
+    t.c = *c;
+    state = align64(sizeof(based_taylor_state)) + head_state_floats(&t, d) * sizeof(float);
+    scratch = scratch_floats(&t, d) * sizeof(float);
     if (d > BASED_MAX_FEATURES || state > SIZE_MAX || scratch > SIZE_MAX) {
         const char *more = d > cap ? "more than " : "";
         return fail(e, BASED_ENOMEM, "Taylor attention of degree %u and key width %u: a state "
@@ -2741,6 +3112,7 @@ int based_taylor_init(based_taylor **out, const based_taylor_config *c, void *me
     t->c = *c;
     t->k = choose_kernels(0);
     t->features = (uint32_t)sizes.features;
+    t->fading = BASED_NO_FADING;
     t->c.coefficients = a;
     for (uint32_t h = 0; h < c->group; h++) {
         float factorial = 1.0f;         /* without coefficients: 1/p!, the Taylor series of exp */
@@ -2773,7 +3145,7 @@ int based_taylor_state_init(based_taylor_state **out, const based_taylor *t, voi
 }
 
 void based_taylor_reset(based_taylor_state *s) {
-    memset(s->sums.s, 0, (size_t)head_state_floats(&s->t->c, s->t->features) * sizeof(float));
+    memset(s->sums.s, 0, (size_t)head_state_floats(s->t, s->t->features) * sizeof(float));
     s->sums.count = s->sums.n_recent = 0;
 }
 
@@ -2781,15 +3153,14 @@ uint64_t based_taylor_count(const based_taylor_state *s) { return s->sums.count;
 
 void based_taylor_add(based_taylor_state *s, const float *k, const float *v, size_t n) {
     const based_taylor_config *c = &s->t->c;
-    for (size_t i = 0; i < n; i++)
-        append_kv(&s->sums, s->t, k + i * c->head_dim_k, v + i * c->head_dim_v, s->scratch);
+    for (size_t i = 0; i < n; i++) {
+        make_room(&s->sums, s->t, s->scratch);
+        append_kv(&s->sums, s->t, k + i * c->head_dim_k, v + i * c->head_dim_v);
+    }
 }
 
 void based_taylor_read(const based_taylor_state *s, const float *q, size_t n, float *y) {
-    const based_taylor_config *c = &s->t->c;
-    for (size_t i = 0; i < n * c->group; i++)
-        taylor_attention(y + i * c->head_dim_v, &s->sums, s->t, q + i * c->head_dim_k,
-                         i % c->group, s->scratch);
+    taylor_attention(y, q, n * s->t->c.group, 0, &s->sums, s->t, s->scratch);
 }
 
 void based_taylor_feed(based_taylor_state *s, const float *q, const float *k, const float *v,
@@ -2810,7 +3181,7 @@ int based_taylor_subtract(based_taylor_state *s, const float *k, const float *v,
         return INVALID(e, "nothing can be subtracted from a state with a window or with decay");
     feature_map(s->scratch, k, 1, 1, &s->t->c);
     for (size_t f = 0; f < s->t->features; f++) s->scratch[f] = -s->scratch[f];
-    update_state(&s->sums, s->t, s->scratch, v, 1);
+    update_state(&s->sums, s->t, s->scratch, v, 1, 0.0f, NULL);
     s->sums.count--;
     set_count(&s->sums, s->t);
     return BASED_OK;
@@ -2821,7 +3192,7 @@ int based_taylor_copy(based_taylor_state *dst, const based_taylor_state *src, ba
         return INVALID(e, "the two states belong to different attentions");
     if (dst == src) return BASED_OK;
     memcpy(dst->sums.s, src->sums.s,
-           (size_t)head_state_floats(&src->t->c, src->t->features) * sizeof(float));
+           (size_t)head_state_floats(src->t, src->t->features) * sizeof(float));
     dst->sums.count = src->sums.count;
     dst->sums.n_recent = src->sums.n_recent;
     return BASED_OK;
@@ -2858,9 +3229,10 @@ int based_taylor_merge(based_taylor_state *dst, const based_taylor_state *src, b
     set_count(to, t);
     /* the recent pairs, one by one; keys are columns of K and are gathered in the scratch */
     for (size_t j = 0; j < from->n_recent; j++) {
-        float *key = dst->scratch + (size_t)scratch_floats(&t->c, t->features) - dk;
+        float *key = dst->scratch + (size_t)scratch_floats(t, t->features) - dk;
         for (size_t i = 0; i < dk; i++) key[i] = from->k[i * kv_capacity(&t->c) + j];
-        append_kv(to, t, key, from->v + j * dv, dst->scratch);
+        make_room(to, t, dst->scratch);
+        append_kv(to, t, key, from->v + j * dv);
     }
     return BASED_OK;
 }
@@ -3252,8 +3624,8 @@ INLINE void tile_generic(TILE, const int bits) {
 #define UNROLL8 _Pragma("GCC unroll 8")
 #define UNROLL16 _Pragma("GCC unroll 16")
 #define NO_UNROLL _Pragma("GCC unroll 1")
-FLOAT_KERNELS(avx2, AVX2)
-FLOAT_KERNELS(avx512, AVX512)
+FLOAT_KERNELS(avx2, AVX2, 16)
+FLOAT_KERNELS(avx512, AVX512, 32)
 ROWS_KERNEL(avx2, AVX2, 0)      /* for AVX-512 too, which gains nothing: memory is the limit */
 
 typedef int32_t __attribute__((may_alias)) four_bytes;  /* of a quantized vector */

@@ -148,6 +148,14 @@ int based_feed_vectors(based_session *s, const float *x, size_t n, float *out, b
 int based_feed_bidirectional(based_session *s, const float *x, size_t n, float *out,
                              based_error *e);
 
+/* Feeds the beginning of a text to a model with config.prefix > 0 (JRT): n tokens, all of which see
+ * each other in its prefix layers; what is fed later sees them as a past. The session must be empty,
+ * and 1 <= n <= block and config.prefix: make it with a block of at least the prompt's beginning.
+ * logits: as in based_feed. BASED_EINVAL if this does not hold or a token is not in the vocabulary.
+ * A text may also be fed without this call; then it has no prefix. */
+int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *logits,
+                      based_error *e);
+
 /* Feeds tokens[i] to session s[i], for n different sessions over one model. They are computed
  * together, so that weights are read once for all: bit for bit the same as based_step on each.
  * n is at most the smallest `block` of these sessions. On failure no session has changed. */
@@ -366,14 +374,21 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *                                                              window: q (heads * head_dim_k), then
  *                                                              k (kv_heads * head_dim_k), then
  *                                                              v (kv_heads * head_dim_v)
+ *                                                              With flag PREFIX then also k_enc
+ *                                                              and v_enc, as many rows as k and v
  *            (in.bias)                 [in_rows]               flag IN_BIAS
+ *            (q_norm.weight)           [head_dim_k]            flag QK_NORM (taylor and window)
+ *            (k_norm.weight)           [head_dim_k]            flag QK_NORM
  *            (conv.weight)             [conv_width, channels]  conv; the last row is the present
  *            (conv.bias)               [channels]              flag CONV_BIAS
  *            (rope_freq)               [rope_pairs] uint64     rope_pairs > 0; see rope below
  *            (key_mean)                [kv_heads, head_dim_k]  flag KEY_MEAN (taylor)
  *            (coefficients)            [heads, degree + 1]     taylor: of s^0, s^1, ...; 1/p! for
  *                                                              the Taylor series of exp
- *            (gate.weight)             [heads, dim]            flag VALUE_GATES
+ *            (fade.weight)             [kv_heads, dim]         fading == GATED
+ *            (fade.bias)               [kv_heads]              fading == GATED
+ *            (fade.factor)             [kv_heads]              fading == FIXED
+ *            (gate.weight)             [heads, dim]            flag VALUE_GATES or VALUE_FACTORS
  *            (out.weight)              [dim, inner]            unless flag NO_OUT;
  *                                                              inner = heads * head_dim_v
  *            (out.bias)                [dim]                   flag OUT_BIAS
@@ -382,7 +397,8 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *            (norm2.bias)              [dim]                   norm2 == LAYER
  *            (up.weight)               [up_rows, dim]          mlp != NONE. Rows of SWIGLU: gate
  *                                                              (hidden_dim), value (hidden_dim);
- *                                                              rows of GELU: hidden_dim
+ *                                                              rows of GELU and GELU_TANH:
+ *                                                              hidden_dim
  *            (up.bias)                 [up_rows]               flag UP_BIAS
  *            (down.weight)             [dim, hidden_dim]       mlp != NONE
  *            (down.bias)               [dim]                   flag DOWN_BIAS
@@ -393,7 +409,7 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *            (head.bias)               [rows]                  flag HEAD_BIAS
  *
  * Vectors and tables are float32 (rope_freq: two uint32 each, low word first). A matrix has the
- * dtype that its header field names; gate.weight and input.weight are float32.
+ * dtype that its header field names; fade.weight, gate.weight and input.weight are float32.
  *
  * Q8 and Q4. Rows are padded with zeros to a multiple of 16, columns to a multiple of 32. The
  * columns of a row share a scale in groups of 64 (Q8; the last group may have 32) or 32 (Q4). Two
@@ -454,6 +470,15 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              where m = max_j scale q.k_j over the keys that are not in the sums, or 0 if that is
  *              larger and z > 0: their weight is exp(scale q.k_j - m), and what the sums
  *              contribute is multiplied by exp(-m).
+ *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token j,
+ *              up to the present one, with g = sigmoid(fade.weight x + fade.bias), x = norm1(x'), of
+ *              its key/value head (x': see gates). With normalizer ADD and eps 0 the keys in the sums
+ *              are left out of this y if they contribute z <= 0 to sum_j w(q, k_j), which for
+ *              weights that are never negative is only a matter of rounding.
+ *              FIXED: g_i = fade.factor, and only the sum of w v is multiplied, not that of w.
+ *              Not together with window, sinks, decay or kernel DIAGONAL.
+ *     qk_norm  QK_NORM: q and k of each head are divided by sqrt(mean(q^2) + norm1_eps) and
+ *              multiplied by q_norm.weight, k_norm.weight, before rope.
  *     rope     In taylor and window layers, q and k of each head are rotated by the position t:
  *              pair i, i < rope_pairs, is (a, b) = (x[i], x[i + head_dim_k/2]) and becomes
  *              (a cos - b sin, b cos + a sin) of the angle t * frequency[i].
@@ -463,9 +488,14 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              last floor(dim/2) channels are those of the previous token's x at this layer (0 for
  *              the first token): x = x + mixer(norm1(x')). The residual itself is not shifted.
  *     gates    VALUE_GATES: y of head h is multiplied by sigmoid(gate.weight[h] . x'), where x' is
- *              the mixer's input after SHIFT and before norm1.
- *     mlp      SWIGLU: down(silu(gate) * value), with gate, value = up(x)
- *              GELU:   down(gelu(up(x))), the form with erf
+ *              the mixer's input after SHIFT and before norm1. VALUE_FACTORS: by
+ *              gate.weight[h] . norm1(x').
+ *     prefix   PREFIX: the pairs (k_enc, v_enc) of the tokens that were fed with based_feed_prefix
+ *              are in the sums of every token, before its own past. They come first, so F above
+ *              counts them. (prefix linear attention; Arora et al. 2024, arXiv 2407.05483)
+ *     mlp      SWIGLU:    down(silu(gate) * value), with gate, value = up(x)
+ *              GELU:      down(gelu(up(x))), the form with erf
+ *              GELU_TANH: the same with x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2
  *     residual NO_RESIDUAL: x = mixer(norm1(x)) instead of x + mixer(norm1(x))
  *     bidirectional   With flag BIDIRECTIONAL the sums of a taylor layer run over all inputs of one
  *              call of based_feed_bidirectional, not only over those up to the present one.
@@ -500,7 +530,8 @@ enum based_config_flags {
     BASED_TIED = 1,                     /* the head is the embedding */
     BASED_HEAD_BIAS = 2,
     BASED_INPUT_PROJECTION = 4,
-    BASED_BIDIRECTIONAL = 8             /* see based_feed_bidirectional */
+    BASED_BIDIRECTIONAL = 8,            /* see based_feed_bidirectional */
+    BASED_SAMPLING = 16                 /* the fields temperature .. repeat_last_n count */
 };
 
 enum based_norm_kind {
@@ -526,18 +557,25 @@ struct based_config {                   /* offset */
     uint32_t tokenizer_bytes;           /*  72  0: no tokenizer */
     uint32_t context;                   /*  76  tokens per training sequence; a note, not a limit */
     char     name[64];                  /*  80  of the model, UTF-8, zero-terminated */
-    uint32_t reserved[28];              /* 144  zero */
+    uint32_t prefix;                    /* 144  tokens that based_feed_prefix takes; 0: none */
+    float    temperature, top_p;        /* 148, 152  recommended settings of a based_sampler */
+    uint32_t top_k;                     /* 156  (flag SAMPLING; else all of them are zero) */
+    float    min_p, repeat_penalty;     /* 160, 164 */
+    uint32_t repeat_last_n;             /* 168 */
+    uint32_t reserved[21];              /* 172  zero */
 };
 
 enum based_mixer { BASED_MIXER_NONE = 0, BASED_CONV = 1, BASED_TAYLOR = 2, BASED_WINDOW = 3 };
-enum based_mlp { BASED_MLP_NONE = 0, BASED_SWIGLU = 1, BASED_GELU = 2 };
+enum based_mlp { BASED_MLP_NONE = 0, BASED_SWIGLU = 1, BASED_GELU = 2, BASED_GELU_TANH = 3 };
 enum based_kernel { BASED_DOT = 0, BASED_DIAGONAL = 1 };
 enum based_normalizer { BASED_ADD = 0, BASED_CLAMP = 1, BASED_RAW = 2, BASED_ONE = 3 };
+enum based_fading { BASED_NO_FADING = 0, BASED_GATED = 1, BASED_FIXED = 2 };
 
 enum based_layer_flags {
     BASED_IN_BIAS = 1, BASED_OUT_BIAS = 2, BASED_CONV_BIAS = 4, BASED_UP_BIAS = 8,
     BASED_DOWN_BIAS = 16, BASED_VALUE_GATES = 32, BASED_SHIFT = 64, BASED_NO_OUT = 128,
-    BASED_NO_RESIDUAL = 256, BASED_KEY_MEAN = 512
+    BASED_NO_RESIDUAL = 256, BASED_KEY_MEAN = 512, BASED_QK_NORM = 1024, BASED_PREFIX = 2048,
+    BASED_VALUE_FACTORS = 4096
 };
 
 struct based_layer {                    /* offset; fields that a mixer does not use are zero */
@@ -567,7 +605,8 @@ struct based_layer {                    /* offset; fields that a mixer does not 
     uint32_t up_dtype, down_dtype;      /*  92, 96 */
     uint32_t sinks;                     /* 100  taylor: first keys, which are never flushed */
     float    decay;                     /* 104  taylor: 0 <= decay < 1, see flush above */
-    uint32_t reserved[5];               /* 108  zero */
+    uint32_t fading;                    /* 108  taylor: based_fading */
+    uint32_t reserved[4];               /* 112  zero */
 };
 
 /* The tokenizer section: uint32 words, then bytes.
@@ -618,7 +657,7 @@ enum based_tokenizer_flags {
  *           of each float of a vector: h = (h + word + 1) * 0x9e3779b97f4a7c15, h ^= h >> 32
  *     56    uint64 width of the logits; uint64 floats of state; uint64 bytes of the note
  *     80    float32 logits, float32 state as it lies in memory (based.c describes it for each
- *           mixer), the note
+ *           mixer; if config.prefix > 0, the last number is that of the prefix tokens), the note
  */
 #define BASED_STATE_MAGIC  "BSTATE\r\n"
 #define BASED_STATE_FORMAT 1u

@@ -41,6 +41,7 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_feed_vectors": (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_feed_bidirectional":
         (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
+    "based_feed_prefix": (C.c_int, [C.c_void_p, IDS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_step_many": (C.c_int, [C.POINTER(C.c_void_p), IDS, C.c_size_t, C.POINTER(Error)]),
     "based_logits": (FLOATS, [C.c_void_p]),
     "based_count": (C.c_uint64, [C.c_void_p]),
@@ -175,6 +176,15 @@ class Session:
         out = np.full((len(x), self.model.width), np.nan, np.float32)
         check(self.lib.based_feed_bidirectional(self.handle, floats(x), len(x), floats(out),
                                                 C.byref(error)), error)
+        return out
+
+    def feed_prefix(self, tokens):
+        """Feeds the beginning of a text, whose tokens see each other; returns the output of
+        each."""
+        x, error = np.ascontiguousarray(tokens, np.int32), Error()
+        out = np.full((len(x), self.model.width), np.nan, np.float32)
+        check(self.lib.based_feed_prefix(self.handle, ids(x), len(x), floats(out),
+                                         C.byref(error)), error)
         return out
 
     def feed_last(self, tokens):

@@ -24,14 +24,15 @@ FLT_MAX = float(np.finfo(np.float32).max)
 CONFIG = {32: "flags", 36: "dim", 40: "layers", 44: "vocab", 48: "rows", 52: "input",
           56: "embedding_dtype",
           60: "head_dtype", 64: "final_norm", 68: "final_norm_eps", 72: "tokenizer_bytes",
-          76: "context"}
+          76: "context", 144: "prefix"}
 LAYER = {0: "mixer", 4: "flags", 8: "norm1", 12: "norm2", 16: "norm1_eps", 20: "norm2_eps",
          24: "heads", 28: "kv_heads",
          32: "head_dim_k", 36: "head_dim_v", 40: "conv_width", 44: "window", 48: "chunk",
          52: "degree", 56: "kernel",
          60: "normalizer", 64: "normalizer_eps", 68: "scale", 72: "rope_pairs", 76: "mlp",
          80: "hidden_dim", 84: "in_dtype",
-         88: "out_dtype", 92: "up_dtype", 96: "down_dtype", 100: "sinks", 104: "decay"}
+         88: "out_dtype", 92: "up_dtype", 96: "down_dtype", 100: "sinks", 104: "decay",
+         108: "fading"}
 
 
 def fields(data, at, names):
@@ -121,8 +122,12 @@ def read(path):
             l.parts = [inner, inner] if l.mixer == 1 else [l.heads * l.head_dim_k,
                                                            l.kv_heads * l.head_dim_k,
                                                            l.kv_heads * l.head_dim_v]
+            if l.flags & 2048:
+                l.parts += l.parts[1:]                      # k_enc, v_enc
             l.in_weight = matrix(l.in_dtype, sum(l.parts), m.dim)
             l.in_bias = vector(sum(l.parts)) if l.flags & 1 else 0
+        if l.flags & 1024:
+            l.q_norm, l.k_norm = vector(l.head_dim_k), vector(l.head_dim_k)
         if l.mixer == 1:
             l.conv_weight = vector(l.conv_width, inner)
             l.conv_bias = vector(inner) if l.flags & 4 else 0
@@ -132,7 +137,11 @@ def read(path):
             l.key_mean = vector(l.kv_heads, l.head_dim_k)
         if l.mixer == 2:
             l.coefficients = vector(l.heads, l.degree + 1)
-        if l.flags & 32:
+        if l.fading == 1:
+            l.fade_weight, l.fade_bias = vector(l.kv_heads, m.dim), vector(l.kv_heads)
+        if l.fading == 2:
+            l.fade_factor = vector(l.kv_heads)
+        if l.flags & (32 | 4096):
             l.gate = vector(l.heads, m.dim)
         if l.mixer and not l.flags & 128:
             l.out_weight = matrix(l.out_dtype, m.dim, inner)
@@ -164,6 +173,10 @@ def silu(x):
 
 def gelu(x):
     return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def gelu_tanh(x):
+    return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
 
 def normed(x, kind, eps, weight, bias=0):
@@ -238,11 +251,13 @@ def with_window(score, w, past, flushed):
     return old * np.exp(-top) + np.where(past & ~flushed, np.exp(np.minimum(score - top, 0)), 0)
 
 
-def attention(l, q, k, v, first):
-    """Taylor or window; q [n, heads*head_dim_k], k, v likewise for the kv heads. Returns [n, heads,
-    head_dim_v]."""
+def attention(l, x, q, k, v, first, k_enc=None, v_enc=None):
+    """Taylor or window; q [n, heads*head_dim_k], k, v likewise for the kv heads; x [n, dim], of
+    which they were computed. k_enc, v_enc: of the prefix. Returns [n, heads, head_dim_v]."""
     n = len(q)
     q, k, v = q.reshape(n, l.heads, -1), k.reshape(n, l.kv_heads, -1), v.reshape(n, l.kv_heads, -1)
+    if l.flags & 1024:
+        q, k = normed(q, 1, l.norm1_eps, l.q_norm), normed(k, 1, l.norm1_eps, l.k_norm)
     if l.rope_pairs:
         q, k = rotated(q, l.rope_freq, first), rotated(k, l.rope_freq, first)
     if l.flags & 512:
@@ -271,25 +286,41 @@ def attention(l, q, k, v, first):
             w = np.where(past, w * (1 - l.decay) ** np.maximum(since, 0), 0)
             if l.window:
                 w = with_window(score, w, past, since >= 0)
-            y[:, h] = divided(l, w @ vh, w.sum(1, keepdims=True))
+            of_values = w
+            if l.fading:
+                g = np.full(n, l.fade_factor[kv]) if l.fading == 2 else sigmoid(
+                    x @ l.fade_weight[kv] + l.fade_bias[kv])
+                total = np.cumsum(np.log(g))
+                of_values = w * np.exp(np.where(past, total[:, None] - total, -np.inf))
+                w = of_values if l.fading == 1 else w
+            total, z = of_values @ vh, w.sum(1, keepdims=True)
+            if k_enc is not None:
+                ke, ve = (a.reshape(len(a), l.kv_heads, -1)[:, kv] for a in (k_enc, v_enc))
+                w = sum(a[p] * (l.scale * qh @ ke.T) ** p for p in range(l.degree + 1))
+                total, z = total + w @ ve, z + w.sum(1, keepdims=True)
+            y[:, h] = divided(l, total, z)
     return y
 
 
-def mixer(m, l, x, first):
-    """What the mixer adds to x."""
+def mixer(m, l, x, first, prefix):
+    """What the mixer adds to x. prefix: so many first tokens are one."""
     if l.mixer == 0:
         return np.zeros_like(x)
     if l.flags & 64:
         keep = m.dim - m.dim // 2
         x = np.concatenate([x[:, :keep], previous(x, 1)[:, keep:]], 1)
-    parts = l.in_weight(apply_norm(x, l, "norm1")) + l.in_bias
+    x_norm = apply_norm(x, l, "norm1")
+    parts = l.in_weight(x_norm) + l.in_bias
     parts = np.split(parts, np.cumsum(l.parts)[:-1], axis=1)
     if l.mixer == 1:
         y = conv(l, *parts)
     else:
-        y = attention(l, *parts, first)
+        encoder = [part[:prefix] for part in parts[3:]] if prefix else []
+        y = attention(l, x_norm, *parts[:3], first, *encoder)
         if l.flags & 32:
             y = y * sigmoid(x @ l.gate.T)[..., None]
+        if l.flags & 4096:
+            y = y * (x_norm @ l.gate.T)[..., None]
         y = y.reshape(len(x), -1)
     return y if l.flags & 128 else l.out_weight(y) + l.out_bias
 
@@ -303,14 +334,14 @@ def mlp(l, x):
         gate, value = np.split(up, 2, axis=1)
         up = silu(gate) * value
     else:
-        up = gelu(up)
+        up = gelu(up) if l.mlp == 2 else gelu_tanh(up)
     return l.down_weight(up) + l.down_bias
 
 
-def run(m, tokens, first=0, trace=None):
+def run(m, tokens, first=0, trace=None, prefix=0):
     """The output after every token: [n, vocab], or [n, dim] without a head. tokens: ids, or vectors
     [n, input]. first: the position of the first token. trace: a dict that receives what every
-    sub-layer added."""
+    sub-layer added. prefix: so many tokens were fed as a prefix."""
     if m.input == 0:
         x = m.embedding.values[np.asarray(tokens)]
     else:
@@ -318,7 +349,7 @@ def run(m, tokens, first=0, trace=None):
         if m.flags & 4:
             x = m.input_weight(x) + m.input_bias
     for i, l in enumerate(m.layer):
-        mixed = mixer(m, l, x, first)
+        mixed = mixer(m, l, x, first, prefix)
         x = mixed if l.flags & 256 else x + mixed
         more = mlp(l, x)
         x = x + more
@@ -329,15 +360,18 @@ def run(m, tokens, first=0, trace=None):
 
 
 def state_floats(m, l):
-    """Floats that layer l of model m remembers of the past: tokens of a convolution; sums (with
-    what compensates their rounding, unless they decay) and the keys and values beside them; a ring
-    of keys and values; the token before, if channels are shifted."""
+    """Floats that layer l of model m remembers of the past (the model itself one more, if it has a
+    prefix): tokens of a convolution; sums (with
+    what compensates their rounding, unless they decay), the keys and values beside them and how
+    much of each is left, if they fade; a ring of keys and values; the token before, if channels are
+    shifted."""
     token, features = l.kv_heads * (l.head_dim_k + l.head_dim_v), 1 + l.degree * l.head_dim_k
     if l.kernel == 0:
         features = math.comb(l.degree + l.head_dim_k, l.degree)
-    of_sums = l.head_dim_v + 2 + (0 if l.decay else (l.head_dim_v + 1) // 2)
+    of_sums = l.head_dim_v + 2 + (0 if l.decay or l.fading else (l.head_dim_v + 1) // 2)
+    room = l.sinks + l.window + l.chunk
     floats = [0, (l.conv_width - 1) * l.head_dim_v,
-              l.kv_heads * features * of_sums + (l.sinks + l.window + l.chunk) * token,
+              l.kv_heads * (features * of_sums + (room + 1) * (l.fading > 0)) + room * token,
               l.window * token][l.mixer]
     return floats + (m.dim if l.flags & 64 else 0)
 
@@ -444,6 +478,7 @@ def random_config(rng, **overrides):
         l.norm2_eps *= l.norm2 != 0
         layers.append(l)
     config.final_norm_eps *= config.final_norm != 0
+    later_choices(np.random.default_rng(rng.integers(2**32)), config, layers, per_layer)
     if dtype:
         rows_dtype = int(pick(1, 2)) if dtype == "mixed" else dtype
         config.embedding_dtype = 0 if config.input else rows_dtype
@@ -454,8 +489,33 @@ def random_config(rng, **overrides):
     return config, layers
 
 
+def later_choices(rng, config, layers, fixed):
+    """What the format has learned later, drawn by itself, so that all else of a seed's model stays
+    as it was. fixed: fields of layers that must not change."""
+    import export
+    for l in layers:
+        if l.mlp == export.GELU and rng.random() < 0.5 and "mlp" not in fixed:
+            l.mlp = export.GELU_TANH
+        if "flags" not in fixed and l.mixer in (export.TAYLOR, export.WINDOW):
+            l.flags |= export.QK_NORM if rng.random() < 0.3 else 0
+            if l.flags & export.VALUE_GATES and rng.random() < 0.4:
+                l.flags ^= export.VALUE_GATES | export.VALUE_FACTORS
+        if (l.mixer == export.TAYLOR and not l.kernel and not l.window and not fixed
+                and rng.random() < 0.5):
+            l.sinks = l.decay = 0
+            l.fading = int(rng.integers(0 if not config.input else 1, 3))
+            if not l.fading:
+                config.prefix, l.rope_pairs = 24, 0
+                l.flags = (l.flags & ~(export.IN_BIAS | export.KEY_MEAN | export.QK_NORM)
+                           | export.PREFIX)
+
+
 def random_tensor(rng, name, shape):
     """Trained-looking numbers: rows of matrices keep the size of what they multiply."""
+    if name.endswith("fade.factor"):
+        return (1 - np.exp2(-rng.uniform(2, 8, shape))).astype(np.float32)
+    if name.endswith("fade.bias"):
+        return rng.uniform(1, 4, shape).astype(np.float32)
     if name.endswith("rope_freq"):
         whole = (rng.random(shape) * 2**63).astype(np.uint64)
         return whole >> rng.integers(0, 20, shape).astype(np.uint64)

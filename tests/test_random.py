@@ -56,8 +56,8 @@ def test_sizes(random_model):
         path = random_model(seed)
         saved, model = export.Checkpoint(path), Model(path)
         assert model.parameters == export.parameters(saved.config, saved.layers), seed
-        assert model.state_bytes == 4 * sum(reference.state_floats(saved.config, l)
-                                            for l in saved.layers), seed
+        of_layers = sum(reference.state_floats(saved.config, l) for l in saved.layers)
+        assert model.state_bytes == 4 * (of_layers + (saved.config.prefix > 0)), seed
 
 
 MIXERS = {"conv": export.CONV, "taylor": export.TAYLOR, "window": export.WINDOW}
@@ -152,7 +152,8 @@ def test_generator_covers_the_format(tmp_path):
         for l in layers:
             mixer = ("none", "conv", "taylor", "window")[l.mixer]
             seen |= {("mixer", mixer), ("norm1", l.norm1), ("norm2", l.norm2), ("mlp", l.mlp)}
-            seen |= {(mixer, "flag", bit) for bit in range(10) if l.flags >> bit & 1}
+            seen |= {(mixer, "flag", bit) for bit in range(13) if l.flags >> bit & 1}
+            seen |= {("fading", l.fading)}
             pairs = 0 if not l.rope_pairs else 2 if 2 * l.rope_pairs == l.head_dim_k else 1
             seen |= {(mixer, "rope_pairs", pairs), ("conv_width", l.conv_width),
                      (mixer, "grouped", l.heads > l.kv_heads), ("normalizer", l.normalizer),
@@ -165,7 +166,8 @@ def test_generator_covers_the_format(tmp_path):
               ("no head", True), ("own head", True)}
     wanted |= {(name, i) for name in ("final norm", "norm1", "norm2") for i in range(4)}
     wanted |= {("mixer", name) for name in ("none", "conv", "taylor", "window")}
-    wanted |= {("mlp", i) for i in range(3)}
+    wanted |= {("mlp", i) for i in range(4)} | {("fading", i) for i in range(3)}
+    wanted |= {("taylor", "flag", bit) for bit in (10, 11, 12)} | {("window", "flag", 10)}
     wanted |= {(mixer, "flag", bit) for mixer in ("conv", "taylor", "window")
                for bit in (0, 1, 3, 4, 6, 7, 8)} | {("conv", "flag", 2)}
     wanted |= {(mixer, "flag", 5) for mixer in ("taylor", "window")}
@@ -180,20 +182,28 @@ def test_generator_covers_the_format(tmp_path):
     wanted |= {("window", "key", n) for n in (12, 16, 64, 112)}
     wanted |= {("taylor", "key", n) for n in (4, 5, 8, 16, 24)}
     wanted |= {("taylor", "value", n) for n in (1, 5, 12, 16, 112)}
-    assert not wanted - seen
+    assert not wanted - seen, wanted - seen
 
 
-# ---- The same tokens in any way give the same bits. Seven models with all mixers, three of
-# them quantized.
+# ---- The same tokens in any way give the same bits. Seven models with all mixers, three of them
+# quantized; then fading by gates and by a fixed factor, and a prefix that is not used.
 
 ALL = [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR]
+FADING = [export.TAYLOR, export.TAYLOR]
+PLAIN_SUMS = {"kernel": 0, "window": 0, "sinks": 0, "decay": 0.0, "degree": 2, "chunk": 9,
+              "normalizer": export.ADD, "normalizer_eps": 0.0}
+WITH_PREFIX = {**PLAIN_SUMS, "flags": export.PREFIX, "rope_pairs": 0, "fading": 0}
 TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
           (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "conv_width": 4}, **TOKENS}),
           (103, {"mixers": ALL[::-1], **TOKENS}),
           (104, {"mixers": ALL, "dtype": 1, **TOKENS}),
           (105, {"mixers": ALL, "dtype": 2, **TOKENS}),
-          (106, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS})]
+          (106, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS}),
+          (107, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 1}, **TOKENS}),
+          (108, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 2, "flags": export.QK_NORM},
+                 **TOKENS}),
+          (109, {"mixers": FADING, "layer": WITH_PREFIX, "prefix": 24, **TOKENS})]
 BUDGET = settings(max_examples=10, deadline=None, derandomize=True,
                   suppress_health_check=list(hypothesis.HealthCheck))
 EVERY_MODEL = pytest.mark.parametrize("index", range(len(MODELS)))
@@ -232,6 +242,30 @@ def test_every_block_size(random_model, index):
     for block in range(1, 65):
         assert same_bits(Session(model, block).feed(tokens), expected), block
         assert same_bits(Session(model, block).feed_last(tokens), expected[-1]), block
+
+
+@pytest.mark.parametrize("n", [1, 2, 9, 10, 24])
+def test_prefix(random_model, n, tmp_path):
+    """The tokens of a prefix see each other; what comes later sees them, in any way of feeding, and
+    after a copy. Without a prefix the same model looks back only."""
+    path = random_model(109, **dict(MODELS[9][1]))
+    m, model = reference.read(path), Model(path)
+    tokens = np.random.default_rng(n).integers(0, 47, 90)
+    expected = reference.run(m, tokens, prefix=n)
+    scale = TOLERANCE * max(1, np.abs(expected).max())
+    session, copy = Session(model, 32), Session(model, 5)
+    first = session.feed_prefix(tokens[:n])
+    assert np.abs(first - expected[:n]).max() <= scale
+    copy.copy_from(session)
+    rest = session.feed(tokens[n:])
+    assert np.abs(rest - expected[n:]).max() <= scale
+    assert same_bits(rest, copy.feed(tokens[n:]))
+    assert np.abs(expected - reference.run(m, tokens)).max() > 50 * scale
+    with pytest.raises(based.BasedError, match="must come first"):
+        session.feed_prefix(tokens[:n])
+    for wrong in (0, 6, 25):
+        with pytest.raises(based.BasedError, match=f"a prefix of {wrong} tokens"):
+            Session(model, 5 if wrong == 6 else 32).feed_prefix(tokens[:wrong])
 
 
 NO_CHECKSUM, PLAIN, AVX2, AVX512 = 1, 2, 4, 8             # flags of based_open

@@ -76,10 +76,11 @@ struct range { uint32_t low, high; };
 #define SAME(high) { 0, high }, { 0, high }, { 0, high }, { 0, high }
 
 static const struct { const char *name; size_t at; struct range range; } header_words[] = {
-    HEADER(flags, 0, 15), HEADER(dim, 1, BASED_MAX_DIM), HEADER(layers, 1, BASED_MAX_LAYERS),
+    HEADER(flags, 0, 31), HEADER(dim, 1, BASED_MAX_DIM), HEADER(layers, 1, BASED_MAX_LAYERS),
     HEADER(vocab, 0, BASED_MAX_VOCAB), HEADER(rows, VOCAB, BASED_MAX_VOCAB),
     HEADER(input, 0, BASED_MAX_DIM), HEADER(embedding_dtype, 0, BASED_Q4),
-    HEADER(head_dtype, 0, BASED_Q4), HEADER(final_norm, 0, BASED_NORM_L2)
+    HEADER(head_dtype, 0, BASED_Q4), HEADER(final_norm, 0, BASED_NORM_L2),
+    HEADER(prefix, 0, BASED_MAX_BLOCK)
 };
 
 /* The taylor layer is the last one of model.h, which has one head and an MLP. */
@@ -88,7 +89,7 @@ enum { HIDDEN = BASED_MAX_HIDDEN, HALF = HIDDEN / 2, WINDOW = BASED_MAX_WINDOW,
 static const struct { const char *name; size_t at; struct range range[4]; } layer_words[] = {
     /*                none      conv             taylor                   window */
     LAYER(mixer,      SAME(BASED_WINDOW)),
-    LAYER(flags,      SAME(1023)),
+    LAYER(flags,      SAME(8191)),
     LAYER(norm1,      SAME(BASED_NORM_L2)),
     LAYER(norm2,      SAME(BASED_NORM_L2)),
     LAYER(heads,      { 0, 0 }, { 1, 1 },        { 1, HEADS },            { 1, HEADS }),
@@ -102,13 +103,14 @@ static const struct { const char *name; size_t at; struct range range[4]; } laye
     LAYER(kernel,     { 0, 0 }, { 0, 0 },        { 0, BASED_DIAGONAL },   { 0, 0 }),
     LAYER(normalizer, { 0, 0 }, { 0, 0 },        { 0, BASED_ONE },        { 0, 0 }),
     LAYER(rope_pairs, { 0, 0 }, { 0, 0 },        { 0, 1 },                { 0, 2 }),
-    LAYER(mlp,        SAME(BASED_GELU)),
+    LAYER(mlp,        SAME(BASED_GELU_TANH)),
     LAYER(hidden_dim, { 0, 0 }, { 0, 0 },        { 1, HIDDEN },           { 0, 0 }),
     LAYER(in_dtype,   SAME(BASED_Q4)),
     LAYER(out_dtype,  SAME(BASED_Q4)),
     LAYER(up_dtype,   SAME(BASED_Q4)),
     LAYER(down_dtype, SAME(BASED_Q4)),
-    LAYER(sinks,      { 0, 0 }, { 0, 0 },        { 0, WINDOW },           { 0, 0 })
+    LAYER(sinks,      { 0, 0 }, { 0, 0 },        { 0, WINDOW },           { 0, 0 }),
+    LAYER(fading,     { 0, 0 }, { 0, 0 },        { 0, BASED_FIXED },      { 0, 0 })
 };
 
 /* A word at and beyond both ends of its range, and at 0, 1 and what has the highest bits: outside,
@@ -323,7 +325,16 @@ static void test_headers(void) {
         uint32_t value;
         const char *says;
     } table[] = {
-        { tokens, 0, offsetof(based_config, flags), 16, "flags is 16, expected 0 to 15" },
+        { tokens, 0, offsetof(based_config, flags), 32, "flags is 32, expected 0 to 31" },
+        { tokens, 0, offsetof(based_config, flags), BASED_TIED | BASED_SAMPLING,
+          "repeat_penalty must be" },
+        { tokens, 0, offsetof(based_config, top_k), 40, "settings without the flag SAMPLING" },
+        { vectors, 0, offsetof(based_config, prefix), 1, "prefix is 1, expected 0 to 0" },
+        { tokens, 1, offsetof(based_layer, flags), BASED_QK_NORM, "only attention has norms" },
+        { tokens, 2, offsetof(based_layer, flags), BASED_PREFIX, "a prefix needs a taylor layer" },
+        { tokens, 2, offsetof(based_layer, flags), BASED_VALUE_GATES | BASED_VALUE_FACTORS,
+          "exclude each other" },
+        { tokens, 2, offsetof(based_layer, fading), BASED_GATED, "more than" },
         { tokens, 0, offsetof(based_config, flags), BASED_TIED | BASED_INPUT_PROJECTION,
           "projection without input vectors" },
         { tokens, 0, offsetof(based_config, head_dtype), BASED_Q8, "tied head" },
@@ -383,7 +394,8 @@ static void test_samplers(void) {
         bad[10].repeat_last_n = BASED_MAX_VOCAB + 1;
     for (size_t i = 0; i < COUNT(bad); i++) {
         const char *says = i < 2 ? "temperature" : i < 6 ? "top_p and min_p"
-                           : i < 8 ? "repeat_penalty" : "needs 1 to";
+                           : i < 8 ? "repeat_penalty" : i < 10 ? "needs 1 to"
+                           : "repeat_last_n";
         REFUSED(based_sampler_init(&bad[i], memory, sizeof memory, &e), BASED_EINVAL, says);
     }
     based_sampler s = good;
