@@ -1141,6 +1141,8 @@ def convert(options, temporary, note):
     taylor = [l for l in layers if l.mixer == TAYLOR]
     if changes and not taylor:
         raise Refused(f"--{next(iter(changes))} is about taylor layers, and {path} has none")
+    if changes and any(l.fading for l in taylor):
+        raise Refused(f"--{next(iter(changes))} is not for {path}, whose sums fade by themselves")
     for l in taylor:
         l.__dict__.update(changes)
 

@@ -286,6 +286,12 @@ def test_window_of_sums_refused(capsys, tmp_path):
           tmp_path / "out.bin")
 
 
+@pytest.mark.parametrize("option", ["--sinks", "--decay"])
+def test_sinks_and_decay_refused(capsys, tmp_path, option):
+    fails(capsys, f"{option} is not for .*fade by themselves", option, 0, DATA / "powercoder",
+          tmp_path / "out.bin")
+
+
 @pytest.mark.parametrize("family", huggingface.FAMILIES)
 def test_random(capsys, tmp_path, family):
     """Random weights in the shape of a config.json; they depend on the seed alone."""

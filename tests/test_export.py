@@ -278,9 +278,9 @@ def spoil(name, value):
     (spoil(f"{LAYER}3.mlp.fc2.weight", np.nan), {}, r"layers.3.down.weight holds nan at \[0, 7\]"),
     (spoil(EMBEDDING, np.inf), {}, r"embedding holds inf at \[0, 7\]"),
     (spoil("transformer.ln_f.weight", -np.inf), {}, r"final_norm.weight holds -inf at \[7\]"),
-    (put(f"{LAYER}0.mixer.conv1.conv.weight"), {}, "withdrawn based-1.3b"),
-    (put(f"{LAYER}1.mixer.decay_proj.weight"), {}, "decays.*JRT"),
-    (put(f"{LAYER}1.mixer.proj_k_enc.weight"), {}, "both directions"),
+    (put(f"{LAYER}0.mixer.conv1.conv.weight"), {}, "conv.conv.weight twice"),
+    (put(f"{LAYER}1.mixer.decay_proj.weight"), {}, "no known layer uses"),
+    (put(f"{LAYER}1.mixer.proj_k_enc.weight"), {}, "enc_length"),
     (put(f"{LAYER}1.mixer.g_norm.weight"), {}, "ThunderKittens"),
     (put("backbone.layers.0.mixer.A_log"), {}, "Mamba"),
     (None, {"alt_mixer_2": None, "mixer": {"expand_proj": 4}
