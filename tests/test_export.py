@@ -580,6 +580,11 @@ def test_pieces_of_a_tensor(monkeypatch, dtype):
         list(export.stored(t, rows))
 
 
+def test_random_rows_do_not_depend_on_pieces():
+    rows = export.random_rows("x.weight", (200, 5), 1, 1)
+    assert np.array_equal(rows[70:150], rows()[70:150]) and rows().std() > 0.3
+
+
 def test_from_anywhere_without_tqdm(tmp_path, shape):
     """A copy of the tree, called from another directory, with numpy alone."""
     copy, hidden = tmp_path / "copy", tmp_path / "hidden"
