@@ -589,8 +589,8 @@ def test_from_anywhere_without_tqdm(tmp_path, shape):
     """A copy of the tree, called from another directory, with numpy alone."""
     copy, hidden = tmp_path / "copy", tmp_path / "hidden"
     shutil.copytree(ROOT / "models" / "origins", copy / "models" / "origins")
-    for name in ("export.py", "models/__init__.py", "models/constant_memory.py"):
-        shutil.copy(ROOT / name, copy / name)
+    for path in (ROOT / "export.py", *(ROOT / "models").glob("*.py")):
+        shutil.copy(path, copy / path.relative_to(ROOT))
     hidden.mkdir()
     for name in ("tqdm", "torch", "safetensors"):
         (hidden / f"{name}.py").write_text("raise ImportError")
