@@ -1160,7 +1160,7 @@ static int bench(run *r) {
 
 static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
 static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
-static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU"};
+static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU", "GELU (tanh)"};
 static const char *const dtype_names[] = {"f32", "q8", "q4"};
 static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
 
@@ -1199,6 +1199,8 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
         printf("%22s %sfade to one half in %.0f tokens\n", "", l->sinks ? "others " : "tokens ",
                l->chunk * log(0.5) / log1p(-(double)l->decay));
     }
+    if (l->fading == BASED_GATED) printf("%22s tokens fade by a gate of each later token\n", "");
+    if (l->fading == BASED_FIXED) printf("%22s values fade at a constant rate of each head\n", "");
 }
 
 static int print_info(run *r) {
@@ -1228,6 +1230,10 @@ static int print_info(run *r) {
     if (c->context > 0) {
         printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
                THOUSANDS(c->context));
+    }
+    if (c->prefix > 0) {
+        printf("%-12s the first %u tokens of a prompt see each other\n", "prefix",
+               (unsigned)c->prefix);
     }
 
     /* the tokenizer */

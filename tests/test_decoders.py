@@ -2,6 +2,7 @@
 the originals computed, every field of config.json, what is refused, what is said."""
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,17 @@ def test_every_field():
 
 
 # ---- Tensors, windows, shapes
+
+@pytest.mark.parametrize("folder, said", [
+    ("decoders/powercoder", ["GELU (tanh) 128", "tokens fade by a gate of each later token"]),
+    ("based-decay-tiny", ["values fade at a constant rate"]),
+    ("decoders/mistral", ["SwiGLU 128", "last 16 tokens"])])
+def test_info(capsys, tmp_path, folder, said):
+    exported(capsys, DATA.parent / folder, tmp_path / "out.bin")
+    done = subprocess.run([Path(export.__file__).parent / "run", tmp_path / "out.bin", "--info"],
+                          capture_output=True, text=True, check=True)
+    assert all(text in done.stdout for text in said) and "unknown" not in done.stdout
+
 
 def test_head_that_is_said_to_be_tied_but_differs(capsys, tmp_path):
     """It is used, and that is told."""
