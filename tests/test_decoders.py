@@ -172,6 +172,7 @@ REFUSED = [
     ("llama", {"num_attention_heads": 2}, "q_proj"), ("llama", {"num_key_value_heads": 4}, "k_pr"),
     ("llama", {"num_key_value_heads": 0}, "num_key"), ("llama", {"head_dim": 7}, "width 7"),
     ("llama", {"head_dim": 6}, "q_proj"), ("llama", {"head_dim": 0}, "head_dim"),
+    ("llama", {"head_dim": 90_000_000}, "1,048,576 in all"),
     ("llama", {"attention_bias": True}, "lacks .*q_proj.bias"),
     ("llama", {"mlp_bias": True}, "lacks .*gate_proj.bias"),
     ("llama", {"tie_word_embeddings": False, "BASE": {"tie_word_embeddings": True}}, "lm_head"),
