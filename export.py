@@ -649,9 +649,9 @@ def open_index(index, settings, read):
                   {name: what for source in sources for name, what in source.unusable.items()})
 
 
-WEIGHTS = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_torch}
-WEIGHTS.update({f"{name}.index.json": partial(open_index, read=read)
-                for name, read in WEIGHTS.items()})
+WEIGHTS = {}                        # the first that is there is read; an index lists files like it
+for file, read_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
+    WEIGHTS.update({file: read_file, f"{file}.index.json": partial(open_index, read=read_file)})
 
 
 def open_directory(path, options, note):

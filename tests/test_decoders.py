@@ -261,6 +261,7 @@ def test_shards_bfloat16_and_old_tables(capsys, tmp_path):
     config = json.loads((DATA / "qwen2" / "config.json").read_text())
     one = decoders.write(tmp_path / "one", config, {name: x.float().numpy()
                                                     for name, x in state.items()})
+    (tmp_path / "many" / "pytorch_model.bin").write_text("not looked at")
     exported(capsys, tmp_path / "many", tmp_path / "many.bin")
     exported(capsys, one, tmp_path / "one.bin")
     assert (tmp_path / "many.bin").read_bytes() == (tmp_path / "one.bin").read_bytes()
