@@ -320,7 +320,7 @@ def test_broken_directories(capsys, tmp_path):
     (source / "model.safetensors").write_bytes(b"rubbish, rubbish, rubbish")
     fails(capsys, "no valid safetensors", source, out)
     (source / "model.safetensors").unlink()
-    fails(capsys, "neither model.safetensors nor pytorch_model.bin", source, out)
+    fails(capsys, "neither model.safetensors nor .* nor pytorch_model.bin", source, out)
     fails(capsys, "does not exist", tmp_path / "nowhere", out)
     source = twelve(tmp_path)
     fails(capsys, "No such file or directory", source, tmp_path / "no" / "such" / "out.bin")
