@@ -220,8 +220,8 @@ def test_every_field():
 # ---- Tensors, windows, shapes
 
 @pytest.mark.parametrize("folder, said", [
-    ("decoders/powercoder", ["GELU (tanh) 128", "tokens fade by a gate of each later token"]),
-    ("based-decay-tiny", ["values fade at a constant rate"]),
+    ("decoders/powercoder", ["tanh GELU 128", "tokens fade by a gate of each token"]),
+    ("based-decay-tiny", ["tokens fade by a fixed factor"]),
     ("decoders/mistral", ["SwiGLU 128", "last 16 tokens"])])
 def test_info(capsys, tmp_path, folder, said):
     exported(capsys, DATA.parent / folder, tmp_path / "out.bin")

@@ -28,7 +28,7 @@ import math
 
 import numpy as np
 
-from . import (ADD, CHUNK, DOT, DOWN_BIAS, GATED, GELU_TANH, IN_BIAS, NORM_LAYER, NORM_RMS,
+from . import (ADD, DOT, DOWN_BIAS, GATED, GELU_TANH, IN_BIAS, NORM_LAYER, NORM_RMS,
                OUT_BIAS, QK_NORM, SWIGLU, TAYLOR, TIED, UP_BIAS, WINDOW, Model, Refused, Settings,
                Source, equal, fractions_of_a_turn, frequencies, random_rows)
 
@@ -68,6 +68,10 @@ ROPE = {"rope_type": None, "type": None, "rope_theta": None, "factor": None,
 MAX_WIDTH = 1 << 20                         # of based.h
 # Of layers that see all tokens, the keys that are kept if --window does not say.
 KEPT = 4096
+# Of power retention: tokens that are flushed into the sums together, and newest tokens that stay
+# beside them at least. Reading a key takes 1/4000 of the time of reading the sums, so a prompt of
+# 512 tokens, which needs no sums, is read 3 times as fast; for 12 % more state.
+FLUSHED, RECENT = 64, 448
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -133,7 +137,7 @@ def read(source, options, note):
         l.scale, l.rope_pairs = width ** -0.5, width // 2
         m.norm("norm1", "input_layernorm", norm)
         if family in RETENTION:
-            l.mixer, l.chunk = TAYLOR, options.chunk or CHUNK
+            l.mixer, l.window, l.chunk = TAYLOR, RECENT, options.chunk or FLUSHED
         else:
             l.mixer, l.window = WINDOW, visible(c, i, options.window)
         read_mixer(m, l)
