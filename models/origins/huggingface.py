@@ -65,6 +65,7 @@ BY_CLASS = {"mistral": {"attention_bias": False, "mlp_bias": False},
 ROPE = {"rope_type": None, "type": None, "rope_theta": None, "factor": None,
         "low_freq_factor": None, "high_freq_factor": None,
         "original_max_position_embeddings": None, "partial_rotary_factor": 1.0}
+MAX_WIDTH = 1 << 20                         # of based.h
 # Of layers that see all tokens, the keys that are kept if --window does not say.
 KEPT = 4096
 # Of power retention: tokens that are flushed into the sums together, and newest tokens that stay
@@ -119,9 +120,9 @@ def read(source, options, note):
     dim, rows, heads = map(c.number, ("hidden_size", "vocab_size", "num_attention_heads"))
     kv = heads if c.get("num_key_value_heads") is None else c.number("num_key_value_heads")
     width = dim // heads if c.get("head_dim") is None else c.number("head_dim")
-    if heads % kv or width % 2 or not width:
-        raise Refused(f"{c.said('num_attention_heads')} is no multiple of {kv} heads of keys, or "
-                      f"heads of width {width} cannot be rotated in pairs")
+    if heads % kv or width % 2 or not 0 < heads * width <= MAX_WIDTH:
+        raise Refused(f"{c.said('num_attention_heads')}, of width {width}: expected a multiple of "
+                      f"{kv} heads of keys, of an even width, and not above {MAX_WIDTH:,} in all")
     layer_norm = family == "powercoder"
     eps = c.number("norm_epsilon" if layer_norm else "rms_norm_eps", kind=float)
     kind, norm = (NORM_LAYER, (".weight", ".bias")) if layer_norm else (NORM_RMS, (".weight",))
