@@ -34,7 +34,7 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
 static void write_seeds(void) {
     for (char first = 'd'; first <= 'w'; first++) {
         char name[] = "text0",
-             text[] = "0 abcc aaaa hello<end>x \xE6\x97\xA5\xF0\x9F\xA6\x99 it's 12\n\n x\xFF (abc 'S";
+             text[] = "0 abcc aaaa hello<end>x \xE6\x97\xA5\xF0\x9F\xA6\x99 it's 12\n\n x\xFF (b'S";
         name[4] = text[0] = first;
         save_seed(name, text, sizeof text - 1);
     }

@@ -43,7 +43,8 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
     dice_state = seed;
     if (size < 4 * 270 || dice(8) == 0) return size;
     uint32_t room = (uint32_t)(size / 4), kind = 1 + get(data, 1) % 2, tokens = get(data, 3),
-             specials = get(data, 8) % 8, stops = get(data, 10) % 3, shown = get(data, 10) >> 16 & 1;
+             specials = get(data, 8) % 8, stops = get(data, 10) % 3,
+             shown = get(data, 10) >> 16 & 1;
     uint32_t ids = specials + stops + shown, least = 12 + 256 + ids + 1;
     if (least + 2 * tokens > room || tokens == 0 || tokens > room)
         tokens = 1 + dice((room - least) / 3 + 1);
