@@ -469,8 +469,9 @@ def chat_template(template, tokenizer, config):
 
     def between(text, before, after=None):
         """What stands between two of the messages, or after the last one."""
-        parts = text.split(before)[1].split(after) if after else [text.split(before)[1]]
-        return parts[0]
+        if text.count(before) != 1 or (after and text.count(after) != 1):
+            raise Refused("it does not write each message once")
+        return text.split(before)[1].split(after)[0] if after else text.split(before)[1]
 
     world = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                           extensions=["jinja2.ext.loopcontrols"])
@@ -500,7 +501,7 @@ def chat_template(template, tokenizer, config):
         raise
     except Exception as e:                                # whatever a program can do wrong
         raise Refused(f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:200]}") from None
-    if not special_at(tokenizer, said):
+    if not special_at(tokenizer, said.lstrip()):
         raise Refused(f"a reply ends with {said[:20]!r}, which begins with no special token")
     texts = system, before + "{}" + asked, reply + "{}" + said, begin
     if [text.count("{}") for text in texts] != [bool(system), 1, 1, 0] or "\0" in "".join(texts):
@@ -530,7 +531,7 @@ def with_conversation(tokenizer, folders, note):
     if isinstance(template, str) and template:
         try:
             chat = chat_template(template, tokenizer, config)
-            ends = ends + special_at(tokenizer, chat[2].split("{}")[1])
+            ends = ends + special_at(tokenizer, chat[2].split("{}")[1].lstrip())
             tokenizer = tokenizer._replace(chat=chat)
         except Refused as e:
             note(f"its chat template cannot be expressed: {e}; --chat-template of run takes a "

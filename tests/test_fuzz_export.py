@@ -14,6 +14,7 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
 import export           # noqa: E402
 import origins          # noqa: E402
+from models import tokens                                 # noqa: E402
 from test_fuzz import mutant                              # noqa: E402
 from test_layers import EDIFICE, LUCIDRAINS, save, weights    # noqa: E402
 
@@ -113,7 +114,7 @@ def test_spoiled_sources(tmp_path, origin):
 
 def tokenizer_json(path):
     """A tokenizer.json with all that export.py reads of one."""
-    characters = list(export.byte_characters())
+    characters = list(tokens.byte_characters())
     vocab = {c: i for i, c in enumerate([*characters, "ab", "abc", "\u0120a"])}
     special = {"special": True, "lstrip": False, "rstrip": False, "single_word": False,
                "normalized": False}
@@ -137,7 +138,7 @@ def llama_tokenizer(path):
 def merge_list(path):
     """And the vocab.json beside it."""
     path.write_text("#version: 0.2\na b\nab c\n\u0120 a\n", encoding="utf-8")
-    characters = list(export.byte_characters())
+    characters = list(tokens.byte_characters())
     vocab = {c: i for i, c in enumerate(["<s>", *characters, "ab", "abc", "\u0120a"])}
     path.with_name("vocab.json").write_text(json.dumps(vocab))
 
