@@ -419,8 +419,8 @@ def section(tok):
                           "supported")
     specials = sorted(tok.specials, key=lambda i: (-len(tok.tokens[i]), i))
     start = np.cumsum([0] + [len(token) for token in tok.tokens])
-    # By its bytes, text becomes neither a special token nor a byte token. Of two tokens with the same
-    # bytes the first is the one that text becomes.
+    # By its bytes, text becomes neither a special token nor a byte token. Of two tokens with the
+    # same bytes the first is the one that text becomes.
     apart, first = set(tok.specials) | set(tok.byte_id), {}
     for index, token in enumerate(tok.tokens):
         if token and index not in apart:
@@ -441,8 +441,8 @@ def section(tok):
             + b"".join(tok.tokens) + chat)
 
 
-# ---- Conversations: the template of Hugging Face is a program. It is run on a short conversation, and
-#      from what it writes follow four texts that say the same without a program.
+# ---- Conversations: the template of Hugging Face is a program. It is run on a short conversation,
+#      and from what it writes follow four texts that say the same without a program.
 
 SYSTEM, ASKED, SAID, ASKED_AGAIN = "Know-one", "Ask-two", "Say-three", "Ask-four"
 

@@ -25,10 +25,11 @@ FAMILIES = {"llama3": "llama3.json", "qwen2": "qwen2.json", "smollm": "smollm.js
 # Newer than the Unicode of tokenizer.c's table; one step of the original knows them as numbers, the
 # other does not.
 NEW_NUMBERS = {*range(0x11DE0, 0x11DEA), *range(0x16FF4, 0x16FF7)}
-ODD = ["'s", "'LL", "'\u017f", "'", "it", "Ab", "hello", "The", " the", "ing", "camelCase", "1", "23",
-       "4567", "\u0662", "\u2167", "\u00b2", " ", "  ", "   ", "\n", "\r\n", "\t", "\u00a0", "\u3000",
-       "\u0085", "\u2028", "!", "(", ");", "...", "--", "_", "\u00e9", "e\u0301", "\u0416", "\u65e5",
-       "\ud55c", "\u0e01\u0e33", "\U0001f999", "\u200d", "\ufffd", "\x01", "\x7f", "def f(x):\n    "]
+ODD = ["'s", "'LL", "'\u017f", "'", "it", "Ab", "hello", "The", " the", "ing", "camelCase", "1",
+       "23", "4567", "\u0662", "\u2167", "\u00b2", " ", "  ", "   ", "\n", "\r\n", "\t", "\u00a0",
+       "\u3000", "\u0085", "\u2028", "!", "(", ");", "...", "--", "_", "\u00e9", "e\u0301",
+       "\u0416", "\u65e5", "\ud55c", "\u0e01\u0e33", "\U0001f999", "\u200d", "\ufffd", "\x01",
+       "\x7f", "def f(x):\n    "]
 
 
 def original(name):
@@ -211,7 +212,8 @@ def test_tokens_added_to_a_sentencepiece_model(tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 260}')
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "add_bos_token": False, "eos_token": "<|im_end|>", "added_tokens_decoder": {
-            "1": {"content": "<s>", "special": True}, "262": {"content": "<t>", "special": False}}}))
+            "1": {"content": "<s>", "special": True},
+            "262": {"content": "<t>", "special": False}}}))
     spec = tokens.read_tokenizer(path, 300)
     assert (spec.bos, spec.eos, spec.unknown, spec.flags) == (1, 260, 0, tokens.PREFIX_SPACE)
     assert spec.size == 263 and spec.shown == [262] and spec.specials == [0, 1, 2, 260, 262]
@@ -245,8 +247,8 @@ CHATML = """{% for m in messages %}
 {% if add_generation_prompt %}
 {{ '<|im_start|>assistant\n' }}
 {%- endif %}"""
-WITH_DEFAULT = ("{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}"
-                "{% endif %}" + CHATML)
+WITH_DEFAULT = ("{%- if messages[0].role != 'system' %}"
+                "{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}" + CHATML)
 LLAMA3 = """{{- bos_token }}
 {%- if messages[0]['role'] == 'system' %}
     {%- set first = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
@@ -304,7 +306,8 @@ def test_templates(template, texts):
     ("{{ nothing.at.all }}", "UndefinedError"), ("{{ raise_exception('No.') }}", "No."),
     (CHATML.replace("<|im_end|>", "<|end|>"), "no special token"),
     (CHATML.replace("m.role", "m.role + loop.index | string"), "more than a text"),
-    (CHATML.replace("end|>", "end|>{}"), "{} or"), (CHATML.replace("end|>", "end|>\0"), "zero byte"),
+    (CHATML.replace("end|>", "end|>{}"), "{} or"),
+    (CHATML.replace("end|>", "end|>\0"), "zero byte"),
     (CHATML.replace("user", "").replace("m['content']", "m.content[1:]"), "each message once"),
     (CHATML + "{{ ''.__class__.__mro__ }}", "SecurityError"),
     (CHATML + "{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
@@ -326,7 +329,8 @@ def told(tmp_path, config=None, generation=None):
 
 def test_stop_tokens(tmp_path):
     assert told(tmp_path)[0].stops == []
-    spec, notes = told(tmp_path, {**ENDS, "chat_template": CHATML}, {"eos_token_id": [2, 1604, 9999]})
+    spec, notes = told(tmp_path, {**ENDS, "chat_template": CHATML},
+                       {"eos_token_id": [2, 1604, 9999]})
     assert spec.stops == [1601, 1604] and spec.chat[3] == "" and notes == []
     (tmp_path / "chat_template.jinja").write_text(LLAMA3)
     assert told(tmp_path, None, {"eos_token_id": 7})[0].stops == [7, 1604]
@@ -355,7 +359,8 @@ def test_sampling(tmp_path):
     assert (c.temperature, c.top_p, c.top_k, c.repeat_penalty) == (1, 1, 20, 1.1)
     assert sampling(tmp_path, do_sample=False, temperature=0.6).flags == 0
     assert sampling(tmp_path, eos_token_id=2).flags == 0
-    for bad in ({"temperature": -1}, {"top_p": 1.5}, {"top_k": 0.5}, {"top_k": "x"}, {"min_p": True},
-                {"top_k": 2**32}, {"temperature": float("nan")}, {"repetition_penalty": 0}):
+    for bad in ({"temperature": -1}, {"top_p": 1.5}, {"top_k": 0.5}, {"top_k": "x"},
+                {"min_p": True}, {"top_k": 2**32}, {"temperature": float("nan")},
+                {"repetition_penalty": 0}):
         with pytest.raises(origins.Refused, match="generation_config.json"):
             sampling(tmp_path, **bad)
