@@ -306,6 +306,7 @@ def test_templates(template, texts):
     ("{{ nothing.at.all }}", "UndefinedError"), ("{{ raise_exception('No.') }}", "No."),
     (CHATML.replace("<|im_end|>", "<|end|>"), "no special token"),
     (CHATML.replace("m.role", "m.role + loop.index | string"), "more than a text"),
+    (CHATML.replace("assistant\n", "assistant:\n"), "more than a text"),
     (CHATML.replace("end|>", "end|>{}"), "{} or"),
     (CHATML.replace("end|>", "end|>\0"), "zero byte"),
     (CHATML.replace("user", "").replace("m['content']", "m.content[1:]"), "each message once"),
