@@ -149,10 +149,10 @@ int based_feed_bidirectional(based_session *s, const float *x, size_t n, float *
                              based_error *e);
 
 /* Feeds the beginning of a text to a model with config.prefix > 0 (JRT): n tokens, all of which see
- * each other in its prefix layers; what is fed later sees them as a past. The session must be empty,
- * and 1 <= n <= block and config.prefix: make it with a block of at least the prompt's beginning.
- * logits: as in based_feed. BASED_EINVAL if this does not hold or a token is not in the vocabulary.
- * A text may also be fed without this call; then it has no prefix. */
+ * each other in its prefix layers; what is fed later sees them as a past. The session must be
+ * empty, and 1 <= n <= block and config.prefix: make it with a block of at least the prompt's
+ * beginning. logits: as in based_feed. BASED_EINVAL if this does not hold or a token is not in the
+ * vocabulary. A text may also be fed without this call; then it has no prefix. */
 int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *logits,
                       based_error *e);
 
@@ -481,21 +481,22 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              nothing but rounding.
  *              decay > 0: each flush first multiplies the sums (those of w and those of w v) by
  *              1 - decay, then adds the chunk. Keys that are not in the sums do not decay.
- *              window > 0 (kernel DOT, ADD, eps 0): keys that are not in the sums have the weight
- *              w(q, k) = exp(scale q.k) instead, so the newest `window` keys or more, and the
- *              sinks. Let z be what the sums contribute to sum_j w(q, k_j). If z <= 0, which a
- *              polynomial with negative values can give, the sums are left out of this y, in
- *              numerator and denominator. To avoid overflow all weights are divided by exp(m),
- *              where m = max_j scale q.k_j over the keys that are not in the sums, or 0 if that is
- *              larger and z > 0: their weight is exp(scale q.k_j - m), and what the sums
+ *              window > 0 (kernel DOT, ADD, eps 0): without fading, the keys that are not in the
+ *              sums have the weight w(q, k) = exp(scale q.k) instead, so the newest `window` keys
+ *              or more, and the sinks. Let z be what the sums contribute to sum_j w(q, k_j). If z
+ *              <= 0, which a polynomial with negative values can give, the sums are left out of
+ *              this y, in numerator and denominator. To avoid overflow all weights are divided by
+ *              exp(m), where m = max_j scale q.k_j over the keys that are not in the sums, or 0 if
+ *              that is larger and z > 0: their weight is exp(scale q.k_j - m), and what the sums
  *              contribute is multiplied by exp(-m).
- *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token j,
- *              up to the present one, with g = sigmoid(fade.weight x + fade.bias), x = norm1(x'), of
- *              its key/value head (x': see gates). With normalizer ADD and eps 0 the keys in the sums
- *              are left out of this y if they contribute z <= 0 to sum_j w(q, k_j), which for
- *              weights that are never negative is only a matter of rounding.
+ *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token
+ *              j, up to the present one, with g = sigmoid(fade.weight x + fade.bias), x =
+ *              norm1(x'), of its key/value head (x': see gates). With normalizer ADD and eps 0 the
+ *              keys in the sums are left out of this y if they contribute z <= 0 to sum_j w(q,
+ *              k_j), which for weights that are never negative is only a matter of rounding.
  *              FIXED: g_i = fade.factor, and only the sum of w v is multiplied, not that of w.
- *              Not together with window, sinks, decay or kernel DIAGONAL.
+ *              window (see flush) leaves the weights as they are. Not together with sinks, decay or
+ *              kernel DIAGONAL.
  *     qk_norm  QK_NORM: q and k of each head are divided by sqrt(mean(q^2) + norm1_eps) and
  *              multiplied by q_norm.weight, k_norm.weight, before rope.
  *     rope     In taylor and window layers, q and k of each head are rotated by the position t:

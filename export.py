@@ -383,7 +383,7 @@ def stored(t, data):
 def in_order(work, items):
     """work(item) for each, in their order, by as many threads as there are processors; not much is
     begun before it is asked for."""
-    threads = os.cpu_count() or 1
+    threads = min(os.cpu_count() or 1, 16)                # each has a piece in memory
     with ThreadPoolExecutor(threads) as pool:
         begun = deque()
         for item in items:
@@ -617,9 +617,9 @@ def open_index(index, settings, read):
                   {name: what for source in sources for name, what in source.unusable.items()})
 
 
-WEIGHTS = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_torch}
-WEIGHTS.update({f"{name}.index.json": partial(open_index, read=read)
-                for name, read in WEIGHTS.items()})
+WEIGHTS = {}                        # the first that is there is read; an index lists files like it
+for file, read_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
+    WEIGHTS.update({file: read_file, f"{file}.index.json": partial(open_index, read=read_file)})
 
 
 def open_directory(path, options, note):
@@ -689,6 +689,7 @@ SHAPES = {**hazyresearch.SHAPES, **huggingface.SHAPES}
 
 EXAMPLES = """examples:
   export.py based-360m/ based-360m.bin                   a HazyResearch/based download
+  export.py SmolLM2-135M/ smollm2.bin --dtype q8         a download of Hugging Face transformers
   export.py stories15M.bin out.bin --tokenizer tokenizer.bin    a llama2.c model
   export.py layer.pt layer.bin --heads 8 --mode causal --no-shift
                                                 a layer of taylor-series-linear-attention
@@ -771,6 +772,8 @@ def convert(options, temporary, note):
     taylor = [l for l in layers if l.mixer == TAYLOR]
     if changes and not taylor:
         raise Refused(f"--{next(iter(changes))} is about taylor layers, and {path} has none")
+    if changes and any(l.fading for l in taylor):
+        raise Refused(f"--{next(iter(changes))} is not for {path}, whose sums fade by themselves")
     for l in taylor:
         l.__dict__.update(changes)
 
@@ -824,7 +827,7 @@ def arguments(argv):
         "beside it, or tokenizer.bin of llama2.c (default: what lies beside the weights; GPT-2's "
         "if nothing does and the vocabulary is)")
     add("--window", type=count, metavar="N", help="visible keys of window layers (default: as the "
-        "origin says; for llama2.c its context length)")
+        "origin says; its context length where it sees all, for transformers at most 4096)")
     add("--chunk", type=between(1, 1024), metavar="C",
         help="taylor layers: tokens that are flushed into the sums together (16)")
     add("--sinks", "--keep", type=between(0, 1 << 20), metavar="N", help="taylor layers: the first "

@@ -1223,7 +1223,7 @@ static int bench(run *r) {
 
 static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
 static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
-static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU"};
+static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU", "tanh GELU"};
 static const char *const dtype_names[] = {"f32", "q8", "q4"};
 static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
 
@@ -1262,6 +1262,10 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
         printf("%22s %sfade to one half in %.0f tokens\n", "", l->sinks ? "others " : "tokens ",
                l->chunk * log(0.5) / log1p(-(double)l->decay));
     }
+    if (l->fading) {
+        printf("%22s tokens fade by %s\n", "", l->fading == BASED_GATED
+               ? "a gate of each token" : "a fixed factor of each head");
+    }
 }
 
 static int print_info(run *r) {
@@ -1291,6 +1295,10 @@ static int print_info(run *r) {
     if (c->context > 0) {
         printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
                THOUSANDS(c->context));
+    }
+    if (c->prefix > 0) {
+        printf("%-12s the first %s tokens of a prompt see each other\n", "prefix",
+               THOUSANDS(c->prefix));
     }
 
     /* the tokenizer */
@@ -1601,6 +1609,7 @@ static int open_session(run *r, int every_row) {
                     "--vectors", r->o->checkpoint);
     }
     r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    if (c->prefix > r->block) r->block = c->prefix;     /* it is fed in one block */
     r->unfed = -1;
     TRY(new_session(r, &r->session, r->block));
     if (every_row) r->rows = malloc(r->block * row);
@@ -1686,7 +1695,12 @@ static int feed_ids(run *r, size_t n) {
             while (same < some && r->ids[i + same] != start) same++;
             some = same;
         }
-        if (based_feed(r->session, r->ids + i, some, r->rows, &r->error) != BASED_OK) {
+        /* the beginning of a prompt, in a model that has prefix layers */
+        int alone = o->perplexity || based_count(r->session) > 0;
+        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
+        if (prefix > 0 && some > prefix) some = prefix;
+        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, r->rows,
+                                                          &r->error) != BASED_OK) {
             clear_progress(r);
             return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
         }

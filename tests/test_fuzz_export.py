@@ -74,6 +74,14 @@ def based(directory, form):
                                     form))
 
 
+def copied(name):
+    """A download in data/."""
+    def copy(directory):
+        shutil.copytree(DATA / name, directory / "source")
+        return directory / "source"
+    return copy
+
+
 def llama(directory):
     return Path(origins.write_llama(directory / "llama.bin", np.random.default_rng(5),
                                     (24, 40, 2, 4, 4, 30, 12)))
@@ -86,13 +94,20 @@ def tensors(case, file):
 
 # Where the sources come from, and what they do not tell.
 ORIGINS = {
-    "safetensors": (lambda d: based(d, "safetensors"), []), "pytorch":
-    (lambda d: based(d, "bin"), []), "llama2.c": (llama, []), "lucidrains.pt":
-    (tensors(LUCIDRAINS["causal_rot"], "layer.pt"), ["--heads", 3, "--mode", "causal"]),
-    "lucidrains": (tensors(LUCIDRAINS["causal_rot"],
-                           "layer.safetensors"), ["--heads", 3, "--mode", "causal"]), "edifice":
-    (tensors(EDIFICE["c2"][1],
-             "edifice.safetensors"), ["--mode", "window", "--heads", 4, "--degree", 2])
+    "safetensors": (lambda d: based(d, "safetensors"), []),
+    "pytorch": (lambda d: based(d, "bin"), []),
+    "shards": (copied("decoders/qwen2"), []),
+    "llama3": (copied("decoders/llama3"), []),
+    "powercoder": (copied("decoders/powercoder"), []),
+    "decay": (copied("based-decay-tiny"), []),
+    "prefix": (copied("jrt-tiny"), []),
+    "llama2.c": (llama, []),
+    "lucidrains.pt": (tensors(LUCIDRAINS["causal_rot"], "layer.pt"),
+                      ["--heads", 3, "--mode", "causal"]),
+    "lucidrains": (tensors(LUCIDRAINS["causal_rot"], "layer.safetensors"),
+                   ["--heads", 3, "--mode", "causal"]),
+    "edifice": (tensors(EDIFICE["c2"][1], "edifice.safetensors"),
+                ["--mode", "window", "--heads", 4, "--degree", 2]),
 }
 
 
