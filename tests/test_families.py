@@ -8,6 +8,7 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 import unicodedata
 
@@ -317,6 +318,12 @@ def test_templates_that_cannot_be_expressed(template, reason):
     with pytest.raises(origins.Refused) as caught:
         tokens.chat_template(template, names(), ENDS)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_jinja2(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(origins.Refused, match="pip install jinja2"):
+        tokens.chat_template(CHATML, names(), ENDS)
 
 
 def told(tmp_path, config=None, generation=None):
