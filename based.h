@@ -650,10 +650,10 @@ struct based_layer {                    /* offset; fields that a mixer does not 
  * The text of token id is bytes[start[id]] .. bytes[start[id + 1] - 1], raw bytes (in BASED_BPE
  * after undoing GPT-2's byte-to-character map; in BASED_SCORES "<0x41>" is the one byte 0x41). The
  * bytes of a special token are its name, which is matched in a prompt if that is asked for; the
- * token decodes to nothing, or to its name if it is in shown_id. After the bytes of all tokens comes
- * the chat template, and nothing else: the four texts of based_chat_text, each with a zero at its
- * end. byte_id[b] is a token of the one byte b; a byte without one becomes `unknown`, or nothing if
- * there is no unknown token. stop_id holds tokens that end a text, besides bos and eos.
+ * token decodes to nothing, or to its name if it is in shown_id. After the bytes of all tokens
+ * comes the chat template, and nothing else: the four texts of based_chat_text, each with a zero at
+ * its end. byte_id[b] is a token of the one byte b; a byte without one becomes `unknown`, or
+ * nothing if there is no unknown token. stop_id holds tokens that end a text, besides bos and eos.
  *
  * An entry of merge is (left, right, rank, result). Entries are in strictly ascending order of
  * (left, right), and the bytes of result are those of left followed by those of right.

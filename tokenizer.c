@@ -275,19 +275,18 @@ static int check_scores(const based_tokenizer *t, based_error *e) {
 /* Four zero-terminated texts behind the tokens, or none: what a system message, one of the user and
  * a reply look like, with one {} each ("" for no system message), and how a text begins. */
 static int check_chat(based_tokenizer *t, const char *p, size_t bytes, based_error *e) {
-    for (int i = 0; i < 4 && bytes > 0; i++) {
-        const char *end = memchr(p, '\0', bytes);
-        if (end == NULL)
-            return invalid(e, "tokenizer: text # of the chat template has no end", (uint64_t)i, 0);
-        const char *hole = strstr(p, "{}");
-        int needs = i == BASED_CHAT_USER || i == BASED_CHAT_REPLY || (i == BASED_CHAT_SYSTEM && *p);
-        if (needs && (hole == NULL || strstr(hole + 2, "{}") != NULL))
-            return invalid(e, "tokenizer: text # of the chat template has not one {}", (uint64_t)i,
-                           0);
-        t->chat[i] = p;
-        bytes -= (size_t)(end + 1 - p);
-        p = end + 1;
-        if ((bytes == 0) != (i == BASED_CHAT_BEGIN))
+    size_t at = 0;
+    for (uint32_t i = 0; i < 4 && bytes > 0; i++) {
+        size_t holes = 0;
+        t->chat[i] = p + at;
+        for (; at < bytes && p[at] != '\0'; at++)
+            holes += p[at] == '{' && at + 1 < bytes && p[at + 1] == '}';
+        if (at++ == bytes)
+            return invalid(e, "tokenizer: text # of the chat template has no end", i, 0);
+        int needs = i == BASED_CHAT_SYSTEM ? *t->chat[i] != '\0' : i != BASED_CHAT_BEGIN;
+        if (needs && holes != 1)
+            return invalid(e, "tokenizer: text # of the chat template has not one {}", i, 0);
+        if ((at == bytes) != (i == BASED_CHAT_BEGIN))
             return invalid(e, "tokenizer: the chat template has not four texts", 0, 0);
     }
     return BASED_OK;
