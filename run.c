@@ -2646,8 +2646,7 @@ static size_t put_utf8(char *to, uint32_t code) {
 
 /* Reads a string and decodes it in place: it never gets longer. */
 static int read_string(reader *in, span *out) {
-    char *to = ++in->at;
-    out->text = to;
+    char *text = ++in->at, *to = text;
     while (in->at < in->end && *in->at != '"') {
         size_t rest = (size_t)(in->end - in->at), n;
         uint32_t code = 0;
@@ -2669,7 +2668,7 @@ static int read_string(reader *in, span *out) {
     if (in->at == in->end) return refuse(in, "a text does not end");
     in->at++;
     *to = '\0';
-    out->n = (size_t)(to - out->text);
+    *out = (span){ text, (size_t)(to - text) };
     return 1;
 }
 
@@ -2707,21 +2706,21 @@ enum { KEYS = (int)(sizeof keys / sizeof keys[0]) };
 
 /* One stop text, or the list of them. Returns 0 if it is something else. */
 static int read_stops(job *j, reader *in) {
-    int list = peek(in) == '[', more = 1;
+    int list = peek(in) == '[', c = ',';
     in->at += list;
+    j->o.stops = j->stops;
     j->o.n_stops = 0;
-    if (list && peek(in) == ']') return in->at++, 1;
-    while (more) {
+    if (list && peek(in) == ']') c = ']', in->at++;
+    while (c == ',') {
         span stop;
         if (peek(in) != '"' || !read_string(in, &stop)) return 0;
         if (stop.n == 0 || strlen(stop.text) < stop.n || j->o.n_stops == STOPS) return 0;
         j->stops[j->o.n_stops++] = stop.text;
-        more = list && peek(in) == ',';
-        in->at += more || list;
-        if (list && !more && in->at[-1] != ']') return 0;
+        if (!list) return 1;
+        c = peek(in);
+        in->at += c == ',' || c == ']';
     }
-    j->o.stops = j->stops;
-    return 1;
+    return c == ']';
 }
 
 /* The value of a key. null is as if the key were not there. */
@@ -3051,6 +3050,7 @@ static int write_branch(batch *b, const job *j) {
            THOUSANDS((uint64_t)b->r->o->branches), (unsigned long long)j->r.sampler.seed);
     TRY(write_text(&b->r->out, j->text.bytes, j->text.n));
     TRY(flush_text());
+    b->r->hash = j->r.hash;
     if (b->r->o->verbose) {
         fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)j->index + 1,
                 (unsigned)j->r.hash);
