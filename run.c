@@ -2548,7 +2548,7 @@ typedef struct job {
     char       *stops[STOPS];
     int         id_is_text, logprobs;
     uint64_t    index;                  /* of several texts for one request                       */
-    size_t      n_scored;               /* the last of r.ids, which are the continuation          */
+    size_t      n_prompt, n_scored;     /* r.ids: the prompt, then the continuation               */
     uint64_t    n;                      /* tokens written or scored so far                        */
     double      score;                  /* log probability of the continuation                    */
     int         greedy;                 /* it is what temperature 0 would have written            */
@@ -2885,7 +2885,8 @@ static int encode_request(job *j) {
                                   "a prompt" };
         return 0;
     }
-    if (whole) j->n_scored = r->n_ids - 1;
+    j->n_prompt = whole ? 1 : r->n_ids;
+    j->n_scored = r->n_ids - j->n_prompt;
     if (whole || !c->text) return 1;
 
     int32_t *prompt = r->ids;
@@ -3123,7 +3124,7 @@ static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t fro
     size_t fork = n;
     *shared = 0;
     for (int k = 0; j && k < LOOKAHEAD; k++, j = j->next) {
-        size_t most = j->r.n_ids - j->n_scored, same = 0;
+        size_t most = j->n_prompt, same = 0;
         if (most > fork) most = fork;
         if (j->finish || most < from + SHARED_LEAST) continue;
         while (same < most && j->r.ids[same] == ids[same]) same++;
@@ -3135,9 +3136,9 @@ static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t fro
 /* Reads the prompt of a job with r->session. */
 static int read_job_prompt(batch *b, job *j) {
     run *r = b->r;
-    size_t n = j->r.n_ids - j->n_scored, from = recall(b, j->r.ids, n), fork;
+    size_t n = j->n_prompt - (j->n_scored > 0), from = recall(b, j->r.ids, n), fork;
     int shared, rc = DONE;
-    b->prompt_tokens += n;
+    b->prompt_tokens += j->n_prompt;
     b->shared_tokens += from;
     r->ids = j->r.ids;
     for (; from < n && rc == DONE && !interrupted; from = fork) {
@@ -3158,23 +3159,22 @@ static int is_best(const float *logits, size_t n, int32_t id) {
     return 1;
 }
 
-/* Scores the continuation, token by token, and feeds it to r->session in blocks. */
+/* Scores the continuation by the logits before each of its tokens, in blocks. r->session has read
+ * the prompt but for its last token. */
 static int score_continuation(batch *b, job *j) {
     run *r = b->r;
-    size_t n = j->n_scored, width = based_width(r->model), some = 0, at = 0;
-    const int32_t *ids = j->r.ids + j->r.n_ids - n;
-    const float *logits = based_logits(r->session);
+    size_t n = j->n_scored, width = based_width(r->model);
+    const int32_t *ids = j->r.ids + j->n_prompt;        /* (n_scored)                             */
     j->greedy = 1;
-    for (size_t i = 0; i < n && !interrupted; i++, at++) {
-        if (i > 0 && at >= some) {      /* the rows of tokens i - 1 and on                        */
-            some = n - i < r->block ? n - i : r->block;
-            TRY_LIB(based_feed(r->session, ids + i - 1, some, b->rows, &r->error), r->o->jsonl);
-            at = 0;
+    for (size_t at = 0, some; at < n && !interrupted; at += some) {
+        some = n - at < r->block ? n - at : r->block;
+        TRY_LIB(based_feed(r->session, ids + at - 1, some, b->rows, &r->error), r->o->jsonl);
+        for (size_t i = 0; i < some; i++) {
+            const float *logits = b->rows + i * width;
+            TRY(check_logits(r, logits, based_count(r->session)));
+            j->greedy &= is_best(logits, width, ids[at + i]);
+            TRY(note_token(b, j, logits, ids[at + i]));
         }
-        if (i > 0) logits = b->rows + at * width;
-        TRY(check_logits(r, logits, based_count(r->session)));
-        j->greedy &= is_best(logits, width, ids[i]);
-        TRY(note_token(b, j, logits, ids[i]));
     }
     b->tokens += n;
     j->finish = "stop";
