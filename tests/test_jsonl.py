@@ -1,8 +1,8 @@
-"""Many texts at once: --jsonl, --parallel, --unordered. Answers are compared with runs of their own,
-what JSON is with Python's json, and what a request may be with a list.
+"""Many texts at once: --jsonl, --parallel, --unordered.
+
+Answers are compared with runs of their own, and what JSON is with Python's json.
 """
 import json
-import math
 import os
 import random
 import re
@@ -12,6 +12,7 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from based import Model, Session
 from test_cli import MODEL, run, start
@@ -108,26 +109,26 @@ def test_log_probabilities_and_scores():
     """Of written tokens and of a continuation, against logits from the library."""
     model = Model(MODEL)
     prompt, then = "Once upon a time", ", there was a dog"
+    best = run(MODEL, "-i", prompt, "-t", 0, "-n", 40, "-q", "--no-display-prompt").text().decode()
 
     def scores(ids, n):
         rows = Session(model).feed(ids)[-n - 1:-1].astype("f8")
         logs = rows - rows.max(1, keepdims=True)
-        logs -= [[math.log(sum(map(math.exp, row)))] for row in logs]
+        logs -= np.log(np.exp(logs).sum(1, keepdims=True))
         return [log[token] for log, token in zip(logs, ids[-n:])], rows.argmax(1) == ids[-n:]
 
     written, scored, greedy, begins = ask([
         {"prompt": prompt, "max_tokens": 5, "logprobs": True, "seed": 3},
         {"prompt": prompt, "continuation": then, "logprobs": True},
-        {"prompt": prompt, "continuation": run(
-            MODEL, "-i", prompt, "-t", 0, "-n", 40, "-q", "--no-display-prompt").text()[:-1].decode()},
+        {"prompt": prompt, "continuation": best[:-1]},
         {"continuation": prompt}], "-q")
     first = list(model.encode(prompt.encode()))
     logs, _ = scores(first + written["tokens"], 5)
     assert written["logprobs"] == pytest.approx(logs, abs=1e-5)
-    logs, best = scores(first + scored["tokens"], len(scored["tokens"]))
+    logs, likeliest = scores(first + scored["tokens"], len(scored["tokens"]))
     assert scored["logprobs"] == pytest.approx(logs, abs=1e-5)
     assert scored["logprob"] == pytest.approx(sum(logs), abs=1e-5)
-    assert scored["greedy"] is bool(best.all()) is False and greedy["greedy"] is True
+    assert scored["greedy"] is bool(likeliest.all()) is False and greedy["greedy"] is True
     assert len(greedy["tokens"]) == 40 and "text" not in greedy
     # without a prompt, all of the text is scored behind the start token
     assert begins["tokens"] == first[1:]

@@ -60,8 +60,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
 
 static void write_seeds(void) {
     static const char whole[] =
-        "{\"id\": \"a\\ud83d\\ude00\", \"prompt\": \"Once\\n\", \"max_tokens\": 9, \"temperature\": 0.5,"
-        " \"top_p\": 1, \"top_k\": 5, \"min_p\": 1e-2, \"repeat_penalty\": 1.1, \"repeat_last_n\": 9,"
+        "{\"id\": \"a\\ud83d\\ude00\", \"prompt\": \"Once\\n\", \"max_tokens\": 9, \"top_p\": 1,"
+        " \"temperature\": 0.5, \"top_k\": 5, \"min_p\": 1e-2, \"repeat_penalty\": 1.1,"
+        " \"repeat_last_n\": 9,"
         " \"seed\": 7, \"stop\": [\"a\", \"b\"], \"logprobs\": true, \"n\": 2}",
         score[] = "{\"id\": -1.5e3, \"prompt\": null, \"continuation\": \"x\", \"stop\": \"y\"}";
     save_seed("whole", whole, sizeof whole - 1);
