@@ -2861,7 +2861,8 @@ static job *add_job(batch *b) {
     j->o = *b->r->o;
     j->r = *b->r;
     j->r.o = &j->o;
-    j->r.out.to = &j->text;
+    j->r.out = (text_out){ .to = &j->text, .decoder = b->r->out.decoder };
+    j->r.sampler_memory = NULL, j->r.recent = NULL;
     if (b->last) b->last->next = j;
     else b->first = j;
     b->last = j;
@@ -2950,7 +2951,8 @@ static void free_text(job *j) {
     free(j->r.recent);
     free(j->r.out.token);
     free(j->r.out.held);
-    j->r.sampler_memory = NULL, j->r.recent = NULL, j->r.out.token = j->r.out.held = NULL;
+    j->r.out.token = j->r.out.held = NULL;
+    j->r.sampler_memory = j->r.recent = NULL;
 }
 
 static void free_first(batch *b) {

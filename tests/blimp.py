@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SAMPLE = HERE / "data" / "blimp.jsonl"
 RUN = shlex.split(os.environ.get("RUN", str(HERE.parent / "run")))
 
 
@@ -51,7 +52,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model")
-    p.add_argument("pairs", nargs="?", default=HERE / "data" / "blimp.jsonl")
+    p.add_argument("pairs", nargs="?", default=SAMPLE)
     o = p.parse_args()
     sets = accuracy(o.model, o.pairs)
     for name, (right, n) in sorted(sets.items()):

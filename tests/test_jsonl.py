@@ -12,11 +12,13 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import blimp
 import numpy as np
 import pytest
 from based import Model, Session
-from test_cli import MODEL, run, start
+from test_cli import MODEL, ROOT, run, start
 
+LARGE = str(ROOT / "models" / "based-45m-english.bin")
 STORY = ("Once upon a time, there was a girl named Lily. She liked to play with her dog in the "
          "park. One day the dog ran away and ")
 
@@ -356,3 +358,20 @@ def test_progress_and_totals(tmp_path):
                               for line in done.out.splitlines()) + sum(
         json.loads(line)["finish_reason"] == "stop" for line in done.out.splitlines())
     assert b"answered" not in done.err
+
+
+def test_blimp():
+    """Minimal pairs, three of each of the 67 sets: the story model knows no grammar to speak of, and
+    the 45M model does. The sums are those of the library."""
+    sets = blimp.accuracy(MODEL, blimp.SAMPLE)
+    assert len(sets) == 67 and {n for _, n in sets.values()} == {3}
+    model = Model(MODEL)
+    _, good, bad = next(blimp.pairs(blimp.SAMPLE))
+    for sentence, log in zip((good, bad), blimp.log_probabilities(MODEL, [good, bad])):
+        ids = model.encode(sentence.encode())
+        rows = Session(model).feed(ids).astype("f8")
+        wanted = sum(row[t] - np.log(np.exp(row).sum()) for row, t in zip(rows, ids[1:]))
+        assert log == pytest.approx(wanted, abs=1e-4)
+    right = {name: sum(right for right, _ in blimp.accuracy(path, blimp.SAMPLE).values())
+             for name, path in (("small", MODEL), ("large", LARGE))}
+    assert right == {"small": 105, "large": 149}                    # of 201
