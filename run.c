@@ -142,6 +142,7 @@ typedef struct {                        /* one run of the program               
 
     int32_t        *ids;                /* (n_ids) the prompt, or the text to be measured         */
     size_t          n_ids, n_loaded;    /* n_loaded: the first ones, part of a loaded state       */
+    size_t          n_first;            /* tokens before text[from] when it was encoded           */
     int32_t         unfed;              /* the newest token, if it is not fed yet; or -1          */
     size_t          block;              /* tokens of r->ids that are fed together                 */
     float          *rows;               /* (block, width) logits of fed tokens; NULL: not needed  */
@@ -1406,11 +1407,13 @@ static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, si
     }
     for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
         int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
+        if (part == 1) r->n_first = r->n_ids;
         if (end[part] == at) continue;
         if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
         got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
                            &r->error);
         r->n_ids += got > 0 ? (size_t)got : 0;
+        t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
     }
     free(scratch);
     return got < 0 ? (int)got : BASED_OK;
@@ -2672,24 +2675,14 @@ static int read_string(reader *in, span *out) {
     return 1;
 }
 
-static int is_number(const char *p) {
-    static const char digits[] = "0123456789";
-    p += *p == '-';
-    size_t n = strspn(p, digits);
-    if (n == 0 || (*p == '0' && n > 1)) return 0;
-    p += n;
-    if (*p == '.') {
-        n = strspn(p + 1, digits);
-        if (n == 0) return 0;
-        p += n + 1;
-    }
-    if (*p == 'e' || *p == 'E') {
-        p += p[1] == '+' || p[1] == '-' ? 2 : 1;
-        n = strspn(p, digits);
-        if (n == 0) return 0;
-        p += n;
-    }
-    return *p == '\0';
+static int is_digit(char c) { return c >= '0' && c <= '9'; }
+
+/* A number that C reads, and that begins and has digits where JSON wants them. */
+static int is_number(const char *text) {
+    const char *first = text + (*text == '-'), *point = strchr(text, '.');
+    double value;
+    return is_digit(first[0]) && !(first[0] == '0' && is_digit(first[1]))
+        && (!point || is_digit(point[1])) && parse_number(text, REAL, &value);
 }
 
 /* The keys of a request. A number has the range of the flag. */
@@ -2874,34 +2867,25 @@ static job *add_job(batch *b) {
 /* The tokens of a request: the prompt, or the start token, and then the continuation. */
 static int encode_request(job *j) {
     run *r = &j->r;
-    const span *c = &j->continuation;
-    int whole = c->text && j->prompt.n == 0;    /* nothing stands before what is scored           */
-    const char *text = whole ? c->text : j->prompt.text ? j->prompt.text : "";
-    size_t bytes = whole ? c->n : j->prompt.n;
-    if (encode_quietly(r, text, bytes, whole ? PREDICTS : BEGINS, bytes, bytes) != BASED_OK) {
+    size_t n = j->prompt.n, more = j->continuation.n;
+    int unprompted = j->continuation.text && n == 0;    /* all of the text is scored              */
+    char *text = malloc(n + more + 1);
+    if (!text) {
+        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its text" };
         return 0;
     }
-    if (r->n_ids == 0 || (whole && start_token(&r->tokenizer) < 0)) {
-        r->error = (based_error){ BASED_EINVAL, "the model has no token that begins a text; give "
-                                  "a prompt" };
+    if (n > 0) memcpy(text, j->prompt.text, n);
+    if (more > 0) memcpy(text + n, j->continuation.text, more);
+    int status = encode_quietly(r, text, n + more, unprompted ? PREDICTS : BEGINS, n, n);
+    free(text);
+    if (status != BASED_OK) return 0;
+    if (r->n_ids == 0 || (unprompted && start_token(&r->tokenizer) < 0)) {
+        r->error = (based_error){ BASED_EINVAL, "no token begins a text; give a prompt" };
         return 0;
     }
-    j->n_prompt = whole ? 1 : r->n_ids;
+    j->n_prompt = unprompted ? 1 : r->n_first;
     j->n_scored = r->n_ids - j->n_prompt;
-    if (whole || !c->text) return 1;
-
-    int32_t *prompt = r->ids;
-    size_t n = r->n_ids;
-    r->ids = NULL;
-    int good = encode_quietly(r, c->text, c->n, CONTINUES, c->n, c->n) == BASED_OK;
-    int32_t *both = good ? realloc(prompt, (n + r->n_ids) * sizeof *both) : NULL;
-    if (good && !both) r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
-    if (both) memcpy(both + n, r->ids, r->n_ids * sizeof *both);
-    free(r->ids);
-    r->ids = both ? both : prompt;
-    j->n_scored = both ? r->n_ids : 0;
-    r->n_ids = n + j->n_scored;
-    return both != NULL;
+    return 1;
 }
 
 /* Puts the next text that is asked for into the queue; a request that is not valid as a job that
@@ -2972,36 +2956,36 @@ static void free_first(batch *b) {
 }
 
 /* ---- Answers ----------------------------------------------------------------------------------*/
-static int put(buffer *b, const char *text) { return append(b, text, strlen(text)); }
+static int put(buffer *b, const char *format, ...) {
+    char text[400];
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return append(b, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
+}
 
 static int put_quoted(buffer *b, const char *text, size_t n) {
     TRY(put(b, "\""));
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
-        char escape[8] = { '\\', (char)c };
-        if (c == '\n') escape[1] = 'n';
-        else if (c < 0x20) snprintf(escape, sizeof escape, "\\u%04x", c);
-        TRY(c < 0x20 || c == '"' || c == '\\' ? put(b, escape) : append(b, text + i, 1));
+        if (c < 0x20) TRY(put(b, c == '\n' ? "\\n" : "\\u%04x", c));
+        else TRY(append(b, c == '"' ? "\\\"" : c == '\\' ? "\\\\" : text + i,
+                        c == '"' || c == '\\' ? 2 : 1));
     }
     return put(b, "\"");
 }
 
 /* A log probability; JSON has no infinity. */
-static int put_log(buffer *b, double x) {
-    char number[40] = "null";
-    if (x - x == 0) snprintf(number, sizeof number, "%.9g", x);
-    return put(b, number);
-}
+static int put_log(buffer *b, double x) { return put(b, x - x == 0 ? "%.9g" : "null", x); }
 
 /* Notes a token that was written or scored. */
 static int note_token(batch *b, job *j, const float *logits, int32_t id) {
-    char number[NUMBER_BYTES];
     double log = j->logprobs || j->n_scored
                ? based_log_probability(logits, based_width(b->r->model), id) : 0;
-    snprintf(number, sizeof number, j->n ? ", %ld" : "%ld", (long)id);
-    TRY(put(&j->tokens, number));
+    TRY(put(&j->tokens, j->n ? ", %ld" : "%ld", (long)id));
     if (j->logprobs) {
-        if (j->n) TRY(put(&j->logs, ", "));
+        TRY(put(&j->logs, j->n ? ", " : ""));
         TRY(put_log(&j->logs, log));
     }
     j->n++;
@@ -3009,23 +2993,15 @@ static int note_token(batch *b, job *j, const float *logits, int32_t id) {
     return DONE;
 }
 
-static int put_list(buffer *b, const char *name, const buffer *list) {
-    TRY(put(b, name));
-    TRY(append(b, list->bytes, list->n));
-    return put(b, "]");
-}
-
 /* The answer is complete in memory before it is written, as a whole line, by one call. */
 static int write_answer(batch *b, const job *j) {
     buffer *a = &b->answer;
-    char number[64];
     a->n = 0;
     TRY(put(a, "{\"id\": "));
     if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
-    else if (j->id.text) TRY(append(a, j->id.text, j->id.n));
-    else TRY(put(a, "null"));
+    else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
     if (j->wrong) {
-        char text[400];
+        char text[320];
         int n = snprintf(text, sizeof text, "line %llu", (unsigned long long)j->line_number);
         if (j->byte) n += snprintf(text + n, 32, ", byte %llu", (unsigned long long)j->byte);
         snprintf(text + n, sizeof text - (size_t)n, ": %s", j->wrong);
@@ -3034,17 +3010,19 @@ static int write_answer(batch *b, const job *j) {
     } else if (j->continuation.text) {
         TRY(put(a, ", \"logprob\": "));
         TRY(put_log(a, j->score));
-        TRY(put(a, j->greedy ? ", \"greedy\": true" : ", \"greedy\": false"));
+        TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
     } else {
-        snprintf(number, sizeof number, ", \"index\": %llu, \"text\": ",
-                 (unsigned long long)j->index);
-        TRY(put(a, number));
+        TRY(put(a, ", \"index\": %llu, \"text\": ", (unsigned long long)j->index));
         TRY(put_quoted(a, j->text.bytes, j->text.n));
     }
-    if (!j->wrong) TRY(put_list(a, ", \"tokens\": [", &j->tokens));
-    if (!j->wrong && j->logprobs) TRY(put_list(a, ", \"logprobs\": [", &j->logs));
-    snprintf(number, sizeof number, ", \"finish_reason\": \"%s\"}\n", j->finish);
-    TRY(put(a, number));
+    if (!j->wrong) {
+        TRY(put(a, ", \"tokens\": ["));
+        TRY(append(a, j->tokens.bytes, j->tokens.n));
+        TRY(put(a, j->logprobs ? "], \"logprobs\": [" : ""));
+        TRY(append(a, j->logs.bytes, j->logs.n));
+        TRY(put(a, "]"));
+    }
+    TRY(put(a, ", \"finish_reason\": \"%s\"}\n", j->finish));
     return fwrite(a->bytes, 1, a->n, stdout) == a->n ? DONE : write_failed();
 }
 
