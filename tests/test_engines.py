@@ -1,7 +1,7 @@
 """Engines that spread requests over processes and machines: the commands that README.md shows give
 the answers of one process.
 
-    pip install pyspark                         and a Java, by hand: without them test_spark is skipped
+    pip install pyspark         and a Java, by hand: without them test_spark is skipped
 """
 import json
 import re
