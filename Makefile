@@ -80,7 +80,7 @@ FUZZERS := $(patsubst tests/fuzz/%.c,%,$(filter-out %/main.c,$(wildcard tests/fu
 FUZZ_SECONDS ?= 60
 FUZZ_CC ?= clang-14
 FUZZ_FLAGS ?= -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all
-fuzz_sources = tests/fuzz/$1.c $(if $(filter checkpoint options,$1),tokenizer.c) $(if $(filter options,$1),based.c)
+fuzz_sources = tests/fuzz/$1.c $(if $(filter checkpoint options request,$1),tokenizer.c) $(if $(filter options request,$1),based.c)
 fuzz_depends := tests/fuzz/fuzz.h tests/fuzz/text.h tests/sections.h tests/model.h based.c tokenizer.c run.c based.h
 
 $(BUILD)/fuzz_%: tests/fuzz/%.c $(fuzz_depends)

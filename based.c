@@ -2029,12 +2029,12 @@ int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, ba
     based_session *lead = n ? s[0] : NULL;
     int status = n ? check_tokens(lead->m, tokens, n, e) : BASED_OK;
     if (status) return status;
+    if (n && n > lead->block)
+        return INVALID(e, "%zu sessions at once, but the first was made for blocks of %u", n,
+                       lead->block);
     for (size_t r = 0; r < n; r++) {
         if (s[r]->m != lead->m)
             return INVALID(e, "session %zu is over another model", r);
-        if (n > s[r]->block)
-            return INVALID(e, "%zu sessions at once, but session %zu was made for "
-                        "blocks of %u", n, r, s[r]->block);
         for (size_t other = 0; other < r; other++)
             if (s[other] == s[r]) return INVALID(e, "session %zu is given twice", r);
     }

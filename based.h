@@ -158,7 +158,8 @@ int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *
 
 /* Feeds tokens[i] to session s[i], for n different sessions over one model. They are computed
  * together, so that weights are read once for all: bit for bit the same as based_step on each.
- * n is at most the smallest `block` of these sessions. On failure no session has changed. */
+ * The first session lends its scratch memory: n is at most its `block`, and the others may have
+ * been made with a block of 1. On failure no session has changed. */
 int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, based_error *e);
 
 /* The output after the last token: based_width(m) floats, the logits of the vocabulary (without
