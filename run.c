@@ -3219,14 +3219,16 @@ static size_t recall(batch *b, const int32_t *ids, size_t n) {
  * worth keeping, *shared; or n. */
 static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t from, int *shared) {
     const job *j = b->waiting;
-    size_t fork = n;
+    size_t fork = n, least = from + SHARED_LEAST;
+    size_t prefix = based_model_config(b->r->model)->prefix;
     *shared = 0;
+    if (least < prefix) least = prefix; /* whose tokens see each other, so it is read as a whole  */
     for (int k = 0; j && k < LOOKAHEAD; k++, j = j->next) {
         size_t most = j->n_prompt, same = 0;
         if (most > fork) most = fork;
-        if (j->finish || most < from + SHARED_LEAST) continue;
+        if (j->finish || most < least) continue;
         while (same < most && j->r.ids[same] == ids[same]) same++;
-        if (same >= from + SHARED_LEAST) fork = same, *shared = 1;
+        if (same >= least) fork = same, *shared = 1;
     }
     return fork;
 }
