@@ -5,7 +5,7 @@ PREFIX  ?= /usr/local
 PYTHON  ?= python3
 DEMO    ?= models/based-45m-english.bin
 
-# The flags that the promise "the same bits everywhere" rests on; based_model_init refuses to work without them.
+# based.c turns off the fusing of float operations itself; the flag is for what the programs around it compute.
 # -fno-trapping-math lets gcc turn comparisons of floats into vector code; no result depends on it.
 STRICT  := -std=c99 -ffp-contract=off -fno-trapping-math
 WARN    := -Wall -Wextra -Wconversion -Wshadow -pedantic

@@ -54,7 +54,7 @@ def test_a_fine_prompt_in_any_language(tools):
 @pytest.mark.parametrize("arguments, why", [
     (["--ram", 96], "the arena is too small for the session"),
     (["--ram", 9], "the arena is too small for the model"),
-    (["--optimise", "-O2 -ffp-contract=fast"], "this build fuses or widens float operations"),
+    (["--optimise", "-O2 -ffast-math"], "this build fuses or widens float operations"),
     (["--boards", "Z80"], "there are M3, M4F"),
 ])
 def test_refusals_say_why(tools, arguments, why):

@@ -3,6 +3,7 @@ variables, that based.c works without tokenizer.c, and that C++ can use it."""
 import array
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -154,8 +155,26 @@ def test_ids_need_no_tokenizer(tmp_path):
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
-@pytest.mark.parametrize("flags", ["-O2 -mfma -ffp-contract=fast", "-O2 -ffast-math",
-                                   "-O2 -mfpmath=387"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("compiler", ["gcc -ffp-contract=fast", "clang-14"])
+def test_no_flag_is_needed(compiler, tmp_path):
+    """based.c itself forbids fused operations, also where the processor has them."""
+    if not shutil.which(compiler.split()[0]):
+        pytest.skip(f"no {compiler.split()[0]}")
+    sources = [ROOT / name for name in ("run.c", "based.c", "tokenizer.c")]
+    subprocess.run([*compiler.split(), "-O2", "-mfma", "-o", tmp_path / "run", *sources, "-lm"],
+                   check=True)
+
+    def fingerprint(program):
+        done = subprocess.run([program, MODEL, "-t", "0", "-n", "30", "-v"], check=True,
+                              capture_output=True, text=True,
+                              env={**os.environ, "BASED_KERNELS": "plain"})
+        return re.search(r"logits #\w+", done.stderr).group()
+    assert fingerprint(tmp_path / "run") == fingerprint(ROOT / "run")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-O2 -ffast-math", "-O2 -mfpmath=387"])
 def test_a_build_that_cannot_keep_the_promises_says_so(flags, tmp_path):
     """Fused, rearranged or wider float operations give other bits; such a build opens no model."""
     sources = [ROOT / name for name in ("run.c", "based.c", "tokenizer.c")]

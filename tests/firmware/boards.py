@@ -66,7 +66,8 @@ CORES = [("Cortex-M0", ARM, "-mcpu=cortex-m0 -mthumb"),
          ("Cortex-M55", ARM, "-mcpu=cortex-m55 -mthumb -mfloat-abi=hard"),
          ("RV32IMAC", RISCV, "-march=rv32imac -mabi=ilp32"),
          ("RV32IMAFC", RISCV, "-march=rv32imafc -mabi=ilp32f")]
-STRICT = ["-std=c99", "-ffp-contract=off", "-Wall", "-Wextra", "-DBASED_FREESTANDING",
+# As most embedded projects build: gcc may fuse float operations, unless the source forbids it.
+STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-DBASED_FREESTANDING",
           "-ffunction-sections", "-fdata-sections", f"-I{ROOT}"]
 LIBRARY = ["--specs=picolibc.specs"]
 PACKAGES = ("gcc-arm-none-eabi picolibc-arm-none-eabi gcc-riscv64-unknown-elf "

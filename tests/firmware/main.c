@@ -42,8 +42,9 @@ extern unsigned char __end[], __stack[], __data_start[];
 
 /* Fills the RAM below the stack with PAINT; bytes that have changed at the end were used. */
 static void __attribute__((noinline)) paint_stack(void) {
-    volatile unsigned char here, *limit = &here;
-    for (volatile unsigned char *p = __end; p < limit - 64; p++) *p = PAINT;
+    unsigned char here;
+    const uintptr_t limit = (uintptr_t)&here - 64;
+    for (volatile unsigned char *p = __end; (uintptr_t)p < limit; p++) *p = PAINT;
 }
 
 static size_t stack_used(void) {
