@@ -29,6 +29,7 @@ help:
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
 	@echo 'make bench     speed and memory of the shipped models and of random ones: a table and two plots in $(BUILD)'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
+	@echo 'make amalgamation  the library as one file and its header: $(BUILD)/based_all.c, $(BUILD)/based_all.h'
 	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
 	@echo 'make page      the same in a browser: $(BUILD)/based.html'
@@ -121,6 +122,15 @@ $(BUILD)/tokenizer.o: tokenizer.c based.h
 	$(CC) $(FLAGS) -c -o $@ $<
 $(BUILD)/libbased.a: $(BUILD)/based.o $(BUILD)/tokenizer.o
 	$(AR) rcs $@ $^
+
+# The library as one C file and its header, to be dropped into any build.
+.PHONY: amalgamation
+amalgamation: $(BUILD)/based_all.c
+$(BUILD)/based_all.c: based.c tokenizer.c based.h LICENSE
+	@mkdir -p $(BUILD)
+	{ echo '/*'; sed 's/^/ * /; s/ *$$//' LICENSE; echo ' */'; \
+	  sed 's/#include "based.h"/#include "based_all.h"/' based.c; sed '/#include "based.h"/d' tokenizer.c; } > $@
+	cp based.h $(BUILD)/based_all.h
 
 install: run $(BUILD)/libbased.a
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib" "$(DESTDIR)$(PREFIX)/include"
