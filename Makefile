@@ -30,7 +30,7 @@ help:
 	@echo 'make bench     speed and memory of the shipped models and of random ones: a table and two plots in $(BUILD)'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
 	@echo 'make amalgamation  the library as one file and its header: $(BUILD)/based_all.c, $(BUILD)/based_all.h'
-	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
+	@echo 'make firmware  run a story on nine emulated microcontroller cores: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
 	@echo 'make page      the same in a browser: $(BUILD)/based.html'
 	@echo 'make format-check  lines of C and Python over 100 columns, with a tab or with a blank at the end'

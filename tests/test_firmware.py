@@ -15,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stories260K.bin"
+SMALL = ROOT / "models" / "stories260K-q8.bin"
 sys.path.insert(0, str(ROOT / "tests" / "firmware"))
 import boards                                                       # noqa: E402
 
@@ -55,12 +56,28 @@ def test_a_fine_prompt_in_any_language(tools):
     (["--ram", 96], "the arena is too small for the session"),
     (["--ram", 9], "the arena is too small for the model"),
     (["--optimise", "-O2 -ffast-math"], "this build fuses or widens float operations"),
-    (["--boards", "Z80"], "there are M3, M4F"),
+    (["--boards", "Z80"], "there are M0+, M3, M4F"),
 ])
 def test_refusals_say_why(tools, arguments, why):
     board = ["--boards", "M4F"] if "--boards" not in arguments else []
     done = firmware(MODEL, "--window", 128, "--tokens", 2, *board, *arguments)
     assert done.returncode == 1 and why in done.stderr and done.stdout == "", done.stderr
+
+
+def test_64_kilobytes(tools):
+    """The model in 8 bits and a window of 32 tokens: what an ESP8266 could hold, on its core."""
+    if not shutil.which("xtensa-lx106-elf-gcc"):
+        fail = os.environ.get("FIRMWARE") == "required"
+        (pytest.fail if fail else pytest.skip)("xtensa-lx106-elf-gcc not here")
+    done = firmware(SMALL, "--window", 32, "--boards", "lx106", "--tokens", 8, "--ram", 64)
+    assert done.returncode == 0 and "little girl" in done.stdout, done.stderr
+
+
+def test_sizes_without_compilers(tmp_path):
+    """Cores whose compiler is missing are named."""
+    done = subprocess.run([sys.executable, ROOT / "tests" / "firmware" / "boards.py", "--size"],
+                          env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("not here") == 7 * len(boards.CORES)
 
 
 def test_a_smaller_window_is_the_same_text_until_it_is_full(tmp_path):
