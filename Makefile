@@ -33,6 +33,7 @@ help:
 	@echo 'make firmware  run a story on nine emulated microcontroller cores: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
 	@echo 'make pico      $(BUILD)/story.uf2, a story for a Raspberry Pi Pico; make pico2: $(BUILD)/story2.uf2'
+	@echo 'make arduino   $(BUILD)/based-arduino.zip, a library for Arduino, PlatformIO, ESP-IDF and Zephyr'
 	@echo 'make page      the same in a browser: $(BUILD)/based.html'
 	@echo 'make format-check  lines of C and Python over 100 columns, with a tab or with a blank at the end'
 	@echo 'make clean     remove what was built'
@@ -144,7 +145,7 @@ install: run $(BUILD)/libbased.a
 MODEL   ?= models/stories260K.bin
 WINDOW  ?= 128
 FIRMWARE_FLAGS ?=
-.PHONY: firmware size pico pico2
+.PHONY: firmware size pico pico2 arduino
 firmware: run
 	$(PYTHON) tests/firmware/boards.py "$(MODEL)" $(if $(WINDOW),--window $(WINDOW)) $(FIRMWARE_FLAGS)
 size:
@@ -155,6 +156,9 @@ pico2: WINDOW :=
 pico pico2:
 	@mkdir -p $(BUILD)
 	$(PYTHON) tests/firmware/pico.py --board $@ "$(MODEL)" $(BUILD)/story$(@:pico%=%).uf2 $(if $(WINDOW),--window $(WINDOW))
+arduino:
+	@mkdir -p $(BUILD)
+	$(PYTHON) tests/arduino/pack.py models/stories260K-q8.bin $(BUILD)/based-arduino.zip
 
 # The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file. WASM_CC needs
 # the headers of wasi-libc and wasm-ld (on Debian: clang-14 lld wasi-libc libclang-rt-14-dev-wasm32).
