@@ -57,6 +57,12 @@
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, nanosleep, sched_yield, mmap */
 #define _DEFAULT_SOURCE 1       /* syscall, on Linux */
 #endif
+/* Products are rounded before they are added, see section 9, without a flag of the compiler. */
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 #include "based.h"
 
 #include <float.h>
@@ -1243,8 +1249,8 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
  *   - Every sum has one order: lane l of sixteen adds the elements l, l + 16, l + 32 ..., and a
  *     fixed tree adds the lanes. Sixteen floats are one register of AVX-512, two of AVX2, four of
  *     SSE or NEON; compilers vectorize these loops for all of them without reordering an addition.
- *   - a * b + c is rounded twice (-ffp-contract=off). Some kernels below round it once, but only
- *     where the product is exact, so that the result is the same.
+ *   - a * b + c is rounded twice: the pragmas at the top of the file turn fusing off. Some kernels
+ *     below round it once, but only where the product is exact, so that the result is the same.
  * All later code relies on this: these functions return the same bits wherever they are inlined.
  */
 
@@ -2506,8 +2512,9 @@ static int check_machine(based_error *e) {
 #endif
     /* tests/double.c compiles this file with `float` defined as double */
     if (strict || sizeof(float) != sizeof(uint32_t)) return BASED_OK;
-    return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile with "
-                "-ffp-contract=off (and -msse2 -mfpmath=sse on 32-bit x86), without -ffast-math");
+    return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile without "
+                "-ffast-math (and with -msse2 -mfpmath=sse on 32-bit x86, with clang not with "
+                "-ffp-contract=fast)");
 }
 
 /* The checksum of all bytes from 32 on: of a checkpoint, before it is changed to another order. */

@@ -357,8 +357,8 @@ size_t based_model_bytes(const void *bytes, size_t size, based_error *e);
 
 /* Makes a model over a checkpoint in memory, which must not change while the model lives. All that
  * part 7 specifies is checked, except that weights are finite (based_check_weights). BASED_EMACHINE
- * if this build does not compute float32 exactly as IEEE 754 specifies, for example because it
- * fuses multiplications and additions: its results would differ from those of other machines. */
+ * if this build does not compute float32 exactly as IEEE 754 specifies, for example because of
+ * -ffast-math: its results would differ from those of other machines. */
 int based_model_init(based_model **out, void *memory, size_t memory_bytes, const void *bytes,
                      size_t size, int flags, based_error *e);
 
