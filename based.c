@@ -57,8 +57,7 @@
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, nanosleep, sched_yield, mmap */
 #define _DEFAULT_SOURCE 1       /* syscall, on Linux */
 #endif
-/* Products are rounded before they are added, see section 9, without a flag of the compiler. */
-#if defined(__clang__)
+#ifdef __clang__ /* products are rounded before they are added, section 9 */
 #pragma STDC FP_CONTRACT OFF
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
@@ -138,8 +137,7 @@ struct based_session {          /* one text: its state, and memory to compute th
     uint64_t count, history;    /* tokens fed; a hash of all of them */
     float *state;               /* (m->state) all that the past determines; zero at the beginning */
     float *logits;              /* (vocab) of the last token */
-    uint32_t block;             /* tokens computed together, at most; one row for each: */
-    struct row *row;            /* (block) */
+    uint32_t block; struct row *row; /* tokens computed together, at most; (block) one for each */
     float *x;                   /* (block, dim) the residual stream */
     float *x_norm;              /* (block, dim) x after a norm; then what a mixer or MLP gives */
     float *mixer_in;            /* (block, dim) the mixer's input before its norm */
@@ -160,8 +158,7 @@ struct thread {                 /* all threads run forward() together, section 1
 /* The tools, defined in part two. Those in struct kernels have one version per instruction set, and
  * all versions give the same bits. */
 struct kernels {
-    const char *name;
-    const struct matmul_kernels *mm; /* the inner loops of matmul, section 10 */
+    const char *name; const struct matmul_kernels *mm; /* of matmul, section 10 */
     /* out (width) = sum_i w[i] rows[i], i ascending; the n rows lie `stride` floats apart */
     void (*weighted_sum)(float *out, const float *w, const float *rows, size_t n, size_t width,
                          size_t stride);
@@ -356,13 +353,12 @@ struct queries {                /* of n tokens, one from each head that shares t
 };
 
 /* Section 7 defines these, which hide the refinements: exact window, sinks, decay, fading, prefix,
- * normalizers. In the simplest case: add_to_z is z[f] += x; add_to_s is S[f][e ..] += x (n);
- * query_features gives phi (D, n) of the next n queries, so that phi(q).phi(k) = w(q, k), and where
- * their results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale q.k_j)^p and returns
- * their sum; normalize_output is y /= z + eps; fade_chunk and fade_state do nothing. */
+ * normalizers. In the simplest case: phi has columns_of = min(C, 32) columns; add_to_z is z[f] +=
+ * x, add_to_s S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi(q).phi(k) =
+ * w(q, k), and y where results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale
+ * q.k_j)^p, and their sum; normalize_output y /= z + eps; fade_chunk, fade_state do nothing. */
 enum { TOGETHER = 32 };
-static size_t kv_capacity(const based_taylor_config *c);
-static size_t columns_of(const based_taylor_config *c); /* of phi, at most: C, but not over 32 */
+static size_t kv_capacity(const based_taylor_config *c), columns_of(const based_taylor_config *c);
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
 static struct queries queries_of(const struct layer *l, based_session *s, size_t head, size_t r,
                                  size_t n, const struct head_state *state);
@@ -464,7 +460,7 @@ static void read_recent(const struct queries *u, size_t i, size_t h, const struc
     size_t dv = t->c.head_dim_v;
     const float *q = u->q + i * u->q_stride + h * t->c.head_dim_k;
     float *y = u->y + i * u->y_stride + h * dv, z = s->flushed ? u->z[i * t->c.group + h] : 0.0f;
-    float *scores = scratch, total, part[32]; /* scores (N) */
+    float *scores = scratch, part[32], total; /* scores (N) */
     if (!s->flushed) memset(y, 0, dv * sizeof *y);
     total = local_scores(scores, s, t, q, u->head + h, y, &z);
     for (size_t e = 0; e < dv; e += 32) {
