@@ -354,7 +354,7 @@ struct queries {                /* of n tokens, one from each head that shares t
 
 /* Section 7 defines these, which hide the refinements: exact window, sinks, decay, fading, prefix,
  * normalizers. In the simplest case: phi has columns_of = min(C, 32) columns; add_to_z is z[f] +=
- * x, add_to_s S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi(q).phi(k) =
+ * x, add_to_s S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi.phi(k) =
  * w(q, k), and y where results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale
  * q.k_j)^p, and their sum; normalize_output y /= z + eps; fade_chunk, fade_state do nothing. */
 enum { TOGETHER = 32 };
