@@ -2947,12 +2947,10 @@ static int next_line(batch *b, int wait) {
         searched = b->bytes.n;
         b->at = 0;
         if (b->bytes.room - b->bytes.n < BUFSIZ) {
-            size_t room = 2 * b->bytes.room + BUFSIZ;
+            size_t room = 2 * b->bytes.room;
             char *more = room > b->bytes.room ? realloc(b->bytes.bytes, room) : NULL;
             if (more) b->bytes.bytes = more, b->bytes.room = room;
-            else if (b->bytes.n > 0) b->too_long = 1, b->bytes.n = searched = 0;
-            else b->ended = 1, b->status = out_of_memory("the requests");
-            if (!more) continue;
+            else b->too_long = 1, b->bytes.n = searched = 0;
         }
         if (wait) leave_signals(0);     /* while it waits, Ctrl-C ends the program                */
         long got = read_some(b->file, b->bytes.bytes + b->bytes.n, b->bytes.room - b->bytes.n,
@@ -3437,6 +3435,8 @@ static int open_requests(batch *b) {
     b->file = strcmp(r->o->jsonl, "-") == 0 ? stdin : fopen(r->o->jsonl, "rb");
     if (!b->file) return fail(BAD_INPUT, "cannot read %s: %s", r->o->jsonl, strerror(errno));
     b->file_bytes = file_size(b->file);
+    b->bytes = (buffer){ .bytes = malloc(2 * BUFSIZ), .room = 2 * BUFSIZ };
+    if (!b->bytes.bytes) return out_of_memory("the requests");
     setvbuf(stdout, NULL, _IONBF, 0);   /* a line is written by one call                          */
     return DONE;
 }
