@@ -1121,10 +1121,12 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
         mean += each[i] / REPEATS;
     }
 
-    /* the standard deviation; and weight bytes per second beside what memory can give */
+    /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
+     * the state, of which each step reads all */
     for (int i = 0; i < REPEATS; i++) spread += (each[i] - mean) * (each[i] - mean);
     spread = sqrt(spread / (REPEATS - 1));
-    double bandwidth = mean / tokens * readings * (double)b->weights * 1e-9;
+    double bytes = readings * (double)b->weights + (sessions ? tokens * (double)b->state : 0.0);
+    double bandwidth = mean / tokens * bytes * 1e-9;
     double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
     if (r->o->csv) {
         printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model,
