@@ -98,11 +98,10 @@ struct layer {
     struct norm norm1, norm2;   /* before the mixer, before the MLP */
     struct matrix in, out;      /* of the mixer: (in_rows, dim), (dim, inner_dim) */
     struct matrix up, down;     /* MLP: gate and value (2 hidden_dim, dim); (dim, hidden_dim) */
-    struct norm q_norm, k_norm; /* (head_dim_k) of each head's q and k; refinements, section 7: */
-    struct matrix gates, fade;  /* (heads, dim), of the values; (kv_heads, dim), of the past */
+    struct matrix gates;        /* (heads, dim), a refinement, section 7, as are these: */
+    const float *key_mean, *qk_norm[2], *fade, *fade_bias; /* key_mean (kv_heads, head_dim_k) */
     const float *conv_weight;   /* (conv_width, channels); the last row multiplies the present */
     const float *conv_bias;     /* (channels) or NULL */
-    const float *key_mean, *fade_factor; /* (kv_heads, head_dim_k), (kv_heads): refinements */
     const uint32_t *rope_freq;  /* (rope_pairs, 2) angle per token, in units of 2^-64 turns */
     struct based_taylor taylor;
     size_t state;               /* where the layer's state begins in a session's, in floats */
@@ -245,7 +244,8 @@ static void apply_rope(const struct layer *l, const struct thread *th, size_t n)
         size_t d = c->head_dim_k;
         float *q = s->proj + r * in_rows(c), *k = q + q_dim(c);
         for (size_t h = 0; (c->flags & BASED_QK_NORM) && h < c->heads + c->kv_heads; h++)
-            normalize(q + h * d, q + h * d, h < c->heads ? &l->q_norm : &l->k_norm, d);
+            normalize(q + h * d, q + h * d, &(struct norm){ l->qk_norm[h >= c->heads], NULL,
+                      BASED_NORM_RMS, c->norm1_eps }, d);
         for (size_t i = 0; i < c->rope_pairs; i++) {
             /* integers wrap around as angles do, so a position of any size is exact */
             float cosine, sine;
@@ -747,14 +747,15 @@ static uint64_t head_state_floats(const struct based_taylor *t, uint64_t feature
            + kv_capacity(&t->c) * (U64(t->c.head_dim_k) + t->c.head_dim_v);
 }
 
-/* Floats of scratch of one head: the features and the scaled queries of all columns, then room for
- * the z of queries. The weights of the recent keys and one scaled query begin at its start, too. */
-static uint64_t scratch_floats(const struct based_taylor *t, uint64_t features) {
-    uint64_t z = t->c.group > TOGETHER ? t->c.group : TOGETHER;
-    return (features + t->c.head_dim_k) * columns_of(&t->c) + kv_capacity(&t->c) + z;
+/* Floats of scratch of one head: the features of keys or queries; later, in their place, the
+ * weights of the recent keys and a scaled query. Behind that, the z of the queries, or a key. */
+static uint64_t z_at(const struct based_taylor *t, uint64_t features) {
+    uint64_t phi = features * columns_of(&t->c), recent = kv_capacity(&t->c) + t->c.head_dim_k;
+    return phi > recent ? phi : recent;
 }
-static float *room_for_z(float *scratch, const struct based_taylor *t) {
-    return scratch + (t->features + t->c.head_dim_k) * columns_of(&t->c) + kv_capacity(&t->c);
+static uint64_t scratch_floats(const struct based_taylor *t, uint64_t features) {
+    uint64_t z = t->c.group > columns_of(&t->c) ? t->c.group : columns_of(&t->c);
+    return z_at(t, features) + (z > t->c.head_dim_k ? z : t->c.head_dim_k);
 }
 
 /* The state that begins at `base`, after `count` tokens, of which n_recent are in K and V. */
@@ -821,9 +822,9 @@ static void store_prefix(const struct layer *l, const struct thread *th, size_t 
 static void taylor_attention(float *y, size_t y_stride, const float *q, size_t q_stride, size_t n,
                              size_t head, const struct head_state *s, const struct based_taylor *t,
                              float *scratch) {
+    float *z = scratch + (size_t)z_at(t, t->features);
     for (size_t i = 0; i < n; i++) {
-        struct queries u = { q + i * q_stride, y + i * y_stride, room_for_z(scratch, t), 1,
-                             q_stride, y_stride, head };
+        struct queries u = { q + i * q_stride, y + i * y_stride, z, 1, q_stride, y_stride, head };
         if (s->flushed) read_sums(&u, s, t, scratch);
         for (size_t h = 0; h < t->c.group; h++) read_recent(&u, 0, h, s, t, scratch);
     }
@@ -860,7 +861,8 @@ static struct queries queries_of(const struct layer *l, based_session *s, size_t
         many++;
     return (struct queries){ s->proj + r * in + head * group * t->c.head_dim_k,
                              s->inner + r * inner + head * group * t->c.head_dim_v,
-                             room_for_z(scratch_of(s, head), t), many, in, inner, head * group };
+                             scratch_of(s, head) + (size_t)z_at(t, t->features), many, in, inner,
+                             head * group };
 }
 
 /* phi (D, n) = a[p] * multinomial * monomial of degree p of q, for queries first .. first + n - 1,
@@ -870,7 +872,7 @@ static void query_features(float *phi, float **y, const struct queries *u, size_
                            const struct based_taylor *t) {
     const based_taylor_config *c = &t->c;
     size_t dk = c->head_dim_k, f = 0;
-    float *q = phi + t->features * columns_of(c), a[TOGETHER];      /* q (dk, n) */
+    float *q = phi + n, a[TOGETHER];    /* q (dk, n), where the features of degree 1 go */
     for (size_t j = 0; j < n; j++) {
         size_t token = (first + j) / c->group, h = (first + j) % c->group;
         const float *from = u->q + token * u->q_stride + h * dk;
@@ -943,9 +945,9 @@ static void add_to_s(struct head_state *s, const struct based_taylor *t, size_t 
  * flush, when the sums changed. GATED: g is computed from the token, x = norm1(x'); FIXED: it is
  * given. */
 static void fade_state(struct head_state *s, const struct layer *l, size_t head, const float *x) {
-    size_t n = kv_capacity(&l->taylor.c), dim = l->fade.cols;
-    float g = l->fade_factor ? l->fade_factor[head]
-                             : sigmoid(dot(l->fade.data + head * dim, x, dim) + l->fade.bias[head]);
+    size_t n = kv_capacity(&l->taylor.c), dim = l->in.cols;
+    float g = l->fade_bias ? sigmoid(dot(l->fade + head * dim, x, dim) + l->fade_bias[head])
+                           : l->fade[head];
     for (size_t j = 0; j <= n; j++)     /* columns without a token are set when they get one */
         s->fade[j] = s->fade[j] * g < 1e-30f ? 0.0f : s->fade[j] * g;
     s->fade[s->n_recent - 1] = 1.0f;
@@ -2343,11 +2345,10 @@ static struct matrix read_matrix(struct reader *r, const char *name, uint32_t ro
     return a;
 }
 
-static struct norm read_norm(struct reader *r, const char *name, uint32_t kind, float eps,
-                             uint32_t dim) {
+static struct norm read_norm(struct reader *r, const char *name, uint32_t kind, float eps) {
     struct norm n = { NULL, NULL, kind, eps };
-    if (kind != BASED_NORM_NONE) n.weight = read_weights(r, name, "", dim);
-    if (kind == BASED_NORM_LAYER) n.bias = read_weights(r, name, ".bias", dim);
+    if (kind != BASED_NORM_NONE) n.weight = read_weights(r, name, "", r->m->c->dim);
+    if (kind == BASED_NORM_LAYER) n.bias = read_weights(r, name, ".bias", r->m->c->dim);
     return n;
 }
 
@@ -2394,12 +2395,12 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
         r->layer = i + 1;
         /* the mixer */
         if (f->mixer != BASED_MIXER_NONE) {
-            l->norm1 = read_norm(r, "norm1", f->norm1, f->norm1_eps, dim);
+            l->norm1 = read_norm(r, "norm1", f->norm1, f->norm1_eps);
             l->in = read_matrix(r, "in", in_rows(f) + prefix_rows(f), dim, f->in_dtype,
                                 f->flags & BASED_IN_BIAS);
             if (f->flags & BASED_QK_NORM) {
-                l->q_norm = read_norm(r, "q_norm", BASED_NORM_RMS, f->norm1_eps, f->head_dim_k);
-                l->k_norm = read_norm(r, "k_norm", BASED_NORM_RMS, f->norm1_eps, f->head_dim_k);
+                l->qk_norm[0] = read_weights(r, "q_norm", "", f->head_dim_k);
+                l->qk_norm[1] = read_weights(r, "k_norm", "", f->head_dim_k);
             }
             if (f->mixer == BASED_CONV) {
                 uint64_t n = U64(f->conv_width) * f->head_dim_v;
@@ -2417,10 +2418,11 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
                 l->taylor.features = (uint32_t)need.features;
                 l->taylor.fading = f->fading;
             }
-            if (f->fading == BASED_GATED)
-                l->fade = read_matrix(r, "fade", f->kv_heads, dim, BASED_F32, 1);
-            if (f->fading == BASED_FIXED)
-                l->fade_factor = read_floats(r, "fade", ".factor", f->kv_heads);
+            if (f->fading == BASED_GATED) {
+                l->fade = read_weights(r, "fade", "", U64(f->kv_heads) * dim);
+                l->fade_bias = read_weights(r, "fade", ".bias", f->kv_heads);
+            }
+            if (f->fading == BASED_FIXED) l->fade = read_floats(r, "fade", ".factor", f->kv_heads);
             if (f->flags & (BASED_VALUE_GATES | BASED_VALUE_FACTORS))
                 l->gates = read_matrix(r, "gate", f->heads, dim, BASED_F32, 0);
             if (!(f->flags & BASED_NO_OUT))
@@ -2430,7 +2432,7 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
             m->widest_mid = max_u32(m->widest_mid, inner_dim(f));
         }
         /* the MLP; SwiGLU has a gate beside each value */
-        l->norm2 = read_norm(r, "norm2", f->norm2, f->norm2_eps, dim);
+        l->norm2 = read_norm(r, "norm2", f->norm2, f->norm2_eps);
         if (f->mlp != BASED_MLP_NONE) {
             uint32_t rows = f->mlp == BASED_SWIGLU ? 2 * f->hidden_dim : f->hidden_dim;
             l->up = read_matrix(r, "up", rows, dim, f->up_dtype, f->flags & BASED_UP_BIAS);
@@ -2452,7 +2454,7 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
     if (c->prefix) m->state++;          /* prefix_tokens */
     /* at least one tile of 16 rows; head() computes as many logits at a time */
     m->widest_in = m->widest_in ? (m->widest_in + 15) / 16 * 16 : 16;
-    m->final_norm = read_norm(r, "final_norm", c->final_norm, c->final_norm_eps, dim);
+    m->final_norm = read_norm(r, "final_norm", c->final_norm, c->final_norm_eps);
     m->head = m->embedding;
     if (c->rows && !tied) m->head = read_matrix(r, "head", c->rows, dim, c->head_dtype, 0);
     if (c->flags & BASED_HEAD_BIAS) m->head.bias = read_weights(r, "head", ".bias", c->rows);
