@@ -149,10 +149,10 @@ int based_feed_bidirectional(based_session *s, const float *x, size_t n, float *
                              based_error *e);
 
 /* Feeds the beginning of a text to a model with config.prefix > 0 (JRT): n tokens, all of which see
- * each other in its prefix layers; what is fed later sees them as a past. The session must be empty,
- * and 1 <= n <= block and config.prefix: make it with a block of at least the prompt's beginning.
- * logits: as in based_feed. BASED_EINVAL if this does not hold or a token is not in the vocabulary.
- * A text may also be fed without this call; then it has no prefix. */
+ * each other in its prefix layers; what is fed later sees them as a past. The session must be
+ * empty, and 1 <= n <= block and config.prefix: make it with a block of at least the prompt's
+ * beginning. logits: as in based_feed. BASED_EINVAL if this does not hold or a token is not in the
+ * vocabulary. A text may also be fed without this call; then it has no prefix. */
 int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *logits,
                       based_error *e);
 
@@ -229,14 +229,30 @@ typedef struct based_tokenizer {
     uint32_t size;                      /* number of tokens; ids are 0 .. size-1 */
     uint32_t bos, eos, unknown;         /* ids, or BASED_NONE */
     uint32_t merges, specials;          /* entries of the tables below */
+    uint32_t sorted_size, stops, shown;
+    uint32_t cut;                       /* based_tokenizer_cut */
     const uint32_t *byte_id;            /* (256) id of each single byte, or BASED_NONE */
     const uint32_t *special_id;         /* (specials) ids of special tokens, longest name first */
+    const uint32_t *stop_id;            /* (stops) ids that end a text, besides bos and eos */
+    const uint32_t *shown_id;           /* (shown) special tokens that stand for their name */
     const uint32_t *start;              /* (size + 1) where each token's bytes begin in `bytes` */
-    const uint32_t *sorted;             /* (merges) BASED_SCORES: ids that text becomes, by bytes */
+    const uint32_t *sorted;             /* (sorted_size) ids that text becomes, by their bytes */
     const float    *score;              /* (size) BASED_SCORES: the highest merges first */
     const uint32_t *merge;              /* (merges, 4) BASED_BPE: left, right, rank, result */
     const unsigned char *bytes;         /* of all tokens, one after another */
+    const char     *chat[4];            /* the chat template, by based_chat_text; all NULL: none */
 } based_tokenizer;
+
+/* What a conversation looks like to the model, in which names of special tokens stand for these
+ * tokens. {} is where the message goes. A conversation is the text BEGIN, or SYSTEM with a system
+ * message; then USER, REPLY, USER, REPLY ... What stands in REPLY before {} opens a reply, and what
+ * stands behind it is to be fed before the next message. */
+enum based_chat_text {
+    BASED_CHAT_SYSTEM = 0,              /* "" if the model knows no system message */
+    BASED_CHAT_USER   = 1,
+    BASED_CHAT_REPLY  = 2,
+    BASED_CHAT_BEGIN  = 3               /* without {}; may be "" */
+};
 
 /* Fills *t from the tokenizer section of the model. BASED_EINVAL if the checkpoint has none; else
  * it fails as based_tokenizer_init does. */
@@ -263,8 +279,11 @@ size_t  based_encode_scratch(const based_tokenizer *t, size_t n);
 int64_t based_encode(const based_tokenizer *t, const char *text, size_t n, int flags, int32_t *ids,
                      void *scratch, based_error *e);
 
+/* Whether the token ends a text: bos, eos, or one of the stop tokens. */
+int based_is_stop(const based_tokenizer *t, int32_t id);
+
 /* The raw bytes of one token, not terminated, and their number in *n: 0 for a special token, which
- * stands for no text. NULL if there is no such id. */
+ * stands for no text, unless it is one that is shown. NULL if there is no such id. */
 const char *based_token_bytes(const based_tokenizer *t, int32_t id, size_t *n);
 /* The id of the special token with this name ("<|endoftext|>"), or -1. */
 int32_t based_special(const based_tokenizer *t, const char *text);
@@ -462,21 +481,22 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              nothing but rounding.
  *              decay > 0: each flush first multiplies the sums (those of w and those of w v) by
  *              1 - decay, then adds the chunk. Keys that are not in the sums do not decay.
- *              window > 0 (kernel DOT, ADD, eps 0): keys that are not in the sums have the weight
- *              w(q, k) = exp(scale q.k) instead, so the newest `window` keys or more, and the
- *              sinks. Let z be what the sums contribute to sum_j w(q, k_j). If z <= 0, which a
- *              polynomial with negative values can give, the sums are left out of this y, in
- *              numerator and denominator. To avoid overflow all weights are divided by exp(m),
- *              where m = max_j scale q.k_j over the keys that are not in the sums, or 0 if that is
- *              larger and z > 0: their weight is exp(scale q.k_j - m), and what the sums
+ *              window > 0 (kernel DOT, ADD, eps 0): without fading, the keys that are not in the
+ *              sums have the weight w(q, k) = exp(scale q.k) instead, so the newest `window` keys
+ *              or more, and the sinks. Let z be what the sums contribute to sum_j w(q, k_j). If z
+ *              <= 0, which a polynomial with negative values can give, the sums are left out of
+ *              this y, in numerator and denominator. To avoid overflow all weights are divided by
+ *              exp(m), where m = max_j scale q.k_j over the keys that are not in the sums, or 0 if
+ *              that is larger and z > 0: their weight is exp(scale q.k_j - m), and what the sums
  *              contribute is multiplied by exp(-m).
- *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token j,
- *              up to the present one, with g = sigmoid(fade.weight x + fade.bias), x = norm1(x'), of
- *              its key/value head (x': see gates). With normalizer ADD and eps 0 the keys in the sums
- *              are left out of this y if they contribute z <= 0 to sum_j w(q, k_j), which for
- *              weights that are never negative is only a matter of rounding.
+ *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token
+ *              j, up to the present one, with g = sigmoid(fade.weight x + fade.bias), x =
+ *              norm1(x'), of its key/value head (x': see gates). With normalizer ADD and eps 0 the
+ *              keys in the sums are left out of this y if they contribute z <= 0 to sum_j w(q,
+ *              k_j), which for weights that are never negative is only a matter of rounding.
  *              FIXED: g_i = fade.factor, and only the sum of w v is multiplied, not that of w.
- *              Not together with window, sinks, decay or kernel DIAGONAL.
+ *              window (see flush) leaves the weights as they are. Not together with sinks, decay or
+ *              kernel DIAGONAL.
  *     qk_norm  QK_NORM: q and k of each head are divided by sqrt(mean(q^2) + norm1_eps) and
  *              multiplied by q_norm.weight, k_norm.weight, before rope.
  *     rope     In taylor and window layers, q and k of each head are rotated by the position t:
@@ -613,35 +633,49 @@ struct based_layer {                    /* offset; fields that a mixer does not 
  *
  *     word 0     number of words, this one included; the rest of the section is bytes
  *          1     kind            BASED_BPE: byte-level byte-pair encoding as in GPT-2;
- *                                BASED_SCORES: merges by score as in llama2.c
+ *                                BASED_SCORES: merges by score as in llama2.c and SentencePiece
  *          2     flags           based_tokenizer_flags
  *          3     size            number of tokens
  *          4..6  bos, eos, unknown (ids or BASED_NONE)
  *          7     merges          entries of merge (BASED_BPE) or of sorted (BASED_SCORES)
  *          8     specials        number of special tokens
- *          9..11 zero
- *          then  byte_id[256], special_id[specials], start[size + 1],
- *                BASED_BPE: merge[merges][4];  BASED_SCORES: sorted[merges], score[size] (float32)
+ *          9     cut             BASED_BPE: based_tokenizer_cut; else 0
+ *          10    stops + 65536 * shown
+ *          11    chat            bytes of the chat template; 0: none
+ *          then  byte_id[256], special_id[specials], stop_id[stops], shown_id[shown],
+ *                start[size + 1],
+ *                BASED_BPE: merge[merges][4], with WHOLE_PIECES sorted[all words that are left];
+ *                BASED_SCORES: sorted[merges], score[size] (float32)
  *
  * The text of token id is bytes[start[id]] .. bytes[start[id + 1] - 1], raw bytes (in BASED_BPE
  * after undoing GPT-2's byte-to-character map; in BASED_SCORES "<0x41>" is the one byte 0x41). The
  * bytes of a special token are its name, which is matched in a prompt if that is asked for; the
- * token decodes to nothing. All bytes together fill the rest of the section. byte_id[b] is a token
- * of the one byte b; a byte without one becomes `unknown`, or nothing if there is no unknown token.
+ * token decodes to nothing, or to its name if it is in shown_id. After the bytes of all tokens comes
+ * the chat template, and nothing else: the four texts of based_chat_text, each with a zero at its
+ * end. byte_id[b] is a token of the one byte b; a byte without one becomes `unknown`, or nothing if
+ * there is no unknown token. stop_id holds tokens that end a text, besides bos and eos.
  *
  * An entry of merge is (left, right, rank, result). Entries are in strictly ascending order of
  * (left, right), and the bytes of result are those of left followed by those of right.
  *
  * sorted holds all tokens that are neither special nor in byte_id, in strictly ascending order of
- * their bytes. Characters and merges are looked up in it. So in BASED_SCORES a token in byte_id
- * appears only for a character without a token, and never merges.
+ * their bytes. Characters and merges are looked up in it; with WHOLE_PIECES, pieces are. So in
+ * BASED_SCORES a token in byte_id appears only for a character without a token, and never merges.
  */
 #define BASED_MAX_TOKEN   4096u         /* bytes of one token */
 enum based_tokenizer_kind { BASED_BPE = 1, BASED_SCORES = 2 };
 enum based_tokenizer_flags {
     BASED_TOK_PREFIX_SPACE = 1,         /* SCORES only: encoding puts one space before the text,
                                            decoding drops it */
-    BASED_TOK_ADD_BOS      = 2          /* the model expects bos before every text */
+    BASED_TOK_ADD_BOS      = 2,         /* the model expects bos before every text */
+    BASED_TOK_WHOLE_PIECES = 4,         /* BPE only: a piece that is a token becomes that token,
+                                           whatever the merges say */
+    BASED_TOK_NFC          = 8          /* the original composes text first (Unicode's NFC). A note:
+                                           nothing here does that */
+};
+enum based_tokenizer_cut {              /* how text is cut into pieces */
+    BASED_CUT_GPT2 = 0, BASED_CUT_LLAMA3 = 1, BASED_CUT_QWEN2 = 2,
+    BASED_CUT_DIGITS = 3                /* single digits, then GPT-2: SmolLM, StarCoder 2 */
 };
 
 /* ==== 8. A saved session =========================================================================

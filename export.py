@@ -8,14 +8,11 @@ mean is told in models/origins/, one file per original.
     1. the format      dtypes, the list of tensors in file order, the checksum
     2. writing         one tensor at a time, verified by reading back, put in place by a rename
     3. sources         which origin is it? safetensors, PyTorch, JSON
-    4. tokenizers      the tokenizer section
-    5. the command line
+    4. the command line
 """
 import argparse
 import errno
-import hashlib
 import json
-import lzma
 import math
 import os
 import re
@@ -32,11 +29,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from models import constant_memory
+from models.tokens import BESIDE, GPT2_MERGES, choose_tokenizer, folders, read_sampling
 from models.origins import *        # the records and numbers of based.h part 7, as from a header
 from models.origins import edifice, hazyresearch, huggingface, llama2c, lucidrains
 
@@ -386,7 +383,7 @@ def stored(t, data):
 def in_order(work, items):
     """work(item) for each, in their order, by as many threads as there are processors; not much is
     begun before it is asked for."""
-    threads = os.cpu_count() or 1
+    threads = min(os.cpu_count() or 1, 16)                # each has a piece in memory
     with ThreadPoolExecutor(threads) as pool:
         begun = deque()
         for item in items:
@@ -474,35 +471,6 @@ def verify(path, checksum):
 
 # --------------------------------------------------------------------------------------------------
 # 3. Sources: which origin reads it? models/origins/__init__.py says what an origin returns.
-
-# What a download can be in place of the file: how it begins, and what it is.
-NO_FILES = {b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull, or download the "
-                                        "file itself",
-            b"<!doctype": "a web page: download the file itself",
-            b"<html": "a web page: download the file itself"}
-
-
-def first_bytes(path):
-    """The first bytes of a file, by which it is recognized, without a byte order mark."""
-    with open(path, "rb") as f:
-        start = f.read(64).removeprefix(b"\xef\xbb\xbf")
-    for begin, what in NO_FILES.items():
-        if start.lstrip().lower().startswith(begin):
-            raise Refused(f"{path} is {what}")
-    return start
-
-
-def read_json(path):
-    """The object in a JSON file, a dict. A byte order mark is no part of it."""
-    first_bytes(path)
-    try:
-        value = json.loads(Path(path).read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise Refused(f"{path} is no valid JSON: {e}") from None
-    if not isinstance(value, dict):
-        raise Refused(f"{path} should hold a JSON object")
-    return value
-
 
 def float8(exponent_bits, bias):
     """(256) float32: the values of FP8 numbers, sign, exponent, mantissa; without infinities."""
@@ -649,9 +617,9 @@ def open_index(index, settings, read):
                   {name: what for source in sources for name, what in source.unusable.items()})
 
 
-WEIGHTS = {"model.safetensors": open_safetensors, "pytorch_model.bin": open_torch}
-WEIGHTS.update({f"{name}.index.json": partial(open_index, read=read)
-                for name, read in WEIGHTS.items()})
+WEIGHTS = {}                        # the first that is there is read; an index lists files like it
+for file, read_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
+    WEIGHTS.update({file: read_file, f"{file}.index.json": partial(open_index, read=read_file)})
 
 
 def open_directory(path, options, note):
@@ -671,7 +639,7 @@ def open_directory(path, options, note):
 def inputs(options):
     """The files that this command reads, as far as they are known before anything is read."""
     yield from filter(None, (options.source, options.random, options.tokenizer, options.calibrate))
-    yield Path(__file__).resolve().parent / GPT2_MERGES
+    yield GPT2_MERGES
     path = Path(options.source or "")
     if options.source and (path.is_dir() or path.name in ("config.json", *WEIGHTS)):
         folder = path if path.is_dir() else path.parent
@@ -717,349 +685,11 @@ SHAPES = {**hazyresearch.SHAPES, **huggingface.SHAPES}
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. Tokenizers: three origins, one form, one section of the checkpoint. A tokenizer that the
-#    runtime could not reproduce exactly is refused with the reason: one wrong token is worse than
-#    no tokenizer, because nothing shows it.
-
-BPE, SCORES = 1, 2
-PREFIX_SPACE, ADD_BOS = 1, 2
-MAX_TOKEN = 4096                                              # bytes of one token
-GPT2_VOCAB, GPT2_MERGES, GPT2_HASH = 50257, "models/gpt2.bpe.xz", "45f05c1818367a7b"
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-class Tokenizer(NamedTuple):
-    kind: int                               # BPE or SCORES
-    tokens: list                            # (size) the bytes of each token; of a special its name
-    flags: int
-    bos: int                                # ids, or NONE
-    eos: int
-    unknown: int
-    byte_id: list                           # (256) id of each single byte, or NONE
-    specials: list                          # ids that stand for no text
-    merges: dict = {}                       # BPE: (left, right) -> (rank, result)
-    scores: list = []                       # SCORES: (size)
-
-    @property
-    def size(self):
-        return len(self.tokens)
-
-
-def reader(read):
-    """read(path, ...) -> Tokenizer, with whatever goes wrong inside turned into Refused in one line
-    that begins with the path: what is not where a format has it shows as one of many errors."""
-    def wrapped(path, *more):
-        try:
-            return read(str(path), *more)
-        except Refused as e:
-            raise Refused(f"{path}: {e}") from None
-        except (ValueError, AttributeError, IndexError, KeyError, TypeError, RecursionError,
-                lzma.LZMAError) as e:
-            raise Refused(f"{path}: not a tokenizer of this form: {type(e).__name__}: "
-                          f"{e}") from None
-    return wrapped
-
-
-def byte_characters():
-    """{character: byte}: GPT-2 writes each byte as one printable character. In the order of GPT-2's
-    ids: the visible Latin-1 characters are themselves, the rest follow from U+0100 on."""
-    visible = [b for b in range(256) if 0x21 <= b <= 0x7E or 0xA1 <= b <= 0xAC or 0xAE <= b <= 0xFF]
-    hidden = [b for b in range(256) if b not in visible]
-    return {**{chr(b): b for b in visible}, **{chr(256 + i): b for i, b in enumerate(hidden)}}
-
-
-@reader
-def gpt2_tokenizer(path):
-    """The tokenizer of GPT-2 from its list of merges (vocab.bpe, or the same compressed with xz).
-    The vocabulary needs no second file: the 256 bytes, then what each merge makes, then
-    <|endoftext|>."""
-    raw = Path(path).read_bytes()
-    text = (lzma.decompress(raw) if raw[:6] == b"\xfd7zXZ\0" else raw).decode("utf-8-sig")
-    characters = byte_characters()
-    ids = {c: i for i, c in enumerate(characters)}
-    tokens = [bytes([b]) for b in characters.values()]
-    merges = {}
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        pair = line.split(" ")
-        whole = "".join(pair)
-        if len(pair) != 2 or not ids.keys() >= set(pair) or whole in ids:
-            raise Refused(f"line {number}: expected two known tokens that make a new one, found "
-                          f"{line!r}")
-        left, right = ids[pair[0]], ids[pair[1]]
-        merges[left, right] = (len(merges), len(tokens))
-        ids[whole] = len(tokens)
-        tokens.append(tokens[left] + tokens[right])
-    end = len(tokens)
-    byte_id = np.argsort([*characters.values()]).tolist()     # the inverse of this permutation
-    return Tokenizer(BPE, [*tokens, b"<|endoftext|>"], 0, end, end, NONE, byte_id, [end], merges)
-
-
-def check_pieces(pre):
-    """Refuses every way of cutting text into pieces that is not GPT-2's."""
-    steps = pre.get("pretokenizers", []) if pre and pre.get("type") == "Sequence" else [pre]
-    kinds = [step.get("type") if step else None for step in steps]
-    if kinds not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise Refused(f"pre-tokenizer {'+'.join(map(str, kinds))} is not supported, only GPT-2's "
-                      "ByteLevel")
-    first, last = steps[0], steps[-1]
-    if last.get("add_prefix_space", True):
-        raise Refused("ByteLevel with add_prefix_space is not supported")
-    if len(steps) == 1 and not last.get("use_regex", True):
-        raise Refused("ByteLevel without a pattern is not supported, only with GPT-2's")
-    if len(steps) == 2:
-        pattern = first.get("pattern", {}).get("Regex")
-        isolated = first.get("behavior") in ("Isolated", "isolated") and not first.get("invert")
-        if pattern != GPT2_PATTERN or not isolated or last.get("use_regex", True):
-            raise Refused(f"it cuts text by another pattern than GPT-2's: {str(pattern)[:60]!r}")
-
-
-def check_model(spec):
-    """Refuses every kind of model, and every step before or after it, that tokenizer.c does not
-    compute; returns the model."""
-    model = spec.get("model", {})
-    kind = model.get("type", "BPE" if "merges" in model else "?")
-    if kind != "BPE":
-        raise Refused(f"model {kind} is not supported, only byte-level BPE")
-    for option in ("byte_fallback", "dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                   "ignore_merges"):
-        if model.get(option):
-            raise Refused(f"BPE with {option}={model[option]!r} is not supported")
-    normalizer = spec.get("normalizer")
-    if normalizer and (normalizer.get("type") != "Sequence" or normalizer.get("normalizers")):
-        raise Refused(f"normalizer {normalizer.get('type')} is not supported: text must reach BPE "
-                      "unchanged")
-    decoder = spec.get("decoder")
-    if decoder and decoder.get("type") != "ByteLevel":
-        raise Refused(f"decoder {decoder.get('type')} is not supported, only ByteLevel")
-    check_pieces(spec.get("pre_tokenizer"))
-    return model
-
-
-def template_ids(spec, special_ids):
-    """The tokens that the post-processor puts before and after a text: two lists of at most one."""
-    post = spec.get("post_processor") or {"type": "ByteLevel"}
-    steps = post.get("processors", []) if post.get("type") == "Sequence" else [post]
-    before, after = [], []
-    for step in steps:
-        if step.get("type") == "ByteLevel":                   # trims offsets, never changes an id
-            continue
-        if step.get("type") != "TemplateProcessing":
-            raise Refused(f"post-processor {step.get('type')} is not supported")
-        side = before
-        for piece in step.get("single", []):
-            if "Sequence" in piece:
-                side = after
-            else:
-                side.extend(step["special_tokens"][piece["SpecialToken"]["id"]]["ids"])
-    if len(before) > 1 or len(after) > 1 or not set(before + after) <= special_ids:
-        raise Refused(f"the post-processor adds {len(before)} tokens before and {len(after)} after "
-                      "a text; at most one special token on either side is supported")
-    return before, after
-
-
-def settings_beside(path):
-    """What tokenizer_config.json beside a file says, or special_tokens_map.json; {} for none."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        beside = Path(path).with_name(name)
-        if beside.exists():
-            return json.loads(beside.read_bytes())
-    return {}
-
-
-def named_ids(path, names):
-    """(bos, eos) by the names in settings_beside if there are any, else by the usual names."""
-    config, found = settings_beside(path), []
-    for key, usual in (("bos_token", ("<s>", "<|begin_of_text|>", "<|endoftext|>")),
-                       ("eos_token", ("</s>", "<|end_of_text|>", "<|endoftext|>"))):
-        value = config.get(key)
-        value = value.get("content") if isinstance(value, dict) else value
-        wanted = (value,) if value else usual
-        found.append(next((names[name] for name in wanted if name in names), NONE))
-    return found
-
-
-def from_pair(path):
-    """What tokenizer.json would say, from vocab.json (token -> id) and the merges.txt beside it.
-    Tokens that are no byte and that no merge makes are special: no text becomes them."""
-    vocab = json.loads(Path(path).read_bytes())
-    merges = (Path(path).with_name(PAIRS[Path(path).name])).read_bytes().decode("utf-8-sig")
-    merges = [line.rstrip("\r").split(" ") for line in merges.split("\n")
-              if line.strip() and not line.startswith("#version")]
-    made = {*byte_characters(), *map("".join, merges)}
-    return {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
-            "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": bool(
-                settings_beside(path).get("add_prefix_space"))},
-            "added_tokens": [{"content": text, "id": index, "special": True}
-                             for text, index in vocab.items() if text not in made]}
-
-
-@reader
-def hf_tokenizer(path):
-    """A byte-level BPE tokenizer in the Hugging Face forms, tokenizer.json or vocab.json."""
-    spec = from_pair(path) if Path(path).name in PAIRS else json.loads(Path(path).read_bytes())
-    model = check_model(spec)
-    vocab, names = dict(model["vocab"]), {}
-    for token in spec.get("added_tokens", []):
-        if not token.get("special") or any(map(token.get, ("lstrip", "rstrip", "single_word"))):
-            raise Refused(f"added token {token['content']!r} is not supported: only special tokens "
-                          "without lstrip, rstrip, single_word")
-        names[token["content"]] = token["id"]
-    ids = [*vocab.values(), *names.values()]
-    if not all(type(index) is int and index >= 0 for index in ids):
-        raise Refused("an id of a token is no whole number from 0 up")
-    size = max(ids, default=-1) + 1
-    if size > 2 * len(ids):
-        raise Refused(f"{len(ids)} tokens but ids up to {size - 1}")
-
-    characters = byte_characters()
-    tokens = [b""] * size                 # an id that no token has stays empty: no text becomes it
-    byte_id = [NONE] * 256
-    for text, index in vocab.items():
-        if text in names:
-            continue
-        if not set(text) <= characters.keys():
-            raise Refused(f"token {index} {text!r} is not written in byte-level characters")
-        tokens[index] = bytes(map(characters.get, text))
-        if len(text) == 1:
-            byte_id[tokens[index][0]] = index
-    for text, index in names.items():
-        tokens[index] = text.encode("utf-8")
-
-    merges = {}
-    for rank, pair in enumerate(model["merges"]):
-        pair = pair.split(" ") if isinstance(pair, str) else pair
-        parts = (*pair, "".join(pair))
-        if len(pair) != 2 or any(text not in vocab for text in parts):
-            raise Refused(f"merge {rank} {pair!r} names a token that is not in the vocabulary")
-        if any(text in names for text in parts):
-            raise Refused(f"merge {rank} {pair!r} makes a special token out of text")
-        left, right, whole = (vocab[text] for text in parts)
-        merges[left, right] = (rank, whole)
-
-    if model.get("unk_token") and model.get("fuse_unk") and NONE in byte_id:
-        raise Refused("it fuses unknown bytes into one token, which is not supported")
-    before, after = template_ids(spec, set(names.values()))
-    bos, eos = named_ids(path, names)
-    flags = ADD_BOS if before else 0
-    return Tokenizer(BPE, tokens, flags, *(before or [bos]), *(after or [eos]),
-                     vocab.get(model.get("unk_token") or "", NONE), byte_id, sorted(names.values()),
-                     merges)
-
-
-@reader
-def llama2c_tokenizer(path, vocab):
-    """The tokenizer.bin of llama2.c: `vocab` scored pieces; 0 to 2 are <unk>, <s>, </s>, then the
-    256 bytes."""
-    raw = Path(path).read_bytes()
-    tokens, scores, at = [], [], 4
-    while at < len(raw) and len(tokens) < vocab:
-        if len(raw) - at < 8:
-            raise Refused(f"ends within token {len(tokens)}, at byte {at}")
-        score, length = struct.unpack_from("<fI", raw, at)
-        at += 8
-        if length > len(raw) - at or length > MAX_TOKEN:
-            raise Refused(f"token {len(tokens)} at byte {at} claims {length} bytes, "
-                          f"{len(raw) - at} are left")
-        tokens.append(raw[at:at + length])
-        scores.append(score)
-        at += length
-    if len(tokens) != vocab or at != len(raw):
-        raise Refused(f"holds {'more' if at < len(raw) else len(tokens)} tokens, the model has "
-                      f"{vocab}: this tokenizer belongs to another model")
-    if tokens[3:259] != [b"<0x%02X>" % b for b in range(256)]:
-        raise Refused("tokens 3 to 258 are not the bytes <0x00> to <0xFF>")
-    if any(map(math.isnan, scores)):
-        raise Refused(f"token {[*map(math.isnan, scores)].index(True)} has no number as its score")
-    tokens[:3] = [t.strip(b"\n") for t in tokens[:3]]
-    tokens[3:259] = [bytes([b]) for b in range(256)]
-    return Tokenizer(SCORES, tokens, PREFIX_SPACE | ADD_BOS, bos=1, eos=2, unknown=0,
-                     byte_id=[*range(3, 259)], specials=[0, 1, 2], scores=scores)
-
-
-def section(tok):
-    """The tokenizer section of a checkpoint (bytes), exactly as based.h part 7 writes it down."""
-    for index, token in enumerate(tok.tokens):
-        if len(token) > MAX_TOKEN:
-            raise Refused(f"token {index} has {len(token)} bytes, at most {MAX_TOKEN} are "
-                          "supported")
-    specials = sorted(tok.specials, key=lambda i: (-len(tok.tokens[i]), i))
-    start = np.cumsum([0] + [len(token) for token in tok.tokens])
-    if tok.kind == BPE:
-        table = np.array([(l, r, rank, to) for (l, r), (rank, to) in sorted(tok.merges.items())])
-        entries, tables = len(table), [table.reshape(-1)]
-    else:
-        # Text becomes neither a special token nor, by looking characters up, a byte token. Of two
-        # tokens with the same bytes the first is the one that text becomes.
-        apart, first = set(tok.specials) | set(tok.byte_id), {}
-        for index, token in enumerate(tok.tokens):
-            if index not in apart:
-                first.setdefault(token, index)
-        order = [first[token] for token in sorted(first)]
-        entries, tables = len(order), [np.array(order), np.array(tok.scores, "<f4").view("<u4")]
-    words = 12 + 256 + len(specials) + len(start) + sum(len(t) for t in tables)
-    header = [words, tok.kind, tok.flags, tok.size, tok.bos, tok.eos, tok.unknown, entries,
-              len(specials), 0, 0, 0]
-    parts = [header, tok.byte_id, specials, start, *tables]
-    return b"".join(np.asarray(part, "<u4").tobytes() for part in parts) + b"".join(tok.tokens)
-
-
-# Two files that make one tokenizer, and all that a folder may hold of one.
-PAIRS = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-BESIDE = ("tokenizer.json", *PAIRS, *PAIRS.values(), "tokenizer.model", "spiece.model",
-          "tokenizer.bin", "vocab.txt", "tokenizer_config.json", "special_tokens_map.json")
-
-
-def choose_tokenizer(given, beside, vocab, note):
-    """The bytes of the tokenizer section: of the file `given`, or of the one in the directory
-    `beside`; GPT-2's if there is nothing and the vocabulary is; b"" without any."""
-    def there(name):
-        return beside and (beside / name).exists()
-    path = given or next((beside / name for name in ("tokenizer.json", *PAIRS) if there(name) and (
-        there(PAIRS.get(name, name)))), None)
-    if not path:
-        unread = next((beside / name for name in BESIDE[:-2] if there(name)), None)
-        path = unread or Path(__file__).resolve().parent / GPT2_MERGES
-        if unread and first_bytes(unread)[:8] == b"#version" and is_gpt2(unread):
-            unread = None
-        if unread or vocab != GPT2_VOCAB or not path.exists():
-            note("exporting without a tokenizer: " + (
-                f"{unread.name} alone does not tell the ids, or is of a form that is not "
-                "supported; --tokenizer FILE gives another" if unread else
-                "none given (--tokenizer FILE), and " + (
-                    f"{path} is missing" if vocab == GPT2_VOCAB else
-                    f"a vocabulary of {vocab} is not GPT-2's")))
-            return b""
-    start, path = first_bytes(path), Path(path)
-    merges = start[:6] == b"\xfd7zXZ\0" or start[:8] == b"#version"
-    vocabulary = {merges: name for name, merges in PAIRS.items()}.get(path.name)
-    if merges and vocabulary and path.with_name(vocabulary).exists():
-        tokenizer = hf_tokenizer(path.with_name(vocabulary))
-    elif start.lstrip()[:1] == b"{":
-        tokenizer = hf_tokenizer(path)
-    elif merges and not is_gpt2(path):
-        raise Refused(f"{path}: merges alone do not tell the ids of a tokenizer that is not "
-                      "GPT-2's: put vocab.json beside it, or give tokenizer.json")
-    else:
-        tokenizer = gpt2_tokenizer(path) if merges else llama2c_tokenizer(path, vocab)
-    if tokenizer.size > vocab:
-        raise Refused(f"{path} has {tokenizer.size} tokens, the model knows {vocab}: it belongs to "
-                      "another model")
-    return section(tokenizer)
-
-
-def is_gpt2(path):
-    """Are these the merges of GPT-2, from which its ids follow?"""
-    merges = str([*gpt2_tokenizer(path).merges]).encode()
-    return hashlib.sha256(merges).hexdigest()[:16] == GPT2_HASH
-
-
-# --------------------------------------------------------------------------------------------------
-# 5. The command line.
+# 4. The command line.
 
 EXAMPLES = """examples:
   export.py based-360m/ based-360m.bin                   a HazyResearch/based download
+  export.py SmolLM2-135M/ smollm2.bin --dtype q8         a download of Hugging Face transformers
   export.py stories15M.bin out.bin --tokenizer tokenizer.bin    a llama2.c model
   export.py layer.pt layer.bin --heads 8 --mode causal --no-shift
                                                 a layer of taylor-series-linear-attention
@@ -1134,6 +764,7 @@ def convert(options, temporary, note):
     tokenizer = saved.tokenizer if saved else b""
     if config.rows and not saved:
         tokenizer = choose_tokenizer(options.tokenizer, beside, config.vocab, note)
+        read_sampling(config, folders(options.tokenizer, beside))
 
     # Changes on request.
     if options.taylor_degree:
@@ -1141,6 +772,8 @@ def convert(options, temporary, note):
     taylor = [l for l in layers if l.mixer == TAYLOR]
     if changes and not taylor:
         raise Refused(f"--{next(iter(changes))} is about taylor layers, and {path} has none")
+    if changes and any(l.fading for l in taylor):
+        raise Refused(f"--{next(iter(changes))} is not for {path}, whose sums fade by themselves")
     for l in taylor:
         l.__dict__.update(changes)
 
@@ -1194,7 +827,7 @@ def arguments(argv):
         "beside it, or tokenizer.bin of llama2.c (default: what lies beside the weights; GPT-2's "
         "if nothing does and the vocabulary is)")
     add("--window", type=count, metavar="N", help="visible keys of window layers (default: as the "
-        "origin says; for llama2.c its context length)")
+        "origin says; its context length where it sees all, for transformers at most 4096)")
     add("--chunk", type=between(1, 1024), metavar="C",
         help="taylor layers: tokens that are flushed into the sums together (16)")
     add("--sinks", "--keep", type=between(0, 1 << 20), metavar="N", help="taylor layers: the first "

@@ -80,12 +80,13 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *dump;                   /* file for logits                                        */
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
-    char       *before, *after, *stop;  /* the template cut in two; what ends a reply             */
+    char       *turn, *stop;            /* the plain template; what ends a reply there            */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
     int64_t     predict, top_k, repeat_last_n, threads, branches;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
+    uint64_t    given;                  /* bit i: flag i of section 13 was given                  */
     int         has_seed, chat, specials, ignore_eos, no_checksum, info, check, bench, csv;
     int         no_display_prompt, quiet, verbose, help, version;
 } options;
@@ -113,7 +114,9 @@ typedef struct {                        /* what based_save wrote, in memory     
 typedef struct {                        /* of a conversation                                      */
     saved_state first, turn[UNDO];      /* before the first turn; before the last ones, a ring    */
     uint64_t turns, n_undo;             /* put on the ring so far; still there                    */
-    uint64_t start;                     /* tokens before the text: the start token                */
+    const char *text[4];                /* what it looks like, by based_chat_text                 */
+    char    *begin;                     /* what stands before the first message                   */
+    uint64_t start;                     /* based_history there                                    */
     based_session *snapshot;            /* before the token in which the held text begins         */
     char    *raw;                       /* (n_raw) the text generated since the snapshot          */
     size_t   n_raw, room;
@@ -135,6 +138,7 @@ typedef struct {                        /* one run of the program               
     size_t          n_ids, n_loaded;    /* n_loaded: the first ones, part of a loaded state       */
     int32_t         unfed;              /* the newest token, if it is not fed yet; or -1          */
     size_t          block;              /* tokens of r->ids that are fed together                 */
+    int             told_nfc;           /* warn_of_nfc has said its line                          */
     float          *rows;               /* (block, width) logits of fed tokens; NULL: not needed  */
     text_out        out;
     output          dump;
@@ -239,8 +243,9 @@ static volatile sig_atomic_t renaming = 0;      /* which file that is just chang
 static volatile sig_atomic_t waiting = 0;       /* a signal that came meanwhile                   */
 #endif
 
-/* What stands before encoded text: nothing; what the model asks for; a start token in any case. */
-enum lead { CONTINUES, BEGINS, PREDICTS };
+/* What stands before encoded text: nothing; a prefix space if the model asks for it; that and a
+ * start token if the model asks for them; a start token in any case. */
+enum lead { CONTINUES, OPENS, BEGINS, PREDICTS };
 
 /* What read_input reads: all of a file; the next line; a saved state, if it begins as one. */
 enum extent { ALL, LINE, STATE };
@@ -255,7 +260,8 @@ static int     score_rows(run *r, size_t first, size_t n);          /*  5: for f
 static int     no_tokenizer(const run *r);                          /*  9: an error line          */
 static int32_t start_token(const based_tokenizer *t);               /*  9: begins a text; or -1   */
 static int     encode(run *r, const char *text, size_t n, enum lead lead);  /* 9: to r->ids       */
-static int     encode_message(run *r, const char *text, size_t n, size_t from, size_t to);  /*  9 */
+static int     encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                              size_t to);                           /*  9: a turn, to r->ids      */
 static int     check_logits(run *r, const float *logits, uint64_t token);   /* 10: are there any? */
 static int32_t any_token(const run *r, uint64_t i);                 /*  6                         */
 static int     read_prompt(run *r);                                 /*  9: -i, -f, ... to r->ids  */
@@ -398,6 +404,11 @@ static void take_snapshot(run *r, size_t n) {
     c->n_raw += n;
 }
 
+/* Does the model end the text with this token? */
+static int is_stop_token(const run *r, int32_t id) {
+    return r->has_tokenizer && based_is_stop(&r->tokenizer, id);
+}
+
 /* The loop that writes a text: sample, print, feed, until something ends it. The clock starts after
  * the first token, whose time belongs to the prompt. */
 static int continue_text(run *r) {
@@ -418,8 +429,7 @@ static int continue_text(run *r) {
         r->generate_time = earlier + (seconds() - begun);
 
         /* the end of the text, which is a token of its own */
-        int ends = r->has_tokenizer
-                && ((uint32_t)id == r->tokenizer.eos || (uint32_t)id == r->tokenizer.bos);
+        int ends = is_stop_token(r, id);
         if (ends && !o->ignore_eos) break;
 
         /* print it */
@@ -506,6 +516,17 @@ static int prepare(run *r) {
     return reset_sampler(r) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", r->error.text);
 }
 
+/* For -v: the seed, and if the checkpoint recommends settings, those that are used. */
+static void tell_sampling(const run *r) {
+    const based_sampler *s = &r->sampler;
+    if (!r->o->verbose) return;
+    fprintf(stderr, "seed:   %llu\n", (unsigned long long)s->seed);
+    if (!(based_model_config(r->model)->flags & BASED_SAMPLING)) return;
+    fprintf(stderr, "sample: -t %g -p %g -k %u --min-p %g --repeat-penalty %g --repeat-last-n %u\n",
+            s->temperature, s->top_p, (unsigned)s->top_k, s->min_p, s->repeat_penalty,
+            (unsigned)s->repeat_last_n);
+}
+
 static int generate(run *r) {
     TRY(open_session(r, r->o->dump != NULL));
     TRY(read_prompt(r));
@@ -514,7 +535,7 @@ static int generate(run *r) {
     if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     catch_signals(0);
     describe(r, "prompt:");
-    if (r->o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
+    tell_sampling(r);
     TRY(feed_prompt(r));
     if (r->o->branches) {
         based_session *root;
@@ -535,10 +556,11 @@ static int generate(run *r) {
 /* ---- If you wanted to know how a text is written with based.h, you can stop reading here. ---- */
 
 /* ==== 3. Chat ====================================================================================
- * A conversation is one text. Each message is put into the template of a turn and fed, and the
+ * A conversation is one text. Each message is put into a template and fed. The checkpoint has one
+ * if the model was trained to converse; then a stop token ends the reply. With the plain template a
  * reply ends where the model begins the next turn, which is a stop text. After each reply the
- * session has read exactly the text that is on the screen. Before each turn the state is put on a
- * ring of UNDO states.
+ * session has read exactly the text that is on the screen; what stands between a reply and the next
+ * message is fed with that message. Before each turn the state is put on a ring of UNDO states.
  */
 
 /* Puts the state in r->saved on the ring. Only a turn that went well gets there. */
@@ -576,7 +598,7 @@ static int commit_reply(run *r) {
     based_copy(r->session, c->snapshot, NULL);
     c->has_snapshot = 0;
     if (printed > 0) {
-        TRY(encode_message(r, c->raw, printed, 0, printed));
+        TRY(encode_message(r, c->raw, printed, CONTINUES, 0, printed));
         TRY(feed_prompt(r));
     }
     return rc;
@@ -586,19 +608,28 @@ static int commit_reply(run *r) {
 static int chat_turn(run *r, const char *message, size_t n) {
     const options *o = r->o;
 
-    /* the message in the template; from the second turn on it begins on a new line */
-    size_t from = strlen(o->before) + (based_count(r->session) > r->chat.start);
-    size_t bytes = from + n + strlen(o->after);
+    const conversation *c = &r->chat;
+
+    /* the message in its template, then the beginning of a reply */
+    const char *user = c->text[BASED_CHAT_USER], *said = strstr(user, "{}"),
+               *reply = c->text[BASED_CHAT_REPLY], *end = strstr(reply, "{}");
+    int first = based_history(r->session) == c->start;
+    const char *lead = first ? c->begin : end + 2;
+    const struct { const char *text; size_t n; } parts[] = {
+        { lead, strlen(lead) }, { user, (size_t)(said - user) }, { message, n },
+        { said + 2, strlen(said + 2) }, { reply, (size_t)(end - reply) }
+    };
+    size_t from = parts[0].n + parts[1].n, bytes = from + n + parts[3].n + parts[4].n, at = 0;
     char *text = malloc(bytes + 1);
     if (!text) return out_of_memory("a turn");
-    text[0] = '\n';
-    memcpy(text + from - strlen(o->before), o->before, strlen(o->before));
-    memcpy(text + from, message, n);
-    memcpy(text + from + n, o->after, strlen(o->after));
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; at += parts[i++].n) {
+        memcpy(text + at, parts[i].text, parts[i].n);
+    }
+    enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
     int rc = save_state(r, &r->saved);
     if (rc == DONE) {
-        rc = o->specials ? encode(r, text, bytes, CONTINUES)
-                         : encode_message(r, text, bytes, from, from + n);
+        rc = o->specials ? encode(r, text, bytes, opens)
+                         : encode_message(r, text, bytes, opens, from, from + n);
     }
     free(text);
     TRY(rc);
@@ -651,6 +682,50 @@ static void run_command(run *r, const char *line, size_t n) {
     }
 }
 
+/* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
+static void choose_template(run *r, options *o) {
+    const char *const plain[4] = { "{}\n", o->turn, "{}\n", "" };
+    char name[65];
+    if (!o->chat || !r->has_tokenizer) return;
+    if (r->tokenizer.chat[0] && !o->chat_template) {
+        memcpy(r->chat.text, r->tokenizer.chat, sizeof r->chat.text);
+        return;
+    }
+    memcpy(r->chat.text, plain, sizeof r->chat.text);
+    o->stops[o->n_stops++] = o->stop;
+    if (o->chat_template || o->quiet) return;
+    fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
+            "two people might\n", model_name(r, name));
+}
+
+/* Feeds the start token if the template does not name it, and sets what stands before the first
+ * message: the system prompt or what is there without one, or after --load the end of a reply. */
+static int begin_chat(run *r) {
+    const options *o = r->o;
+    conversation *c = &r->chat;
+    const char *lead = o->load ? strstr(c->text[BASED_CHAT_REPLY], "{}") + 2
+                     : o->system ? "" : c->text[BASED_CHAT_BEGIN];
+    const char *system = c->text[BASED_CHAT_SYSTEM], *hole = strstr(system, "{}");
+    const char *said = o->system ? o->system : "";
+    size_t n = strlen(lead) + strlen(system) + strlen(said) + 1;
+    if (o->system && !hole) {
+        return fail(BAD_USAGE, "%s knows no system prompt; put the text into your first message",
+                    o->checkpoint);
+    }
+    c->begin = malloc(n);
+    if (!c->begin) return out_of_memory("the conversation");
+    int before = o->system ? (int)(hole - system) : 0;
+    snprintf(c->begin, n, "%s%.*s%s%s", lead, before, system, said, o->system ? hole + 2 : "");
+    if (o->load) {
+        TRY(load_from_file(r, o->load));
+    } else if (c->text[BASED_CHAT_USER] == o->turn) {
+        TRY(encode(r, "", 0, BEGINS));
+        TRY(feed_prompt(r));
+    }
+    c->start = based_history(r->session);
+    return save_state(r, &c->first);
+}
+
 static int chat(run *r) {
     const options *o = r->o;
     conversation *c = &r->chat;
@@ -666,21 +741,9 @@ static int chat(run *r) {
     if (!c->raw) return out_of_memory("the conversation");
     catch_signals(saves);
 
-    /* before the first turn: a loaded state or the start token, then the system prompt */
     r->out.decoder.started = 1;         /* a reply follows a text, so its first space is printed  */
-    if (o->load) {
-        TRY(load_from_file(r, o->load));
-    } else {
-        TRY(encode(r, "", 0, BEGINS));
-        TRY(feed_prompt(r));
-        c->start = based_count(r->session);
-    }
-    if (o->system) {
-        TRY(encode(r, o->system, strlen(o->system), CONTINUES));
-        TRY(feed_prompt(r));
-    }
-    TRY(save_state(r, &c->first));
-    if (o->verbose) fprintf(stderr, "seed:   %llu\n", (unsigned long long)r->sampler.seed);
+    TRY(begin_chat(r));
+    tell_sampling(r);
     if (asking) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
 
     /* the first message may come from -i or -f */
@@ -1160,7 +1223,7 @@ static int bench(run *r) {
 
 static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
 static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
-static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU"};
+static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU", "tanh GELU"};
 static const char *const dtype_names[] = {"f32", "q8", "q4"};
 static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
 
@@ -1199,6 +1262,10 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
         printf("%22s %sfade to one half in %.0f tokens\n", "", l->sinks ? "others " : "tokens ",
                l->chunk * log(0.5) / log1p(-(double)l->decay));
     }
+    if (l->fading) {
+        printf("%22s tokens fade by %s\n", "", l->fading == BASED_GATED
+               ? "a gate of each token" : "a fixed factor of each head");
+    }
 }
 
 static int print_info(run *r) {
@@ -1229,6 +1296,10 @@ static int print_info(run *r) {
         printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
                THOUSANDS(c->context));
     }
+    if (c->prefix > 0) {
+        printf("%-12s the first %s tokens of a prompt see each other\n", "prefix",
+               THOUSANDS(c->prefix));
+    }
 
     /* the tokenizer */
     if (r->has_tokenizer) {
@@ -1239,9 +1310,19 @@ static int print_info(run *r) {
                    t->flags & BASED_TOK_ADD_BOS ? " before every text" : "");
         }
         if (t->eos != BASED_NONE) printf(", end %u", (unsigned)t->eos);
+        for (uint32_t i = 0; i < t->stops; i++) {
+            printf("%s%u", i || t->eos != BASED_NONE ? " or " : ", end ", (unsigned)t->stop_id[i]);
+        }
         putchar('\n');
+        printf("%-12s %s\n", "chat", t->chat[0] ? "by a template of its own" : "no: a base model");
     } else {
         puts("tokenizer    none");
+    }
+
+    if (c->flags & BASED_SAMPLING) {
+        printf("%-12s -t %g -p %g -k %u --min-p %g --repeat-penalty %g --repeat-last-n %u\n",
+               "recommended", c->temperature, c->top_p, (unsigned)c->top_k, c->min_p,
+               c->repeat_penalty, (unsigned)c->repeat_last_n);
     }
 
     /* one letter for each layer shows the order of the mixers; then a line for each run of layers
@@ -1375,14 +1456,30 @@ static int32_t start_token(const based_tokenizer *t) {
     return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
 }
 
+/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
+ * follow their letter) and this one does not. */
+static void warn_of_nfc(run *r, const char *text, size_t n) {
+    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
+    for (size_t i = 0; i + 1 < n && !quiet; i++) {
+        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
+        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
+        clear_progress(r);
+        fputs("note: some accents of this text stand apart from their letters; the model was "
+              "trained on text without such (Unicode's NFC), and understands it less well\n",
+              stderr);
+        quiet = r->told_nfc = 1;
+    }
+}
+
 /* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
  * text[from .. to - 1]. */
 static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
                         size_t to) {
     based_tokenizer t = r->tokenizer;
     const size_t end[3] = { from, to, n };
-    int add_bos = lead != CONTINUES && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
+    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
     int64_t got = 0;
+    warn_of_nfc(r, text, n);
     if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
 
     /* room for the start token and as many others as there can be */
@@ -1397,7 +1494,7 @@ static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size
     }
 
     /* the start token, where based_encode does not put it */
-    if (start_token(&t) >= 0 && (n == 0 ? lead != CONTINUES : lead == PREDICTS && !add_bos)) {
+    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
         r->ids[r->n_ids++] = start_token(&t);
     }
     for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
@@ -1406,7 +1503,12 @@ static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size
         if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
         got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
                            &r->error);
-        r->n_ids += got > 0 ? (size_t)got : 0;
+        /* only the first text gets a prefix space */
+        for (int64_t i = 0; i < got; i++) {
+            size_t shown;
+            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
+            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+        }
     }
     free(scratch);
     return got < 0 ? library_failed(r, "cannot encode the text") : DONE;
@@ -1428,7 +1530,8 @@ static size_t special_name(const based_tokenizer *t, const char *text, size_t n)
 /* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
  * text there. The text is cut only at special tokens of the template, where it would be cut in any
  * case; so without such names the tokens are those of encode. */
-static int encode_message(run *r, const char *text, size_t n, size_t from, size_t to) {
+static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
     size_t begin = 0, name;
     for (size_t at = 0; at < from; ) {
         name = special_name(&r->tokenizer, text + at, from - at);
@@ -1436,7 +1539,7 @@ static int encode_message(run *r, const char *text, size_t n, size_t from, size_
         if (name) begin = at;
     }
     while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
-    return encode_parts(r, text, n, CONTINUES, begin, to);
+    return encode_parts(r, text, n, lead, begin, to);
 }
 
 /* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
@@ -1506,6 +1609,7 @@ static int open_session(run *r, int every_row) {
                     "--vectors", r->o->checkpoint);
     }
     r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    if (c->prefix > r->block) r->block = c->prefix;     /* it is fed in one block */
     r->unfed = -1;
     TRY(new_session(r, &r->session, r->block));
     if (every_row) r->rows = malloc(r->block * row);
@@ -1591,7 +1695,12 @@ static int feed_ids(run *r, size_t n) {
             while (same < some && r->ids[i + same] != start) same++;
             some = same;
         }
-        if (based_feed(r->session, r->ids + i, some, r->rows, &r->error) != BASED_OK) {
+        /* the beginning of a prompt, in a model that has prefix layers */
+        int alone = o->perplexity || based_count(r->session) > 0;
+        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
+        if (prefix > 0 && some > prefix) some = prefix;
+        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, r->rows,
+                                                          &r->error) != BASED_OK) {
             clear_progress(r);
             return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
         }
@@ -2032,6 +2141,7 @@ static double seconds(void) {
  * One table says everything about every flag. Parsing, help, defaults, error lines and which flags
  * go together all follow from it.
  */
+#define PLAIN_TURN "User: {}\\nAssistant:"
 enum kind { SWITCH, TEXT, TEXTS, NAME, WHOLE, REAL, SEED, MODE };
 
 /* What a flag is, for the rules about others. */
@@ -2052,11 +2162,13 @@ typedef struct {
     const char *title;                  /* in help, the heading above this flag                   */
     const char *standard;               /* the default as one would type it                       */
     double      low, high;              /* of a number, both allowed                              */
+    size_t      config;                 /* of the field in based_config that recommends a value   */
     const char *takes;                  /* for error lines, where it does not follow from kind    */
     const char *elsewhere;              /* what the letter means in llama.cpp                     */
 } flag;
 
 #define AT(field) .offset = offsetof(options, field)
+#define RECOMMENDED(field) AT(field), .config = offsetof(based_config, field)
 
 static const flag flags[] = {
 
@@ -2085,22 +2197,22 @@ static const flag flags[] = {
              "there is no limit",
      .standard = "256", .low = -1, .high = 9e18,
      .takes = "a whole number of tokens, 0 or more, or -1 for no limit"},
-    {'t', "temp", "X", REAL, AT(temperature),
+    {'t', "temp", "X", REAL, RECOMMENDED(temperature),
      .help = "Temperature: low is careful, high is daring, 0 always takes the most probable token",
      .standard = "1.0", .high = 100, .elsewhere = "for threads use -j or --threads"},
-    {'p', "top-p", "X", REAL, AT(top_p),
+    {'p', "top-p", "X", REAL, RECOMMENDED(top_p),
      .help = "Choose among the most probable tokens that together reach probability X; 1 is all",
      .standard = "0.9", .high = 1, .elsewhere = "for a prompt use -i or --prompt"},
-    {'k', "top-k", "N", WHOLE, AT(top_k),
+    {'k', "top-k", "N", WHOLE, RECOMMENDED(top_k),
      .help = "Choose among the N most probable tokens; 0 is all",
      .standard = "0", .high = 4294967295.0},
-    {0, "min-p", "X", REAL, AT(min_p),
+    {0, "min-p", "X", REAL, RECOMMENDED(min_p),
      .help = "Leave out tokens less than X times as probable as the best one",
      .standard = "0", .high = 1},
-    {0, "repeat-penalty", "X", REAL, AT(repeat_penalty),
+    {0, "repeat-penalty", "X", REAL, RECOMMENDED(repeat_penalty),
      .help = "Make recent tokens less probable if above 1",
      .standard = "1.0", .low = 0.01, .high = 100},
-    {0, "repeat-last-n", "N", WHOLE, AT(repeat_last_n),
+    {0, "repeat-last-n", "N", WHOLE, RECOMMENDED(repeat_last_n),
      .help = "Count the last N tokens as recent",
      .standard = "64", .high = 1048576},
     {'s', "seed", "N", SEED, AT(seed),
@@ -2140,8 +2252,9 @@ static const flag flags[] = {
      .help = "A text that stands before the conversation",
      .needs = CHAT},
     {0, "chat-template", "TEXT", TEXT, AT(chat_template),
-     .help = "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash",
-     .standard = "User: {}\\nAssistant:", .takes = "a text with one {} in it"},
+     .help = "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash "
+             "(default: as the checkpoint says, else \"" PLAIN_TURN "\")",
+     .takes = "a text with one {} in it"},
     {0, "specials", NULL, SWITCH, AT(specials),
      .help = "Names of special tokens in what you say become these tokens. Without it they are "
              "text, as anything that you say",
@@ -2210,8 +2323,8 @@ static int print_help(void) {
         printf("  %-27s ", left);
 
         /* the words of the text, wrapped between columns 30 and 80 */
-        snprintf(whole, sizeof whole, f->standard ? "%s (default %s)." : "%s.", f->help,
-                 f->standard);
+        snprintf(whole, sizeof whole, f->config ? "%s (default %s, or as the checkpoint says)."
+                 : f->standard ? "%s (default %s)." : "%s.", f->help, f->standard);
         int column = 30;
         for (const char *word = whole; *word; ) {
             int n = (int)strcspn(word, " ");
@@ -2384,26 +2497,36 @@ static int check_options(const options *o) {
     return DONE;
 }
 
-/* Cuts the template of a turn in two at {}. A reply ends where the model begins the next turn: at a
- * new line and the first half, without the spaces at its end. */
+/* Reads --chat-template, or the plain one. There a reply ends where the model begins the next turn:
+ * at a new line and what stands before {}, without the spaces at its end. */
 static int read_template(options *o) {
-    size_t n = strlen(o->chat_template) + 1;
-    char *stop = o->stop = malloc(n + 1);
-    o->before = malloc(n);
-    if (!o->before || !stop) return out_of_memory("the template of a conversation");
-    memcpy(o->before, o->chat_template, n);
-    unescape(o->before);
-    char *hole = strstr(o->before, "{}");
+    const char *text = o->chat_template ? o->chat_template : PLAIN_TURN;
+    size_t n = strlen(text) + 1;
+    o->turn = malloc(n);
+    o->stop = malloc(n + 1);
+    if (!o->turn || !o->stop) return out_of_memory("the template of a conversation");
+    memcpy(o->turn, text, n);
+    unescape(o->turn);
+    const char *hole = strstr(o->turn, "{}");
     if (!hole || strstr(hole + 2, "{}")) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
-                    "\"User: {}\\nAssistant:\"");
+                    "\"" PLAIN_TURN "\"");
     }
-    *hole = '\0';
-    o->after = hole + 2;
-    snprintf(stop, n + 1, "\n%s", o->before);
-    for (n = strlen(stop); n > 1 && stop[n - 1] == ' '; n--) stop[n - 1] = '\0';
-    o->stops[o->n_stops++] = stop;
+    snprintf(o->stop, n + 1, "\n%.*s", (int)(hole - o->turn), o->turn);
+    for (n = strlen(o->stop); n > 1 && o->stop[n - 1] == ' '; n--) o->stop[n - 1] = '\0';
     return DONE;
+}
+
+/* Where the user said nothing, settings of the sampler are those that the checkpoint recommends. */
+static void take_recommended(options *o, const based_config *c) {
+    for (int i = 0; i < FLAGS && (c->flags & BASED_SAMPLING); i++) {
+        const flag *f = &flags[i];
+        const void *from = (const char *)c + f->config;
+        void *to = (char *)o + f->offset;
+        if (!f->config || (o->given >> i & 1)) continue;
+        if (f->kind == REAL) *(double *)to = (double)*(const float *)from;
+        else *(int64_t *)to = *(const uint32_t *)from;
+    }
 }
 
 /* Fills *o from the command line. o->stops must have room for argc texts. */
@@ -2449,6 +2572,7 @@ static int parse_options(options *o, int argc, char **argv) {
             text = argv[i];
         }
         TRY(set_value(o, f, name, text));
+        o->given |= (uint64_t)1 << (f - flags);
     }
     if (o->help || o->version) return DONE;
     TRY(check_options(o));
@@ -2456,8 +2580,7 @@ static int parse_options(options *o, int argc, char **argv) {
 }
 
 /* ==== 14. main ================================================================================ */
-static int do_job(run *r) {
-    const options *o = r->o;
+static int do_job(run *r, options *o) {
     if (o->help) return print_help();
     if (o->version) {
         puts("based.c " BASED_VERSION);
@@ -2471,10 +2594,12 @@ static int do_job(run *r) {
     if (r->has_tokenizer) {
         TRY_LIB(based_tokenizer_open(&r->tokenizer, r->model, &r->error), o->checkpoint);
     }
+    take_recommended(o, based_model_config(r->model));
     if (o->vectors) return vectors(r);
     if (o->info) return print_info(r);
     if (o->check) return check(r);
     if (o->bench) return bench(r);
+    choose_template(r, o);
     return o->perplexity ? measure(r) : o->chat ? chat(r) : generate(r);
 }
 
@@ -2483,12 +2608,13 @@ int main(int argc, char **argv) {
     run r = { .o = &o };
     prepare_system();
     int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
-    if (rc == DONE) rc = do_job(&r);
+    if (rc == DONE) rc = do_job(&r, &o);
 
     close_output(&r.dump, BAD_INPUT);   /* a file that is complete was closed before              */
     for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].bytes);
     free(r.chat.first.bytes);
     free(r.chat.raw);
+    free(r.chat.begin);
     free(r.saved.bytes);
     free(r.out.token);
     free(r.out.held);
@@ -2500,7 +2626,7 @@ int main(int argc, char **argv) {
     based_session_free(r.session);
     based_close(r.model);
     free(o.stops);
-    free(o.before);
+    free(o.turn);
     free(o.stop);
     return rc;
 }

@@ -4,13 +4,14 @@
  * right for almost every text makes the model worse without any sign of it. This file therefore
  * reproduces two tokenizers exactly:
  *
- *     BASED_BPE      byte-level byte-pair encoding as in GPT-2. The text is cut into pieces (a word
- *                    with its leading space, a number, a run of punctuation, a run of spaces),
- *                    every byte of a piece becomes a symbol, and neighboring symbols are merged in
- *                    the order of their rank, lowest rank first.
- *     BASED_SCORES   the tokenizer of llama2.c. The whole text is one piece, its characters become
- *                    symbols (a character without a token becomes its bytes), and neighbors are
- *                    merged in the order of the score of the result, highest score first.
+ *     BASED_BPE      byte-level byte-pair encoding as in GPT-2, Llama 3 and Qwen. The text is cut
+ *                    into pieces (a word with its leading space, a number, a run of punctuation,
+ *                    a run of spaces), every byte of a piece becomes a symbol, and neighboring
+ *                    symbols are merged in the order of their rank, lowest rank first.
+ *     BASED_SCORES   the tokenizer of llama2.c, which is SentencePiece's BPE. The whole text is one
+ *                    piece, its characters become symbols (a character without a token becomes its
+ *                    bytes), and neighbors are merged in the order of the score of the result,
+ *                    highest score first.
  *
  * Among equals the leftmost pair is merged first. One merge loop serves both: a linked list of
  * symbols, and a binary heap of the pairs that can merge.
@@ -119,16 +120,21 @@ static int read_header(based_tokenizer *t, const uint32_t *word, size_t size, ui
     t->unknown = word[6];
     t->merges = word[7];
     t->specials = word[8];
+    t->cut = word[9];
+    t->stops = word[10] & 0xFFFF;
+    t->shown = word[10] >> 16;
     int is_bpe = t->kind == BASED_BPE;
     if (!is_bpe && t->kind != BASED_SCORES)
         return invalid(e, "tokenizer: kind # is unknown, expected 1 (BPE) or 2 (scores)",
                        t->kind, 0);
-    if ((t->flags & ~(uint32_t)(BASED_TOK_PREFIX_SPACE | BASED_TOK_ADD_BOS)) != 0)
-        return invalid(e, "tokenizer: flags # are unknown, expected 0 to 3", t->flags, 0);
+    if (t->flags > 15)
+        return invalid(e, "tokenizer: flags # are unknown, expected 0 to 15", t->flags, 0);
     if (is_bpe && (t->flags & BASED_TOK_PREFIX_SPACE) != 0)
         return invalid(e, "tokenizer: a prefix space is defined for kind 2 (scores) only", 0, 0);
-    if ((word[9] | word[10] | word[11]) != 0)
-        return invalid(e, "tokenizer: header words 9 to 11 must be zero", 0, 0);
+    if (!is_bpe && (t->flags & BASED_TOK_WHOLE_PIECES) != 0)
+        return invalid(e, "tokenizer: whole pieces are defined for kind 1 (BPE) only", 0, 0);
+    if (t->cut > (is_bpe ? BASED_CUT_DIGITS : 0))
+        return invalid(e, "tokenizer: kind # with cut # is unknown", t->kind, t->cut);
     if (t->size == 0 || t->size > BASED_MAX_VOCAB || t->size > vocab)
         return invalid(e, "tokenizer: it has # tokens, the model knows #: it belongs to another "
                        "model", t->size, vocab);
@@ -136,9 +142,15 @@ static int read_header(based_tokenizer *t, const uint32_t *word, size_t size, ui
         return invalid(e, "tokenizer: bos, eos or unknown is not one of its # tokens", t->size, 0);
 
     /* The words of all tables: a sum of a few 32-bit counts cannot overflow 64 bits. It must be
-     * what the section says and fit into it, so no table reaches beyond the section. */
-    uint64_t words = 12 + 256 + (uint64_t)t->specials + t->size + 1;
+     * what the section says and fit into it, so no table reaches beyond the section. With whole
+     * pieces the last table has the words that the others leave. */
+    uint64_t words = 12 + 256 + (uint64_t)t->specials + t->stops + t->shown + t->size + 1;
     words += is_bpe ? 4 * (uint64_t)t->merges : (uint64_t)t->merges + t->size;
+    t->sorted_size = is_bpe ? 0 : t->merges;
+    if ((t->flags & BASED_TOK_WHOLE_PIECES) != 0 && word[0] > words) {
+        t->sorted_size = (uint32_t)(word[0] - words);
+        words = word[0];
+    }
     if (word[0] != words)
         return invalid(e, "tokenizer: it says its tables have # words, their counts add up to #",
                        word[0], words);
@@ -147,10 +159,13 @@ static int read_header(based_tokenizer *t, const uint32_t *word, size_t size, ui
                        words, size);
     t->byte_id = word + 12;
     t->special_id = t->byte_id + 256;
-    t->start = t->special_id + t->specials;
+    t->stop_id = t->special_id + t->specials;
+    t->shown_id = t->stop_id + t->stops;
+    t->start = t->shown_id + t->shown;
     const uint32_t *rest = t->start + t->size + 1;
     if (is_bpe) {
         t->merge = rest;
+        t->sorted = rest + 4 * (size_t)t->merges;
     } else {
         t->sorted = rest;
         t->score = (const float *)(const void *)(rest + t->merges);
@@ -187,6 +202,15 @@ static int check_byte_ids(const based_tokenizer *t, based_error *e) {
         if (s.n != 1 || s.p[0] != b)
             return invalid(e, "tokenizer: byte # has token #, which has other bytes", b, id);
     }
+    return BASED_OK;
+}
+
+/* The tokens that end a text, and the special ones that decoding shows. */
+static int check_ids(const based_tokenizer *t, based_error *e) {
+    for (uint32_t i = 0; i < t->stops + t->shown; i++)
+        if (t->stop_id[i] >= t->size)
+            return invalid(e, "tokenizer: stop or shown token # is #, which does not exist", i,
+                           t->stop_id[i]);
     return BASED_OK;
 }
 
@@ -228,19 +252,44 @@ static int check_merges(const based_tokenizer *t, based_error *e) {
     return BASED_OK;
 }
 
-/* BASED_SCORES: strictly ascending for the same reason. No score is NaN: a NaN has no place in the
- * order of the heap. */
+/* Strictly ascending for the same reason. */
 static int check_sorted(const based_tokenizer *t, based_error *e) {
-    for (uint32_t i = 0; i < t->merges; i++) {
+    for (uint32_t i = 0; i < t->sorted_size; i++) {
         uint32_t id = t->sorted[i];
         if (id >= t->size)
             return invalid(e, "tokenizer: sorted entry # is token #, which does not exist", i, id);
         if (i > 0 && compare(token_span(t, t->sorted[i - 1]), token_span(t, id)) >= 0)
             return invalid(e, "tokenizer: sorted entry #, token #, is out of order", i, id);
     }
+    return BASED_OK;
+}
+
+/* BASED_SCORES: no score is NaN, which has no place in the order of the heap. */
+static int check_scores(const based_tokenizer *t, based_error *e) {
     for (uint32_t id = 0; id < t->size; id++)
         if (t->score[id] != t->score[id])
             return invalid(e, "tokenizer: the score of token # is not a number", id, 0);
+    return BASED_OK;
+}
+
+/* Four zero-terminated texts behind the tokens, or none: what a system message, one of the user and
+ * a reply look like, with one {} each ("" for no system message), and how a text begins. */
+static int check_chat(based_tokenizer *t, const char *p, size_t bytes, based_error *e) {
+    for (int i = 0; i < 4 && bytes > 0; i++) {
+        const char *end = memchr(p, '\0', bytes);
+        if (end == NULL)
+            return invalid(e, "tokenizer: text # of the chat template has no end", (uint64_t)i, 0);
+        const char *hole = strstr(p, "{}");
+        int needs = i == BASED_CHAT_USER || i == BASED_CHAT_REPLY || (i == BASED_CHAT_SYSTEM && *p);
+        if (needs && (hole == NULL || strstr(hole + 2, "{}") != NULL))
+            return invalid(e, "tokenizer: text # of the chat template has not one {}", (uint64_t)i,
+                           0);
+        t->chat[i] = p;
+        bytes -= (size_t)(end + 1 - p);
+        p = end + 1;
+        if ((bytes == 0) != (i == BASED_CHAT_BEGIN))
+            return invalid(e, "tokenizer: the chat template has not four texts", 0, 0);
+    }
     return BASED_OK;
 }
 
@@ -253,10 +302,17 @@ int based_tokenizer_init(based_tokenizer *t, const void *section, size_t size, u
                     0, 0);
     memset(&made, 0, sizeof made);
     int status = read_header(&made, word, size, vocab, e);
-    if (!status) status = check_tokens(&made, size - 4 * (size_t)word[0], e);
+    if (status) return status;
+    size_t bytes = size - 4 * (size_t)word[0], chat = word[11];
+    if (chat > bytes)
+        return invalid(e, "tokenizer: the chat template has # bytes, # are there", chat, bytes);
+    status = check_tokens(&made, bytes - chat, e);
     if (!status) status = check_byte_ids(&made, e);
     if (!status) status = check_specials(&made, e);
-    if (!status) status = (made.kind == BASED_BPE ? check_merges : check_sorted)(&made, e);
+    if (!status) status = check_ids(&made, e);
+    if (!status) status = (made.kind == BASED_BPE ? check_merges : check_scores)(&made, e);
+    if (!status) status = check_sorted(&made, e);
+    if (!status) status = check_chat(&made, (const char *)made.bytes + bytes - chat, chat, e);
     if (!status) *t = made;             /* a failed call leaves *t as it was */
     return status;
 }
@@ -324,22 +380,36 @@ static unsigned character_class(span s, size_t *bytes) {
 }
 
 /* ==== 4. Pieces ==================================================================================
- * GPT-2 cuts text by a regular expression. Its alternatives are tried in this order at each place:
+ * The originals cut text by a regular expression. GPT-2's alternatives are tried in this order at
+ * each place:
  *
  *     's|'t|'re|'ve|'m|'ll|'d       a contraction
  *      ?\p{L}+| ?\p{N}+             an optional space, then a run of letters, or of numbers,
  *      ?[^\s\p{L}\p{N}]+            or of anything else that is not a space
  *     \s+(?!\S)|\s+                 spaces, without the last one if a non-space follows
  *
+ * BASED_CUT_DIGITS first makes each number a piece of its own and ends the text before it, so that
+ * a space never joins a number. Llama 3 has
+ *
+ *     (?i:'s|'t|'re|'ve|'m|'ll|'d)  a contraction in any case
+ *     [^\r\n\p{L}\p{N}]?\p{L}+      letters, behind one character that is neither a letter nor a
+ *                                   number nor the end of a line
+ *     \p{N}{1,3}                    up to three numbers; Qwen 2: one
+ *      ?[^\s\p{L}\p{N}]+[\r\n]*     anything else that is not a space, and the ends of its line
+ *     \s*[\r\n]+                    spaces up to the last end of a line
+ *     \s+(?!\S)|\s+                 other spaces, as above
+ *
  * No alternative looks back, so pieces are found from left to right and nothing is remembered
  * between two of them.
  */
 
-/* The bytes of the contraction that s begins with, 0 if none. */
-static size_t contraction(span s) {
+/* The bytes of the contraction that s begins with, 0 if none. In any case the long s, U+017F, is an
+ * s too. */
+static size_t contraction(span s, int any_case) {
     if (s.n < 2 || s.p[0] != '\'') return 0;
-    unsigned char a = s.p[1], b = s.n > 2 ? s.p[2] : 0;
+    unsigned char fold = any_case ? 32 : 0, a = s.p[1] | fold, b = s.n > 2 ? s.p[2] | fold : 0;
     if (a == 's' || a == 't' || a == 'm' || a == 'd') return 2;
+    if (any_case && s.n > 2 && s.p[1] == 0xC5 && s.p[2] == 0xBF) return 3;
     return ((a == 'r' || a == 'v') && b == 'e') || (a == 'l' && b == 'l') ? 3 : 0;
 }
 
@@ -355,18 +425,57 @@ static size_t run_of(span s, unsigned kind, size_t *last) {
     return n;
 }
 
-/* The bytes of the first piece of s, at least one. s.n > 0. */
-static size_t first_piece(span s) {
-    size_t n = contraction(s), blank = s.p[0] == ' ', bytes, last;
+static int is_line_end(unsigned char b) {
+    return b == '\r' || b == '\n';
+}
+
+/* GPT-2: the bytes of the first piece of s, at least one. s.n > 0. */
+static size_t gpt2_piece(span s, int digits) {
+    size_t n = contraction(s, 0), blank = s.p[0] == ' ', bytes, last;
     if (n > 0) return n;
     /* an optional space and a run of one class other than SPACE */
     if (blank < s.n) {
         unsigned kind = character_class(rest_of(s, blank), &bytes);
-        if (kind != SPACE) return blank + run_of(rest_of(s, blank), kind, &last);
+        int alone = digits && kind == NUMBER;
+        if (alone && !blank) return bytes;
+        if (kind != SPACE && !alone) return blank + run_of(rest_of(s, blank), kind, &last);
     }
     /* only spaces are left: the last one stays for the piece that follows, if there is one */
     n = run_of(s, SPACE, &last);
+    if (n == s.n || (digits && character_class(rest_of(s, n), &bytes) == NUMBER)) return n;
+    return last > 0 ? last : n;
+}
+
+/* Llama 3 and Qwen 2: the same. `digits`: how many numbers make a piece. */
+static size_t llama_piece(span s, int digits) {
+    size_t n = contraction(s, 1), blank = s.p[0] == ' ', bytes, last, before = 0;
+    if (n > 0) return n;
+    unsigned kind = character_class(s, &bytes);
+    if ((kind == OTHER || kind == SPACE) && !is_line_end(s.p[0])) before = bytes;
+    n = run_of(rest_of(s, before), LETTER, &last);
+    if (n > 0) return before + n;
+    for (; kind == NUMBER && digits > 0; digits--) {
+        n += bytes;
+        if (n == s.n) break;
+        kind = character_class(rest_of(s, n), &bytes);
+    }
+    if (n > 0) return n;
+    n = run_of(rest_of(s, blank), OTHER, &last);
+    if (n > 0) {
+        for (n += blank; n < s.n && is_line_end(s.p[n]); n++);
+        return n;
+    }
+    /* only spaces are left */
+    n = run_of(s, SPACE, &last);
+    for (size_t i = n; i > 0; i--)
+        if (is_line_end(s.p[i - 1])) return i;
     return n < s.n && last > 0 ? last : n;
+}
+
+static size_t first_piece(const based_tokenizer *t, span s) {
+    if (t->cut == BASED_CUT_LLAMA3 || t->cut == BASED_CUT_QWEN2)
+        return llama_piece(s, t->cut == BASED_CUT_LLAMA3 ? 3 : 1);
+    return gpt2_piece(s, t->cut == BASED_CUT_DIGITS);
 }
 
 /* ==== 5. Merging =================================================================================
@@ -437,10 +546,10 @@ static const uint32_t *find_merge(const based_tokenizer *t, uint32_t left, uint3
     return NULL;
 }
 
-/* BASED_SCORES: the token whose bytes are a followed by b, among those that text can become;
- * BASED_NONE if there is none. */
+/* The token whose bytes are a followed by b, among those that text can become; BASED_NONE if there
+ * is none. */
 static uint32_t find_token(const based_tokenizer *t, span a, span b) {
-    size_t low = 0, high = t->merges;
+    size_t low = 0, high = t->sorted_size;
     while (low < high) {
         size_t middle = low + (high - low) / 2;
         int order = compare_joined(token_span(t, t->sorted[middle]), a, b);
@@ -559,9 +668,12 @@ static void encode_text(encoder *c, span s) {
     c->started = 1;
     for (size_t n; s.n > 0; s = rest_of(s, n)) {
         if (c->t->kind == BASED_BPE) {
-            n = first_piece(s);
-            for (size_t i = 0; i < n; i++) add_byte(c, s.p[i]);
+            n = first_piece(c->t, s);
+            /* with whole pieces, a piece that is a token needs no merges */
+            uint32_t whole = find_token(c->t, (span){ s.p, n }, (span){ NULL, 0 });
+            for (size_t i = 0; i < n && whole == BASED_NONE; i++) add_byte(c, s.p[i]);
             finish_piece(c);
+            if (whole != BASED_NONE) add_id(c, whole);
         } else {
             /* As in llama2.c a character is any byte and up to three continuation bytes after it.
              * In UTF-8 this is a character; for other bytes it is what the model was trained on. */
@@ -646,17 +758,27 @@ int64_t based_encode(const based_tokenizer *t, const char *text, size_t n, int f
  * section 3.9).
  */
 
-static int is_special(const based_tokenizer *t, uint32_t id) {
-    for (uint32_t i = 0; i < t->specials; i++)
-        if (t->special_id[i] == id) return 1;
+static int contains(const uint32_t *ids, uint32_t n, uint32_t id) {
+    for (uint32_t i = 0; i < n; i++)
+        if (ids[i] == id) return 1;
     return 0;
+}
+
+/* A special token that stands for no text. */
+static int is_hidden(const based_tokenizer *t, uint32_t id) {
+    return contains(t->special_id, t->specials, id) && !contains(t->shown_id, t->shown, id);
+}
+
+int based_is_stop(const based_tokenizer *t, int32_t id) {
+    uint32_t i = (uint32_t)id;
+    return id >= 0 && (i == t->eos || i == t->bos || contains(t->stop_id, t->stops, i));
 }
 
 const char *based_token_bytes(const based_tokenizer *t, int32_t id, size_t *n) {
     *n = 0;
     if (id < 0 || (uint32_t)id >= t->size) return NULL;
     span s = token_span(t, (uint32_t)id);
-    if (!is_special(t, (uint32_t)id)) *n = s.n;
+    if (!is_hidden(t, (uint32_t)id)) *n = s.n;
     return (const char *)s.p;
 }
 

@@ -175,9 +175,9 @@ def read_tokenizer(section):
     """A tokenizer of kind BASED_SCORES from its section of a checkpoint (based.h part 7): tokens
     (bytes), scores, bos, and apart, the ids that no text is looked up as: specials and bytes."""
     words = np.frombuffer(section, "<u4", int.from_bytes(section[:4], "little"))
-    size, bos, entries, specials = (int(words[i]) for i in (3, 4, 7, 8))
-    byte_id, special_id, start, _, scores = np.split(
-        words[12:], np.cumsum([256, specials, size + 1, entries]))
+    size, bos, entries, specials, ends = (int(words[i]) for i in (3, 4, 7, 8, 10))
+    byte_id, special_id, _, start, _, scores = np.split(
+        words[12:], np.cumsum([256, specials, (ends & 0xFFFF) + (ends >> 16), size + 1, entries]))
     text = section[4 * len(words):]
     return SimpleNamespace(tokens=[text[a:b] for a, b in zip(start, start[1:])], bos=bos,
                            scores=scores.view("<f4").tolist(), byte_id=byte_id.tolist(),

@@ -284,7 +284,7 @@ def attention(l, x, q, k, v, first, k_enc=None, v_enc=None):
                 w = a[0] + sum(a[p] * (score ** p).sum(-1) for p in range(1, l.degree + 1))
             since = flushed_chunks(l, n)
             w = np.where(past, w * (1 - l.decay) ** np.maximum(since, 0), 0)
-            if l.window:
+            if l.window and not l.fading:
                 w = with_window(score, w, past, since >= 0)
             of_values = w
             if l.fading:
@@ -500,10 +500,10 @@ def later_choices(rng, config, layers, fixed):
             l.flags |= export.QK_NORM if rng.random() < 0.3 else 0
             if l.flags & export.VALUE_GATES and rng.random() < 0.4:
                 l.flags ^= export.VALUE_GATES | export.VALUE_FACTORS
-        if (l.mixer == export.TAYLOR and not l.kernel and not l.window and not fixed
+        if (l.mixer == export.TAYLOR and not l.kernel and l.window != 1 and not fixed
                 and rng.random() < 0.5):
             l.sinks = l.decay = 0
-            l.fading = int(rng.integers(0 if not config.input else 1, 3))
+            l.fading = int(rng.integers(1 if config.input or l.window else 0, 3))
             if not l.fading:
                 config.prefix, l.rope_pairs = 24, 0
                 l.flags = (l.flags & ~(export.IN_BIAS | export.KEY_MEAN | export.QK_NORM)

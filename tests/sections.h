@@ -23,8 +23,12 @@ typedef struct maker {
     uint32_t kind, flags, bos, eos, unknown;
     uint32_t byte_id[256];
     uint32_t special[8], specials;
+    uint32_t stop[8], stops, shown;     /* the shown ones follow the stops */
+    uint32_t cut;
+    char     chat[256];                 /* texts, each with its zero */
+    uint32_t chat_bytes;
     uint32_t merge[32][4], merges;      /* BASED_BPE */
-    uint32_t sorted[64];                /* BASED_SCORES; `merges` entries */
+    uint32_t sorted[64], sorted_size;   /* BASED_SCORES; BASED_BPE: with whole pieces */
     float    score[512];
     uint32_t start[512], size;
     unsigned char bytes[8192];
@@ -64,7 +68,7 @@ static inline void add_merge(maker *m, uint32_t left, uint32_t right, uint32_t r
 
 /* Adds a token with a score, and its id to the sorted ones. */
 static inline uint32_t add_scored(maker *m, const char *text, float score) {
-    uint32_t id = add_token(m, text, strlen(text)), i = m->merges++;
+    uint32_t id = add_token(m, text, strlen(text)), i = m->sorted_size++;
     span new = {m->bytes + m->start[id], strlen(text)};
     for (; i > 0; i--) {
         uint32_t other = m->sorted[i - 1];
@@ -74,27 +78,32 @@ static inline uint32_t add_scored(maker *m, const char *text, float score) {
     }
     m->sorted[i] = id;
     m->score[id] = score;
+    if (m->kind == BASED_SCORES) m->merges = m->sorted_size;
     return id;
 }
 
 /* The section in a block of its own of exactly *size bytes. */
 static inline unsigned char *make_section(const maker *m, size_t *size) {
-    uint32_t table = m->kind == BASED_BPE ? 4 * m->merges : m->merges + m->size;
-    uint32_t words = 12 + 256 + m->specials + m->size + 1 + table;
+    uint32_t ids = m->specials + m->stops + m->shown;
+    uint32_t table = m->sorted_size + (m->kind == BASED_BPE ? 4 * m->merges : m->size);
+    uint32_t words = 12 + 256 + ids + m->size + 1 + table;
     uint32_t head[12] =
-        {words, m->kind, m->flags, m->size, m->bos, m->eos, m->unknown, m->merges, m->specials};
-    *size = 4 * (size_t)words + m->start[m->size];
+        {words, m->kind, m->flags, m->size, m->bos, m->eos, m->unknown, m->merges, m->specials,
+         m->cut, m->stops | m->shown << 16, m->chat_bytes};
+    *size = 4 * (size_t)words + m->start[m->size] + m->chat_bytes;
     unsigned char *section = malloc(*size), *p = section;
 #define PUT(what, n) (memcpy(p, (what), 4 * (size_t)(n)), p += 4 * (size_t)(n))
     PUT(head, 12);
     PUT(m->byte_id, 256);
     PUT(m->special, m->specials);
+    PUT(m->stop, m->stops + m->shown);
     PUT(m->start, m->size + 1);
     if (m->kind == BASED_BPE) PUT(m->merge, 4 * m->merges);
-    if (m->kind == BASED_SCORES) PUT(m->sorted, m->merges);
+    PUT(m->sorted, m->sorted_size);
     if (m->kind == BASED_SCORES) PUT(m->score, m->size);
 #undef PUT
     memcpy(p, m->bytes, m->start[m->size]);
+    memcpy(p + m->start[m->size], m->chat, m->chat_bytes);
     return section;
 }
 
@@ -124,6 +133,25 @@ static inline void make_bpe(maker *m) {
     add_merge(m, 'a', 'a', AA);
     add_merge(m, AA, AA, AAAA);
     add_merge(m, ' ', 'h', HE);
+}
+
+/* The same in a shape of newer models: tokens that no merges make, stop tokens, <end>x shown, and a
+ * chat template. */
+enum { HELLO = BPE_SIZE, ABCC, WHOLE_SIZE };
+
+static inline void make_whole(maker *m) {
+    static const char chat[] = "[{}]\0<end>u{}\0a{}<end>x\0b";
+    make_bpe(m);
+    m->flags = BASED_TOK_WHOLE_PIECES;
+    m->cut = BASED_CUT_LLAMA3;
+    add_scored(m, " hello", 0);
+    add_scored(m, "abcc", 0);
+    m->stop[0] = 'z';
+    m->stop[1] = AB;
+    m->stop[2] = ENDX;
+    m->stops = 2;
+    m->shown = 1;
+    memcpy(m->chat, chat, m->chat_bytes = sizeof chat);
 }
 
 /* As llama2.c: 0 <unk>, 1 <s>, 2 </s>, 3 to 258 the bytes, then what text becomes. */

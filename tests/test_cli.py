@@ -187,7 +187,7 @@ def gpt2_encode():
     """The reference library's GPT-2 tokenizer."""
     pytest.importorskip("tokenizers")
     import test_tokenizer as other
-    spec = other.export.gpt2_tokenizer(other.MERGES)
+    spec = other.tokens.gpt2_tokenizer(other.MERGES)
     theirs = other.reference(spec.tokens[:-1], sorted(spec.merges, key=spec.merges.get),
                              ["<|endoftext|>"])
     return lambda text: theirs.encode(text).ids

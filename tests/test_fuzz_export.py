@@ -14,6 +14,8 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
 import export           # noqa: E402
 import origins          # noqa: E402
+import test_families    # noqa: E402
+from models import tokens                                 # noqa: E402
 from test_fuzz import mutant                              # noqa: E402
 from test_layers import EDIFICE, LUCIDRAINS, save, weights    # noqa: E402
 
@@ -72,6 +74,14 @@ def based(directory, form):
                                     form))
 
 
+def copied(name):
+    """A download in data/."""
+    def copy(directory):
+        shutil.copytree(DATA / name, directory / "source")
+        return directory / "source"
+    return copy
+
+
 def llama(directory):
     return Path(origins.write_llama(directory / "llama.bin", np.random.default_rng(5),
                                     (24, 40, 2, 4, 4, 30, 12)))
@@ -84,13 +94,20 @@ def tensors(case, file):
 
 # Where the sources come from, and what they do not tell.
 ORIGINS = {
-    "safetensors": (lambda d: based(d, "safetensors"), []), "pytorch":
-    (lambda d: based(d, "bin"), []), "llama2.c": (llama, []), "lucidrains.pt":
-    (tensors(LUCIDRAINS["causal_rot"], "layer.pt"), ["--heads", 3, "--mode", "causal"]),
-    "lucidrains": (tensors(LUCIDRAINS["causal_rot"],
-                           "layer.safetensors"), ["--heads", 3, "--mode", "causal"]), "edifice":
-    (tensors(EDIFICE["c2"][1],
-             "edifice.safetensors"), ["--mode", "window", "--heads", 4, "--degree", 2])
+    "safetensors": (lambda d: based(d, "safetensors"), []),
+    "pytorch": (lambda d: based(d, "bin"), []),
+    "shards": (copied("decoders/qwen2"), []),
+    "llama3": (copied("decoders/llama3"), []),
+    "powercoder": (copied("decoders/powercoder"), []),
+    "decay": (copied("based-decay-tiny"), []),
+    "prefix": (copied("jrt-tiny"), []),
+    "llama2.c": (llama, []),
+    "lucidrains.pt": (tensors(LUCIDRAINS["causal_rot"], "layer.pt"),
+                      ["--heads", 3, "--mode", "causal"]),
+    "lucidrains": (tensors(LUCIDRAINS["causal_rot"], "layer.safetensors"),
+                   ["--heads", 3, "--mode", "causal"]),
+    "edifice": (tensors(EDIFICE["c2"][1], "edifice.safetensors"),
+                ["--mode", "window", "--heads", 4, "--degree", 2]),
 }
 
 
@@ -113,7 +130,7 @@ def test_spoiled_sources(tmp_path, origin):
 
 def tokenizer_json(path):
     """A tokenizer.json with all that export.py reads of one."""
-    characters = list(export.byte_characters())
+    characters = list(tokens.byte_characters())
     vocab = {c: i for i, c in enumerate([*characters, "ab", "abc", "\u0120a"])}
     special = {"special": True, "lstrip": False, "rstrip": False, "single_word": False,
                "normalized": False}
@@ -137,14 +154,51 @@ def llama_tokenizer(path):
 def merge_list(path):
     """And the vocab.json beside it."""
     path.write_text("#version: 0.2\na b\nab c\n\u0120 a\n", encoding="utf-8")
-    characters = list(export.byte_characters())
+    characters = list(tokens.byte_characters())
     vocab = {c: i for i, c in enumerate(["<s>", *characters, "ab", "abc", "\u0120a"])}
     path.with_name("vocab.json").write_text(json.dumps(vocab))
 
 
+def sentencepiece(path):
+    path.write_bytes(test_families.model(*(test_families.piece(text, -i) for i, text in enumerate(
+        ["\u2581", "a", "b", "\u2581a", "ab"]))))
+
+
+def told(directory):
+    """What lies beside a tokenizer and tells of conversations."""
+    ends = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_bos_token": True,
+            "chat_template": [{"name": "default", "template": test_families.ZEPHYR}],
+            "tokenizer_class": "GPT2Tokenizer", "added_tokens_decoder": {
+                "1": {"content": "<s>", "special": True}, "270": {"content": "<t>"}}}
+    write = {"tokenizer_config.json": ends, "added_tokens.json": {"<t>": 269},
+             "generation_config.json": {"eos_token_id": [2, 9], "temperature": 0.7, "top_k": 5}}
+    for name, value in write.items():
+        (directory / name).write_text(json.dumps(value))
+    (directory / "chat_template.jinja").write_text(test_families.ZEPHYR)
+    return [directory / name for name in (*write, "chat_template.jinja")]
+
+
 @pytest.mark.parametrize("write, name",
                          [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"),
-                                         (merge_list, "merges.txt")])
+                          (merge_list, "merges.txt"), (sentencepiece, "tokenizer.model")])
+def test_spoiled_conversations(tmp_path, write, name):
+    """A sound tokenizer, and something wrong in what lies beside it."""
+    rng, path, refused = random.Random("told " + name), tmp_path / name, 0
+    source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5),
+                                 (8, 8, 1, 1, 1, 512, 12))
+    write(path)
+    for i in range(COUNT + 1):
+        files = told(tmp_path)
+        if i > 0:
+            spoil(rng, rng.choice(files))
+        refused += export_quietly(source, tmp_path / "out.bin", "--tokenizer", path)
+        assert i > 0 or refused == 0
+    assert 0 < refused < COUNT
+
+
+@pytest.mark.parametrize("write, name",
+                         [(tokenizer_json, "tokenizer.json"), (llama_tokenizer, "tok.bin"),
+                          (merge_list, "merges.txt"), (sentencepiece, "tokenizer.model")])
 def test_spoiled_tokenizers(tmp_path, write, name):
     rng, path, refused = random.Random(name), tmp_path / name, 0
     source = origins.write_llama(tmp_path / "llama.bin", np.random.default_rng(5),

@@ -83,6 +83,34 @@ def test_hazyresearch_c(tiny, block):
     assert np.abs(through_c(tiny, tokens, block) - golden).max() < TOLERANCE
 
 
+@pytest.fixture(scope="module", params=["prefix", "decay"])
+def variant(request, tmp_path_factory):
+    """Two models of the prefix-linear-attention repository: (name, checkpoint)."""
+    folder = {"prefix": "jrt-tiny", "decay": "based-decay-tiny"}[request.param]
+    if request.param == "prefix":
+        pytest.importorskip("torch")
+    out = tmp_path_factory.mktemp(folder) / "out.bin"
+    assert export.main([str(DATA / folder), str(out)]) == 0
+    return DATA / folder, out
+
+
+def test_variants_of_based(variant):
+    """Prompts that are shorter than the prefix, as long and longer, the rest one by one; and a
+    constant decay."""
+    folder, path = variant
+    tokens, m = np.fromfile(folder / "tokens.i32", "<i4"), reference.read(path)
+    for file in folder.glob("logits*.f32"):
+        golden = np.fromfile(file, "<f4").reshape(len(tokens), -1)
+        prompt = int("".join(filter(str.isdigit, file.stem[6:])) or len(tokens))
+        first = min(m.prefix, prompt)
+        assert np.abs(reference.run(m, tokens, prefix=first) - golden).max() < 1e-6, file.name
+        for block in (16, 64):
+            session = based.Session(based.Model(path), block)
+            got = [session.feed_prefix(tokens[:first])] if first else []
+            got = np.concatenate([*got, session.feed(tokens[first:])])
+            assert np.abs(got - golden).max() < TOLERANCE, file.name
+
+
 STORIES = Path(export.__file__).resolve().parent / "models" / "stories260K.bin"
 
 

@@ -200,7 +200,7 @@ MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **T
           (104, {"mixers": ALL, "dtype": 1, **TOKENS}),
           (105, {"mixers": ALL, "dtype": 2, **TOKENS}),
           (106, {"mixers": ALL, "dim": 65, "dtype": "mixed", **TOKENS}),
-          (107, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 1}, **TOKENS}),
+          (107, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 1, "window": 11}, **TOKENS}),
           (108, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 2, "flags": export.QK_NORM},
                  **TOKENS}),
           (109, {"mixers": FADING, "layer": WITH_PREFIX, "prefix": 24, **TOKENS})]

@@ -40,7 +40,9 @@ NOT_RUN = {
 }
 # The tiny model that stands for the released one has no tokenizer: it reads ids, not a prompt.
 INSTEAD = {'./run based.bin -i "The capital of France is" -n 30':
-           './run based.bin --tokens "3 1 4" --ignore-eos -n 0 --dump-logits l.f32'}
+           './run based.bin --tokens "3 1 4" --ignore-eos -n 0 --dump-logits l.f32',
+           "./run smollm2.bin -m chat":
+           './run smollm2.bin --tokens "3 1 4" --ignore-eos -n 0 --dump-logits l.f32'}
 
 
 def blocks(page, language):
@@ -118,7 +120,10 @@ def test_the_originals(clone):
         subprocess.run(["make", "-s", "run"], cwd=clone, check=True)
     rng = np.random.default_rng(1)
     (clone / "path" / "to").mkdir(parents=True)
-    (clone / "path" / "to" / "based-360m").symlink_to(ROOT / "tests" / "data" / "hazyresearch-tiny")
+    for name, tiny in (("based-360m", "hazyresearch-tiny"),
+                       ("powercoder-3b", "decoders/powercoder"),
+                       ("SmolLM2-135M-Instruct", "decoders/llama3")):
+        (clone / "path" / "to" / name).symlink_to(ROOT / "tests" / "data" / tiny)
     origins.write_llama(clone / "stories15M.bin", rng, (64, 96, 2, 8, 4, 512, 256))
     (clone / "tokenizer.bin").symlink_to(ROOT / "tests" / "data" / "tok512.bin")
     shapes = {"to_q.0.weight": (32, 12), "to_kv.0.weight": (64, 12), "to_out.0.weight": (12, 32)}

@@ -107,7 +107,64 @@ static void test_bpe(void) {
     free(s);
 }
 
-/* The alternatives of GPT-2's pattern one by one. A bar marks where a piece must end. */
+/* What newer models add: pieces that are tokens, stop tokens, special tokens that are shown, a chat
+ * template. */
+static void test_whole(void) {
+    static maker m;
+    size_t size;
+    char out[64];
+    based_tokenizer t;
+    make_whole(&m);
+    unsigned char *s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, WHOLE_SIZE), BASED_OK);
+    EXPECT(&t, "abcc", 0, ABCC);
+    EXPECT(&t, "abcca", 0, ABC, 'c', 'a');
+    EXPECT(&t, "a hello", 0, 'a', HELLO);
+    EXPECT(&t, " hello abc", 0, HELLO, ' ', ABC);
+    EXPECT(&t, "x<end>x", BASED_PARSE_SPECIALS, 'x', ENDX);
+    CHECK(based_is_stop(&t, 'z') && based_is_stop(&t, AB) && based_is_stop(&t, END));
+    CHECK(!based_is_stop(&t, ENDX) && !based_is_stop(&t, -1) && !based_is_stop(&t, 'a'));
+    decode(&t, (const int32_t[]){ 'a', ENDX, END, HELLO }, 4, out);
+    CHECK_TEXT(out, "a<end>x hello");
+    CHECK_TEXT(t.chat[BASED_CHAT_SYSTEM], "[{}]");
+    CHECK_TEXT(t.chat[BASED_CHAT_USER], "<end>u{}");
+    CHECK_TEXT(t.chat[BASED_CHAT_REPLY], "a{}<end>x");
+    CHECK_TEXT(t.chat[BASED_CHAT_BEGIN], "b");
+    free(s);
+    m.chat[0] = 0;                      /* no system message */
+    memmove(m.chat + 1, m.chat + 5, m.chat_bytes -= 4);
+    m.flags = 0;                        /* no whole pieces */
+    m.sorted_size = 0;
+    s = make_section(&m, &size);
+    CHECK_EQUAL(init(&t, s, size, WHOLE_SIZE), BASED_OK);
+    EXPECT(&t, "abcc", 0, ABC, 'c');
+    CHECK_TEXT(t.chat[BASED_CHAT_SYSTEM], "");
+    CHECK_TEXT(t.chat[BASED_CHAT_BEGIN], "b");
+    free(s);
+}
+
+/* Cuts each text and compares. A bar marks where a piece must end. */
+static void check_pieces(uint32_t cut_by, const char *const *cases, size_t n_cases) {
+    const based_tokenizer t = {.cut = cut_by};
+    for (size_t i = 0; i < n_cases; i++) {
+        unsigned char text[200];
+        char cut[400];
+        size_t n = 0, out = 0;
+        for (const char *p = cases[i]; *p; p++)
+            if (*p != '|') text[n++] = (unsigned char)*p;
+        for (span s = {text, n}; s.n > 0;) {
+            size_t k = first_piece(&t, s);
+            if (out > 0) cut[out++] = '|';
+            memcpy(cut + out, s.p, k);
+            out += k;
+            s = rest_of(s, k);
+        }
+        cut[out] = '\0';
+        CHECK_TEXT(cut, cases[i]);
+    }
+}
+
+/* The alternatives of the patterns one by one. */
 static void test_pieces(void) {
     static const char *const cases[] = {
         "we|'re| I|'m| you|'ve| he|'ll| it|'s| don|'t| she|'d", "'|S|'s|s|'|R", "'|l|'|ra|'",
@@ -123,22 +180,21 @@ static void test_pieces(void) {
         "a|\xF4\x90\x80\x80| \xE2\x82",
         "e|\xCC\x81|f",
     };
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        unsigned char text[200];
-        char cut[400];
-        size_t n = 0, out = 0;
-        for (const char *p = cases[i]; *p; p++)
-            if (*p != '|') text[n++] = (unsigned char)*p;
-        for (span s = {text, n}; s.n > 0;) {
-            size_t k = first_piece(s);
-            if (out > 0) cut[out++] = '|';
-            memcpy(cut + out, s.p, k);
-            out += k;
-            s = rest_of(s, k);
-        }
-        cut[out] = '\0';
-        CHECK_TEXT(cut, cases[i]);
-    }
+    static const char *const llama3[] = {
+        "it|'S| it|'ll|'RE|'Ve|'d|'M", "it|'\xC5\xBF|ab", "'\xC5", "'x|'r|'|1",
+        "(word|\tword|\xC2\xA0word|'word| word|  | word", "('|ll", "123|456|7|x", "a| |123|4",
+        "\xC2\xB2\xE2\x85\xA8|x", ";\n\n\n| | y", "  \n  \n|  ", "  \n", " !!\r\n\r| a",
+        "a|\n|b", "a|\r\n\n| b", "a|   ", "a|  | b", "a|\t|\tb",
+        "a|\xE3\x80\x80|\xE3\x80\x80z", "\xFF\x80!|1|\xFFz",
+    };
+    static const char *const qwen2[] = { "1|2|3| |4|x|'S| |\xC2\xB2" };
+    static const char *const digits[] = {
+        "a| |1|2", "x|  |7", " |1| a", "a|  | b", "we|'re|'|1|!|\xC2\xB2| ", "a|'|S",
+    };
+    check_pieces(BASED_CUT_GPT2, cases, sizeof cases / sizeof *cases);
+    check_pieces(BASED_CUT_LLAMA3, llama3, sizeof llama3 / sizeof *llama3);
+    check_pieces(BASED_CUT_QWEN2, qwen2, sizeof qwen2 / sizeof *qwen2);
+    check_pieces(BASED_CUT_DIGITS, digits, sizeof digits / sizeof *digits);
 }
 
 static void test_scores(void) {
@@ -433,7 +489,22 @@ static void refuse(const maker *m, uint32_t vocab, const char *expected, int lin
 static void test_refusals(void) {
     static maker m;
     REFUSE(make_bpe, m.kind = 3, "kind 3 is unknown");
-    REFUSE(make_bpe, m.flags = 4, "flags 4 are unknown");
+    REFUSE(make_bpe, m.flags = 16, "flags 16 are unknown");
+    REFUSE(make_scores, m.flags = BASED_TOK_WHOLE_PIECES, "whole pieces");
+    REFUSE(make_bpe, m.cut = 4, "kind 1 with cut 4 is unknown");
+    REFUSE(make_scores, m.cut = 1, "kind 2 with cut 1 is unknown");
+    REFUSE(make_bpe, m.sorted_size = 1, "tables have 565 words, their counts add up to 564");
+    REFUSE(make_whole, m.stop[1] = WHOLE_SIZE, "shown token 1 is 267, which does not exist");
+    REFUSE(make_whole, m.stop[2] = WHOLE_SIZE, "shown token 2 is 267, which does not exist");
+    REFUSE(make_whole, m.sorted[1] = m.sorted[0], "sorted entry 1, token");
+    REFUSE(make_whole, m.chat_bytes--, "text 3 of the chat template has no end");
+    REFUSE(make_whole, m.chat_bytes++, "the chat template has not four texts");
+    REFUSE(make_whole, m.chat_bytes = 7, "text 1 of the chat template has no end");
+    REFUSE(make_whole, m.chat_bytes = 5, "the chat template has not four texts");
+    REFUSE(make_whole, m.chat[1] = 'x', "text 0 of the chat template has not one {}");
+    REFUSE(make_whole, memcpy(m.chat, "{}{}", 4), "text 0 of the chat template has not one {}");
+    REFUSE(make_whole, m.chat[11] = 'x', "text 1 of the chat template has not one {}");
+    REFUSE(make_whole, m.chat[15] = 'x', "text 2 of the chat template has not one {}");
     REFUSE(make_bpe, m.flags = BASED_TOK_PREFIX_SPACE, "prefix space");
     REFUSE(make_bpe, m.bos = BPE_SIZE, "bos, eos or unknown");
     REFUSE(make_bpe, m.eos = BPE_SIZE, "bos, eos or unknown");
@@ -470,26 +541,24 @@ static void test_refusals(void) {
 
 int main(void) {
     static maker m;
+    static void (*const makers[])(maker *) = { make_bpe, make_scores, make_whole };
     size_t size;
     based_tokenizer t;
     test_bpe();
     test_pieces();
+    test_whole();
     test_scores();
     test_missing_bytes();
     test_arguments();
     test_decoder();
     test_refusals();
-    make_bpe(&m);
-    unsigned char *s = make_section(&m, &size);
-    CHECK_EQUAL(init(&t, s, size, m.size), BASED_OK);
-    test_long(&t);
-    free(s);
-    test_hostile(&m);
-    make_scores(&m);
-    s = make_section(&m, &size);
-    CHECK_EQUAL(init(&t, s, size, m.size), BASED_OK);
-    test_long(&t);
-    free(s);
-    test_hostile(&m);
+    for (size_t i = 0; i < sizeof makers / sizeof *makers; i++) {
+        makers[i](&m);
+        unsigned char *s = make_section(&m, &size);
+        CHECK_EQUAL(init(&t, s, size, m.size), BASED_OK);
+        test_long(&t);
+        free(s);
+        test_hostile(&m);
+    }
     return test_end();
 }

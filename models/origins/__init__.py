@@ -26,6 +26,7 @@ import zlib
 from decimal import Decimal, localcontext
 from fractions import Fraction
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -34,7 +35,7 @@ import numpy as np
 
 NONE = 0xFFFFFFFF
 CHUNK = 16                                  # tokens that are flushed together, unless --chunk says
-TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL = 1, 2, 4, 8
+TIED, HEAD_BIAS, INPUT_PROJECTION, BIDIRECTIONAL, SAMPLING = 1, 2, 4, 8, 16
 NORM_NONE, NORM_RMS, NORM_LAYER, NORM_L2 = 0, 1, 2, 3
 MIXER_NONE, CONV, TAYLOR, WINDOW = 0, 1, 2, 3
 MLP_NONE, SWIGLU, GELU, GELU_TANH = 0, 1, 2, 3
@@ -277,6 +278,37 @@ class Model:
             raise Refused(f"{self.source.where} holds {len(names)} tensors that no known layer "
                           f"uses, the first is {names[0]}")
         return self.config, self.layers, self.plan
+
+
+# ---- Files.
+
+# What a download can be in place of the file: how it begins, and what it is.
+NO_FILES = {b"version https://git-lfs": "a pointer of Git LFS: run git lfs pull, or download the "
+                                        "file itself",
+            b"<!doctype": "a web page: download the file itself",
+            b"<html": "a web page: download the file itself"}
+
+
+def first_bytes(path):
+    """The first bytes of a file, by which it is recognized, without a byte order mark."""
+    with open(path, "rb") as f:
+        start = f.read(64).removeprefix(b"\xef\xbb\xbf")
+    for begin, what in NO_FILES.items():
+        if start.lstrip().lower().startswith(begin):
+            raise Refused(f"{path} is {what}")
+    return start
+
+
+def read_json(path):
+    """The object in a JSON file, a dict. A byte order mark is no part of it."""
+    first_bytes(path)
+    try:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise Refused(f"{path} is no valid JSON: {e}") from None
+    if not isinstance(value, dict):
+        raise Refused(f"{path} should hold a JSON object")
+    return value
 
 
 # ---- RoPE. In based.c the partner of row i of a head is row i + head_dim_k / 2, and frequencies

@@ -132,7 +132,7 @@ int EXPORT(tell)(void) {
     if (!based_logits(session)) return -1;
     hash = based_hash(hash, based_logits(session), based_width(model));
     next = based_sample(&sampler, based_logits(session));
-    if ((uint32_t)next == tokenizer.eos || (uint32_t)next == tokenizer.bos) {
+    if (based_is_stop(&tokenizer, next)) {
         memset(&decoder, 0, sizeof decoder);
         return -1;
     }

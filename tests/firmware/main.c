@@ -152,7 +152,7 @@ static uint32_t tell(based_session *s, const based_tokenizer *t, const int32_t *
         based_decode(t, &d, ids[i], text);
         id = step(s, width, ids[i], i + 1 < n ? &unused : &hash);
     }
-    for (int i = 0; i < TOKENS && (uint32_t)id != t->eos && (uint32_t)id != t->bos; i++) {
+    for (int i = 0; i < TOKENS && !based_is_stop(t, id); i++) {
         text[based_decode(t, &d, id, text)] = 0;
         put(text);
         if (i + 1 < TOKENS) id = step(s, width, id, &hash);

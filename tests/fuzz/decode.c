@@ -1,5 +1,5 @@
 /* decode.c - fuzzes decoding: any ids, also ids that do not exist, become valid UTF-8 within the
- * bound, by both kinds of tokenizer. The first byte chooses the tokenizer; every two bytes after it
+ * bound, by every kind of tokenizer. The first byte chooses the tokenizer; every two bytes after it
  * are an id.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -9,13 +9,13 @@
 #include "tests/fuzz/text.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static based_tokenizer t[2];
+    static based_tokenizer t[TOKENIZERS];
     static int32_t ids[4096];
     size_t n = 0;
-    if (!t[0].kind) open_both(t);
+    if (!t[0].kind) open_all(t);
     for (size_t i = 1; i + 1 < size && n < 4096; i += 2)
         ids[n++] = (int16_t)(data[i] | data[i + 1] << 8);
-    free(check_decoding(&t[size > 0 && (data[0] & 1)], ids, n));
+    free(check_decoding(&t[size > 0 ? data[0] % TOKENIZERS : 0], ids, n));
     return 0;
 }
 

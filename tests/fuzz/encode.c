@@ -1,4 +1,4 @@
-/* encode.c - fuzzes encoding: any text, by both kinds of tokenizer, stays within its bounds and
+/* encode.c - fuzzes encoding: any text, by every kind of tokenizer, stays within its bounds and
  * comes back byte for byte. The first byte chooses the tokenizer and the flags.
  */
 #define _POSIX_C_SOURCE 200809L
@@ -8,16 +8,17 @@
 #include "tests/fuzz/text.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
-    static based_tokenizer t[2];
-    if (!t[0].kind) open_both(t);
-    if (size > 0) check_encoding(&t[data[0] & 1], data + 1, size - 1, data[0] >> 1 & 3);
+    static based_tokenizer t[TOKENIZERS];
+    if (!t[0].kind) open_all(t);
+    if (size > 0)
+        check_encoding(&t[data[0] / 4 % TOKENIZERS], data + 1, size - 1, data[0] & 3);
     return 0;
 }
 
 size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned seed) {
     static const char *const pieces[] = {
         "<end>", "<end>x", "<s>", "</s>", " ab", "abcc", "aaaa", "\xE6\x97\xA5",
-        "\xF0\x9F\xA6\x99", " h", "'re", "  ", "\r\n", "0", "\xC2\xA0"
+        "\xF0\x9F\xA6\x99", " h", "'re", "  ", "\r\n", "0", "\xC2\xA0", "\n", "'\xC5\xBF", " hello"
     };
     dice_state = seed;
     const char *piece = pieces[dice(sizeof pieces / sizeof *pieces)];
@@ -31,9 +32,9 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
 }
 
 static void write_seeds(void) {
-    for (char first = '0'; first < '8'; first++) {
+    for (char first = 'd'; first <= 'w'; first++) {
         char name[] = "text0",
-             text[] = "0 abcc aaaa hello<end>x \xE6\x97\xA5\xF0\x9F\xA6\x99 it's 12\n\n x\xFF";
+             text[] = "0 abcc aaaa hello<end>x \xE6\x97\xA5\xF0\x9F\xA6\x99 it's 12\n\n x\xFF (b'S";
         name[4] = text[0] = first;
         save_seed(name, text, sizeof text - 1);
     }

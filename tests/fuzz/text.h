@@ -62,7 +62,7 @@ static inline void check_encoding(const based_tokenizer *t, const uint8_t *text,
         span s = token_span(t, (uint32_t)ids[i]);
         if (!whole) continue;
         /* the space put before the text */
-        if (prefix && s.n > 0 && !is_special(t, (uint32_t)ids[i])) {
+        if (prefix && s.n > 0 && !is_hidden(t, (uint32_t)ids[i])) {
             REQUIRE(s.p[0] == ' ');
             s = rest_of(s, 1);
             prefix = 0;
@@ -75,11 +75,16 @@ static inline void check_encoding(const based_tokenizer *t, const uint8_t *text,
     free(ids), free(scratch), free(copy);
 }
 
-/* One tokenizer of each kind, those of sections.h. */
-static inline void open_both(based_tokenizer t[2]) {
-    static maker m[2];
+/* Tokenizers of each kind and cut, those of sections.h. */
+enum { TOKENIZERS = 5 };
+static inline void open_all(based_tokenizer t[TOKENIZERS]) {
+    static maker m[TOKENIZERS];
     make_bpe(&m[0]), make_scores(&m[1]);
-    for (size_t i = 0, n; i < 2; i++) {
+    for (uint32_t i = 2; i < TOKENIZERS; i++) {
+        make_whole(&m[i]);
+        m[i].cut = i - 1;
+    }
+    for (size_t i = 0, n; i < TOKENIZERS; i++) {
         unsigned char *section = make_section(&m[i], &n);
         REQUIRE(based_tokenizer_init(&t[i], section, n, m[i].size, NULL) == BASED_OK);
     }

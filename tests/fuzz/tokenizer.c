@@ -22,6 +22,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         for (size_t i = 0; i < 512; i++) ids[i] = (int32_t)i - 3;
         free(check_decoding(&t, ids, 512));
         based_special(&t, "<s>");
+        for (int i = 0; i < 4 && t.chat[0]; i++) REQUIRE(strlen(t.chat[i]) < size);
+        for (size_t i = 0; i < 512; i++) based_is_stop(&t, ids[i]);
     }
     free(section);
     return 0;
@@ -41,22 +43,30 @@ size_t LLVMFuzzerCustomMutator(uint8_t *data, size_t size, size_t most, unsigned
     dice_state = seed;
     if (size < 4 * 270 || dice(8) == 0) return size;
     uint32_t room = (uint32_t)(size / 4), kind = 1 + get(data, 1) % 2, tokens = get(data, 3),
-             specials = get(data, 8) % 8;
-    uint32_t least = 12 + 256 + specials + 1;
+             specials = get(data, 8) % 8, stops = get(data, 10) % 3,
+             shown = get(data, 10) >> 16 & 1;
+    uint32_t ids = specials + stops + shown, least = 12 + 256 + ids + 1;
     if (least + 2 * tokens > room || tokens == 0 || tokens > room)
         tokens = 1 + dice((room - least) / 3 + 1);
     uint32_t rest = room - least < 2 * tokens ? 0 : room - least - 2 * tokens,
              merges = get(data, 7);
     if (merges > rest / 4) merges = dice(rest / 4 + 1);
     uint32_t words = least + tokens + (kind == BASED_BPE ? 4 * merges : merges + tokens),
-             start = 12 + 256 + specials, at = 0;
+             start = 12 + 256 + ids, at = 0, whole = kind == BASED_BPE && get(data, 2) & 4;
+    if (whole) words += dice(room < words ? 1 : room - words + 1);
     if (words > room) return size;
-    put(data, 0, words), put(data, 1, kind), put(data, 2, get(data, 2) % 4), put(data, 3, tokens);
+    uint32_t chat = get(data, 11);
+    if (chat > (uint32_t)size - 4 * words) chat = 0;
+    put(data, 0, words), put(data, 1, kind), put(data, 3, tokens);
+    put(data, 2, get(data, 2) % 16 & (kind == BASED_BPE ? ~1u : ~4u));
     for (size_t w = 4; w < 7; w++) if (get(data, w) >= tokens) put(data, w, BASED_NONE);
     put(data, 7, merges), put(data, 8, specials);
-    for (size_t w = 9; w < 12; w++) put(data, w, 0);
+    put(data, 9, kind == BASED_BPE ? get(data, 9) % 4 : 0);
+    put(data, 10, stops | shown << 16), put(data, 11, chat);
+    for (size_t w = 0; w < ids; w++)
+        if (dice(4) && get(data, 268 + w) >= tokens) put(data, 268 + w, dice(tokens));
     for (uint32_t i = 0; i <= tokens; i++) {
-        uint32_t left = (uint32_t)size - 4 * words - at, n = get(data, start + i) - at;
+        uint32_t left = (uint32_t)size - 4 * words - chat - at, n = get(data, start + i) - at;
         if (i == tokens) at += left;
         else if (i > 0) at += n <= left && n < 9 ? n : dice(3) < left ? dice(3) % (left + 1) : 0;
         put(data, start + i, at);
@@ -75,4 +85,7 @@ static void write_seeds(void) {
     make_scores(&m);
     section = make_section(&m, &n);
     save_seed("scores", section, n);
+    make_whole(&m);
+    section = make_section(&m, &n);
+    save_seed("whole", section, n);
 }
