@@ -32,9 +32,10 @@ over document ends without a reset, as a stream does at run time.
 
   A small model in 4 bits, taught by a large one with the same tokenizer; the last half of the steps
   computes with rounded weights, and the average of late weights is kept if it is better:
-    python3 train.py --out small --tokenizer tok2048.json --data stories='corpus/children-*.txt.xz' \\
-        --layers ccsclcccscccc --width 160 --heads 5 --feature 8 --keys 12 --mlp 768 \\
-        --teacher large --bits 4 --bits-part 0.5 --average 0.02 --valid eval/children_valid.txt
+    python3 train.py --out small --tokenizer tok2048.json \\
+        --data stories='corpus/children-*.txt.xz' --layers ccsclccscccc --width 160 --heads 5 \\
+        --feature 8 --keys 13 --mlp 768 --teacher large --bits 4 --bits-part 0.5 --average 0.01 \\
+        --valid eval/children_valid.txt
     python3 export.py small small.bin --dtype q4
 
   Stopped? The same command with --resume goes on, with the same batches. --init DIR starts from a
@@ -490,10 +491,11 @@ def make_optimizers(model, lr, weight_decay, fused):
     return [Muon(matrices, lr, weight_decay), adam]
 
 
-# ============================================================ 3. rounded, averaged, borrowed weights
+# =========================================================== 3. rounded, averaged, borrowed weights
 
 # Of these quotients of the extreme weight of a group, one becomes the scale of 4 bits.
-LEVELS = (-8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.8, -6.5, -6.2, -5.9, 5.6, 6.2, 6.5, 6.8, 7, 7.3, 7.6)
+LEVELS = (-8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.8, -6.5, -6.2, -5.9,
+          5.6, 6.2, 6.5, 6.8, 7, 7.3, 7.6)
 
 def scales_of_4_bits(t):
     """The scale of each group, the one with the least squared error."""
