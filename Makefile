@@ -5,7 +5,7 @@ PREFIX  ?= /usr/local
 PYTHON  ?= python3
 DEMO    ?= models/based-45m-english.bin
 
-# The flags that the promise "the same bits everywhere" rests on; based_model_init refuses to work without them.
+# based.c turns off the fusing of float operations itself; the flag is for what the programs around it compute.
 # -fno-trapping-math lets gcc turn comparisons of floats into vector code; no result depends on it.
 STRICT  := -std=c99 -ffp-contract=off -fno-trapping-math
 WARN    := -Wall -Wextra -Wconversion -Wshadow -pedantic
@@ -29,8 +29,11 @@ help:
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
 	@echo 'make bench     speed and memory of the shipped models and of random ones: a table and two plots in $(BUILD)'
 	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
-	@echo 'make firmware  run a story on six emulated microcontrollers: memory, instructions, the same bits'
+	@echo 'make amalgamation  the library as one file and its header: $(BUILD)/based_all.c, $(BUILD)/based_all.h'
+	@echo 'make firmware  run a story on nine emulated microcontroller cores: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
+	@echo 'make pico      $(BUILD)/story.uf2, a story for a Raspberry Pi Pico; make pico2: $(BUILD)/story2.uf2'
+	@echo 'make arduino   $(BUILD)/based-arduino.zip, a library for Arduino, PlatformIO, ESP-IDF and Zephyr'
 	@echo 'make page      the same in a browser: $(BUILD)/based.html'
 	@echo 'make format-check  lines of C and Python over 100 columns, with a tab or with a blank at the end'
 	@echo 'make clean     remove what was built'
@@ -80,7 +83,7 @@ FUZZERS := $(patsubst tests/fuzz/%.c,%,$(filter-out %/main.c,$(wildcard tests/fu
 FUZZ_SECONDS ?= 60
 FUZZ_CC ?= clang-14
 FUZZ_FLAGS ?= -fsanitize=fuzzer,address,undefined,float-cast-overflow -fno-sanitize-recover=all
-fuzz_sources = tests/fuzz/$1.c $(if $(filter checkpoint options,$1),tokenizer.c) $(if $(filter options,$1),based.c)
+fuzz_sources = tests/fuzz/$1.c $(if $(filter checkpoint options request,$1),tokenizer.c) $(if $(filter options request,$1),based.c)
 fuzz_depends := tests/fuzz/fuzz.h tests/fuzz/text.h tests/sections.h tests/model.h based.c tokenizer.c run.c based.h
 
 $(BUILD)/fuzz_%: tests/fuzz/%.c $(fuzz_depends)
@@ -122,6 +125,15 @@ $(BUILD)/tokenizer.o: tokenizer.c based.h
 $(BUILD)/libbased.a: $(BUILD)/based.o $(BUILD)/tokenizer.o
 	$(AR) rcs $@ $^
 
+# The library as one C file and its header, to be dropped into any build.
+.PHONY: amalgamation
+amalgamation: $(BUILD)/based_all.c
+$(BUILD)/based_all.c: based.c tokenizer.c based.h LICENSE
+	@mkdir -p $(BUILD)
+	{ echo '/*'; sed 's/^/ * /; s/ *$$//' LICENSE; echo ' */'; \
+	  sed 's/#include "based.h"/#include "based_all.h"/' based.c; sed '/#include "based.h"/d' tokenizer.c; } > $@
+	cp based.h $(BUILD)/based_all.h
+
 install: run $(BUILD)/libbased.a
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib" "$(DESTDIR)$(PREFIX)/include"
 	install -m 755 run "$(DESTDIR)$(PREFIX)/bin/based"
@@ -133,11 +145,20 @@ install: run $(BUILD)/libbased.a
 MODEL   ?= models/stories260K.bin
 WINDOW  ?= 128
 FIRMWARE_FLAGS ?=
-.PHONY: firmware size
+.PHONY: firmware size pico pico2 arduino
 firmware: run
 	$(PYTHON) tests/firmware/boards.py "$(MODEL)" $(if $(WINDOW),--window $(WINDOW)) $(FIRMWARE_FLAGS)
 size:
 	$(PYTHON) tests/firmware/boards.py --size
+pico: MODEL := models/stories260K-q8.bin
+pico2: MODEL := models/based-4m-story.bin
+pico2: WINDOW :=
+pico pico2:
+	@mkdir -p $(BUILD)
+	$(PYTHON) tests/firmware/pico.py --board $@ "$(MODEL)" $(BUILD)/story$(@:pico%=%).uf2 $(if $(WINDOW),--window $(WINDOW))
+arduino:
+	@mkdir -p $(BUILD)
+	$(PYTHON) tests/arduino/pack.py models/stories260K-q8.bin $(BUILD)/based-arduino.zip
 
 # The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file. WASM_CC needs
 # the headers of wasi-libc and wasm-ld (on Debian: clang-14 lld wasi-libc libclang-rt-14-dev-wasm32).

@@ -57,6 +57,11 @@
 #define _POSIX_C_SOURCE 200809L /* clock_gettime, nanosleep, sched_yield, mmap */
 #define _DEFAULT_SOURCE 1       /* syscall, on Linux */
 #endif
+#ifdef __clang__ /* products are rounded before they are added, section 9 */
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
 #include "based.h"
 
 #include <float.h>
@@ -132,8 +137,7 @@ struct based_session {          /* one text: its state, and memory to compute th
     uint64_t count, history;    /* tokens fed; a hash of all of them */
     float *state;               /* (m->state) all that the past determines; zero at the beginning */
     float *logits;              /* (vocab) of the last token */
-    uint32_t block;             /* tokens computed together, at most; one row for each: */
-    struct row *row;            /* (block) */
+    uint32_t block; struct row *row; /* tokens computed together, at most; (block) one for each */
     float *x;                   /* (block, dim) the residual stream */
     float *x_norm;              /* (block, dim) x after a norm; then what a mixer or MLP gives */
     float *mixer_in;            /* (block, dim) the mixer's input before its norm */
@@ -154,8 +158,7 @@ struct thread {                 /* all threads run forward() together, section 1
 /* The tools, defined in part two. Those in struct kernels have one version per instruction set, and
  * all versions give the same bits. */
 struct kernels {
-    const char *name;
-    const struct matmul_kernels *mm; /* the inner loops of matmul, section 10 */
+    const char *name; const struct matmul_kernels *mm; /* of matmul, section 10 */
     /* out (width) = sum_i w[i] rows[i], i ascending; the n rows lie `stride` floats apart */
     void (*weighted_sum)(float *out, const float *w, const float *rows, size_t n, size_t width,
                          size_t stride);
@@ -350,13 +353,12 @@ struct queries {                /* of n tokens, one from each head that shares t
 };
 
 /* Section 7 defines these, which hide the refinements: exact window, sinks, decay, fading, prefix,
- * normalizers. In the simplest case: add_to_z is z[f] += x; add_to_s is S[f][e ..] += x (n);
- * query_features gives phi (D, n) of the next n queries, so that phi(q).phi(k) = w(q, k), and where
- * their results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale q.k_j)^p and returns
- * their sum; normalize_output is y /= z + eps; fade_chunk and fade_state do nothing. */
+ * normalizers. In the simplest case: phi has columns_of = min(C, 32) columns; add_to_z is z[f] +=
+ * x, add_to_s S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi.phi(k) =
+ * w(q, k), and y where results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale
+ * q.k_j)^p, and their sum; normalize_output y /= z + eps; fade_chunk, fade_state do nothing. */
 enum { TOGETHER = 32 };
-static size_t kv_capacity(const based_taylor_config *c);
-static size_t columns_of(const based_taylor_config *c); /* of phi, at most: C, but not over 32 */
+static size_t kv_capacity(const based_taylor_config *c), columns_of(const based_taylor_config *c);
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
 static struct queries queries_of(const struct layer *l, based_session *s, size_t head, size_t r,
                                  size_t n, const struct head_state *state);
@@ -458,7 +460,7 @@ static void read_recent(const struct queries *u, size_t i, size_t h, const struc
     size_t dv = t->c.head_dim_v;
     const float *q = u->q + i * u->q_stride + h * t->c.head_dim_k;
     float *y = u->y + i * u->y_stride + h * dv, z = s->flushed ? u->z[i * t->c.group + h] : 0.0f;
-    float *scores = scratch, total, part[32]; /* scores (N) */
+    float *scores = scratch, part[32], total; /* scores (N) */
     if (!s->flushed) memset(y, 0, dv * sizeof *y);
     total = local_scores(scores, s, t, q, u->head + h, y, &z);
     for (size_t e = 0; e < dv; e += 32) {
@@ -1243,8 +1245,8 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
  *   - Every sum has one order: lane l of sixteen adds the elements l, l + 16, l + 32 ..., and a
  *     fixed tree adds the lanes. Sixteen floats are one register of AVX-512, two of AVX2, four of
  *     SSE or NEON; compilers vectorize these loops for all of them without reordering an addition.
- *   - a * b + c is rounded twice (-ffp-contract=off). Some kernels below round it once, but only
- *     where the product is exact, so that the result is the same.
+ *   - a * b + c is rounded twice: the pragmas at the top of the file turn fusing off. Some kernels
+ *     below round it once, but only where the product is exact, so that the result is the same.
  * All later code relies on this: these functions return the same bits wherever they are inlined.
  */
 
@@ -1678,31 +1680,34 @@ INLINE void tile_generic(TILE, const int bits);
 
 enum { ROWS_IN_CACHE = 64 };
 
-/* The columns e .. of four outputs of weighted_sums; adds rows from .. to - 1. The four sums have
- * names for the same reason as in dot4. */
-#define WEIGHTED_SUMS(many)                                                                        \
-    for (; width - e >= (many); e += (many)) {                                                     \
-        float s0[many] = { 0 }, s1[many] = { 0 }, s2[many] = { 0 }, s3[many] = { 0 };              \
-        for (size_t l = 0; from && l < (many); l++) {                                              \
-            s0[l] = y[0][e + l], s1[l] = y[1][e + l], s2[l] = y[2][e + l], s3[l] = y[3][e + l];    \
-        }                                                                                          \
-        for (size_t i = from; i < to; i++) {                                                       \
-            const float *row = rows + i * stride + e;                                              \
-            for (size_t l = 0; (many) > 1 && l < (many); l += 16)                                  \
-                PREFETCH(row + ROWS_IN_CACHE * stride + l);                                        \
-            const float w0 = v[0][i * step_i], w1 = v[1][i * step_i];                              \
-            const float w2 = v[2][i * step_i], w3 = v[3][i * step_i];                              \
-            for (size_t l = 0; l < (many); l++) {                                                  \
-                s0[l] += w0 * row[l];                                                              \
-                s1[l] += w1 * row[l];                                                              \
-                s2[l] += w2 * row[l];                                                              \
-                s3[l] += w3 * row[l];                                                              \
-            }                                                                                      \
-        }                                                                                          \
-        for (size_t l = 0; l < (many); l++) {                                                      \
-            y[0][e + l] = s0[l], y[1][e + l] = s1[l], y[2][e + l] = s2[l], y[3][e + l] = s3[l];    \
-        }                                                                                          \
+/* For `many` columns of four outputs: y += sum of w[i * step_i] * rows[i]. The four sums have names
+ * for the same reason as in dot4; gcc 12 vectorizes this form only. */
+INLINE void weighted_sums_tile(float *const *y, size_t e, const float *const *w, size_t step_i,
+                               const float *rows, size_t n, size_t stride, const size_t many) {
+    float s0[32], s1[32], s2[32], s3[32];
+    const float *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    for (size_t l = 0; l < many; l++) s0[l] = y[0][e + l];
+    for (size_t l = 0; l < many; l++) s1[l] = y[1][e + l];
+    for (size_t l = 0; l < many; l++) s2[l] = y[2][e + l];
+    for (size_t l = 0; l < many; l++) s3[l] = y[3][e + l];
+    for (size_t i = 0; i < n; i++) {
+        const float *row = rows + i * stride + e;
+        const float a0 = w0[i * step_i], a1 = w1[i * step_i];
+        const float a2 = w2[i * step_i], a3 = w3[i * step_i];
+        for (size_t l = 0; many > 1 && l < many; l += 16)
+            PREFETCH(row + ROWS_IN_CACHE * stride + l);
+        for (size_t l = 0; l < many; l++) {
+            s0[l] += a0 * row[l];
+            s1[l] += a1 * row[l];
+            s2[l] += a2 * row[l];
+            s3[l] += a3 * row[l];
+        }
     }
+    for (size_t l = 0; l < many; l++) y[0][e + l] = s0[l];
+    for (size_t l = 0; l < many; l++) y[1][e + l] = s1[l];
+    for (size_t l = 0; l < many; l++) y[2][e + l] = s2[l];
+    for (size_t l = 0; l < many; l++) y[3][e + l] = s3[l];
+}
 
 /* A matrix product whose sums have the order of weighted_sum. Some rows at a time are read for all
  * outputs, so that they come from memory once and from then on from the cache; the rows after them
@@ -1716,8 +1721,9 @@ INLINE void weighted_sums_body(float *const *out, size_t m, const float *w, size
         weighted_sum_body(out[0], w, rows, n, width, stride);
         return;
     }
-    for (size_t from = 0, to; from < n; from = to) {
-        to = n - from < ROWS_IN_CACHE ? n : from + ROWS_IN_CACHE;
+    for (size_t j = 0; j < m; j++) memset(out[j], 0, width * sizeof *out[j]);
+    for (size_t from = 0, many; from < n; from += many, rows += many * stride) {
+        many = n - from < ROWS_IN_CACHE ? n - from : ROWS_IN_CACHE;
         for (size_t j = 0; j < m; j += 4) {
             float *y[4];
             const float *v[4];
@@ -1725,11 +1731,13 @@ INLINE void weighted_sums_body(float *const *out, size_t m, const float *w, size
             for (size_t i = 0; i < 4; i++) {
                 size_t at = j + i < m ? j + i : m - 1;
                 y[i] = out[at];
-                v[i] = w + at * step_j;
+                v[i] = w + from * step_i + at * step_j;
             }
-            if (columns == 32) { WEIGHTED_SUMS(32) }
-            if (columns >= 16) { WEIGHTED_SUMS(16) }
-            WEIGHTED_SUMS(1)
+            for (; columns == 32 && width - e >= 32; e += 32)
+                weighted_sums_tile(y, e, v, step_i, rows, many, stride, 32);
+            for (; columns >= 16 && width - e >= 16; e += 16)
+                weighted_sums_tile(y, e, v, step_i, rows, many, stride, 16);
+            for (; e < width; e++) weighted_sums_tile(y, e, v, step_i, rows, many, stride, 1);
         }
     }
 }
@@ -2023,12 +2031,12 @@ int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, ba
     based_session *lead = n ? s[0] : NULL;
     int status = n ? check_tokens(lead->m, tokens, n, e) : BASED_OK;
     if (status) return status;
+    if (n && n > lead->block)
+        return INVALID(e, "%zu sessions at once, but the first was made for blocks of %u", n,
+                       lead->block);
     for (size_t r = 0; r < n; r++) {
         if (s[r]->m != lead->m)
             return INVALID(e, "session %zu is over another model", r);
-        if (n > s[r]->block)
-            return INVALID(e, "%zu sessions at once, but session %zu was made for "
-                        "blocks of %u", n, r, s[r]->block);
         for (size_t other = 0; other < r; other++)
             if (s[other] == s[r]) return INVALID(e, "session %zu is given twice", r);
     }
@@ -2500,8 +2508,9 @@ static int check_machine(based_error *e) {
 #endif
     /* tests/double.c compiles this file with `float` defined as double */
     if (strict || sizeof(float) != sizeof(uint32_t)) return BASED_OK;
-    return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile with "
-                "-ffp-contract=off (and -msse2 -mfpmath=sse on 32-bit x86), without -ffast-math");
+    return fail(e, BASED_EMACHINE, "this build fuses or widens float operations; compile without "
+                "-ffast-math (and with -msse2 -mfpmath=sse on 32-bit x86, with clang not with "
+                "-ffp-contract=fast)");
 }
 
 /* The checksum of all bytes from 32 on: of a checkpoint, before it is changed to another order. */

@@ -158,7 +158,8 @@ int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *
 
 /* Feeds tokens[i] to session s[i], for n different sessions over one model. They are computed
  * together, so that weights are read once for all: bit for bit the same as based_step on each.
- * n is at most the smallest `block` of these sessions. On failure no session has changed. */
+ * The first session lends its scratch memory: n is at most its `block`, and the others may have
+ * been made with a block of 1. On failure no session has changed. */
 int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, based_error *e);
 
 /* The output after the last token: based_width(m) floats, the logits of the vocabulary (without
@@ -356,8 +357,8 @@ size_t based_model_bytes(const void *bytes, size_t size, based_error *e);
 
 /* Makes a model over a checkpoint in memory, which must not change while the model lives. All that
  * part 7 specifies is checked, except that weights are finite (based_check_weights). BASED_EMACHINE
- * if this build does not compute float32 exactly as IEEE 754 specifies, for example because it
- * fuses multiplications and additions: its results would differ from those of other machines. */
+ * if this build does not compute float32 exactly as IEEE 754 specifies, for example because of
+ * -ffast-math: its results would differ from those of other machines. */
 int based_model_init(based_model **out, void *memory, size_t memory_bytes, const void *bytes,
                      size_t size, int flags, based_error *e);
 
@@ -650,10 +651,10 @@ struct based_layer {                    /* offset; fields that a mixer does not 
  * The text of token id is bytes[start[id]] .. bytes[start[id + 1] - 1], raw bytes (in BASED_BPE
  * after undoing GPT-2's byte-to-character map; in BASED_SCORES "<0x41>" is the one byte 0x41). The
  * bytes of a special token are its name, which is matched in a prompt if that is asked for; the
- * token decodes to nothing, or to its name if it is in shown_id. After the bytes of all tokens comes
- * the chat template, and nothing else: the four texts of based_chat_text, each with a zero at its
- * end. byte_id[b] is a token of the one byte b; a byte without one becomes `unknown`, or nothing if
- * there is no unknown token. stop_id holds tokens that end a text, besides bos and eos.
+ * token decodes to nothing, or to its name if it is in shown_id. After the bytes of all tokens
+ * comes the chat template, and nothing else: the four texts of based_chat_text, each with a zero at
+ * its end. byte_id[b] is a token of the one byte b; a byte without one becomes `unknown`, or
+ * nothing if there is no unknown token. stop_id holds tokens that end a text, besides bos and eos.
  *
  * An entry of merge is (left, right, rank, result). Entries are in strictly ascending order of
  * (left, right), and the bytes of result are those of left followed by those of right.

@@ -829,7 +829,8 @@ def arguments(argv):
     add("--window", type=count, metavar="N", help="visible keys of window layers (default: as the "
         "origin says; its context length where it sees all, for transformers at most 4096)")
     add("--chunk", type=between(1, 1024), metavar="C",
-        help="taylor layers: tokens that are flushed into the sums together (16)")
+        help="taylor layers: tokens that are flushed into the sums together (16; of "
+        "power retention 64)")
     add("--sinks", "--keep", type=between(0, 1 << 20), metavar="N", help="taylor layers: the first "
         "N tokens stay exact for ever (0, or as the origin says)")
     add("--decay", "--forget", type=between(0, 1 - 2.0 ** -24, float), metavar="F",

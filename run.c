@@ -34,7 +34,8 @@
  *     11. Files                      reading, and writing a file that appears only when complete
  *     12. The operating system       all that is not C99
  *     13. Options                    one table: parsing, help, errors, what goes with what
- *     14. main
+ *     14. Many texts at once         --jsonl, --branches
+ *     15. main
  */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
 #define _XOPEN_SOURCE 700               /* POSIX 2008, and realpath                               */
@@ -58,6 +59,7 @@
 #elif (defined(__unix__) || defined(__APPLE__)) && !defined(__wasi__)
 #define RUN_POSIX 1
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
@@ -79,19 +81,26 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *prompt, *file, *tokens, *perplexity, *vectors;  /* the input; at most one         */
     const char *dump;                   /* file for logits                                        */
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
+    const char *jsonl;                  /* requests, one a line                                   */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
     char       *turn, *stop;            /* the plain template; what ends a reply there            */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
-    int64_t     predict, top_k, repeat_last_n, threads, branches;
+    int64_t     predict, top_k, repeat_last_n, threads, branches, parallel;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
     uint64_t    given;                  /* bit i: flag i of section 13 was given                  */
     int         has_seed, chat, specials, ignore_eos, no_checksum, info, check, bench, csv;
-    int         no_display_prompt, quiet, verbose, help, version;
+    int         unordered, no_display_prompt, quiet, verbose, help, version;
 } options;
 
+typedef struct {                        /* bytes in memory, as many as come                       */
+    char   *bytes;
+    size_t  n, room;
+} buffer;
+
 typedef struct {                        /* text on its way to stdout                              */
+    buffer       *to;                   /* or to memory, if not NULL                              */
     based_decoder decoder;
     char   *token;                      /* text of one token                                      */
     char   *held;                       /* (n_held) the end that may be the start of a stop text  */
@@ -136,6 +145,7 @@ typedef struct {                        /* one run of the program               
 
     int32_t        *ids;                /* (n_ids) the prompt, or the text to be measured         */
     size_t          n_ids, n_loaded;    /* n_loaded: the first ones, part of a loaded state       */
+    size_t          n_first;            /* tokens before text[from] when it was encoded           */
     int32_t         unfed;              /* the newest token, if it is not fed yet; or -1          */
     size_t          block;              /* tokens of r->ids that are fed together                 */
     int             told_nfc;           /* warn_of_nfc has said its line                          */
@@ -281,6 +291,7 @@ static int     open_output(const run *r, output *f, const char *path, const char
 static int     output_failed(const output *f);                      /* 11: an error line          */
 static int     close_output(output *f, int rc);                     /* 11: and gives it its name  */
 static double  seconds(void);                                       /* 12: a clock                */
+static long    read_some(FILE *file, char *to, size_t n, int wait); /* 12: of what is there       */
 static void    catch_signals(int all);                              /* 12: Ctrl-C ends the text   */
 static void    leave_signals(int all);                              /* 12: or the program         */
 static int     is_terminal(FILE *file);                             /* 12: is a person there?     */
@@ -290,6 +301,7 @@ static int     can_be_written(const char *path);                    /* 12: if no
 static FILE   *open_place(output *f);                               /* 12                         */
 static int     give_name(output *f);                                /* 12: to a complete file     */
 static void    drop_temporary(output *f);                           /* 12                         */
+static int     write_branches(run *r);                              /* 14: --branches             */
 
 /* ==== 2. Continue a text =========================================================================
  * Why the program exists. The prompt is fed in blocks; then each new token is drawn from the
@@ -313,8 +325,21 @@ static int flush_text(void) {
     return fflush(stdout) == 0 && !ferror(stdout) ? DONE : write_failed();
 }
 
+static int append(buffer *b, const void *bytes, size_t n) {
+    if (b->room - b->n < n) {
+        size_t room = b->n + n < 64 ? 64 : 2 * (b->n + n);
+        char *more = room > n ? realloc(b->bytes, room) : NULL;
+        if (!more) return out_of_memory("the text");
+        b->bytes = more, b->room = room;
+    }
+    if (n > 0) memcpy(b->bytes + b->n, bytes, n);
+    b->n += n;
+    return DONE;
+}
+
 static int write_text(text_out *out, const char *text, size_t n) {
     out->wrote |= n > 0;
+    if (out->to) return append(out->to, text, n);
     return fwrite(text, 1, n, stdout) == n ? DONE : write_failed();
 }
 
@@ -351,19 +376,23 @@ static int put_text(run *r, const char *text, size_t n, int last) {
     TRY(write_text(out, out->held, ready));
     out->n_held -= ready;
     memmove(out->held, out->held + ready, out->n_held);
-    return ready > 0 ? flush_text() : DONE;
+    return ready > 0 && !out->to ? flush_text() : DONE;
 }
 
-/* Ends the text: prints what is held, half a character as U+FFFD, and one newline, as llama2.c
- * does. If the state is saved, the other half may still come after --load. */
+/* Prints what is held at the end of the text, half a character as U+FFFD. If the state is saved,
+ * the other half may still come after --load. */
+static int put_rest(run *r) {
+    if (r->out.stopped) return DONE;
+    size_t n = r->has_tokenizer && (!r->o->save || r->o->chat)
+             ? based_decode_flush(&r->out.decoder, r->out.token) : 0;
+    return put_text(r, r->out.token, n, 1);
+}
+
+/* Ends the text, with one newline as llama2.c does. */
 static int end_text(run *r) {
-    if (!r->out.stopped) {
-        size_t n = r->has_tokenizer && (!r->o->save || r->o->chat)
-                 ? based_decode_flush(&r->out.decoder, r->out.token) : 0;
-        TRY(put_text(r, r->out.token, n, 1));
-    }
+    TRY(put_rest(r));
     if (r->out.wrote) TRY(write_text(&r->out, "\n", 1));
-    return flush_text();
+    return r->out.to ? DONE : flush_text();
 }
 
 /* Feeds the newest token of the text, unless that has been done. */
@@ -409,82 +438,53 @@ static int is_stop_token(const run *r, int32_t id) {
     return r->has_tokenizer && based_is_stop(&r->tokenizer, id);
 }
 
-/* The loop that writes a text: sample, print, feed, until something ends it. The clock starts after
- * the first token, whose time belongs to the prompt. */
-static int continue_text(run *r) {
+/* Draws the next token from the logits and prints it. *ended: the model has ended the text. */
+static int write_token(run *r, int *ended) {
     const options *o = r->o;
-    double earlier = r->generate_time, begun = 0;
-    uint64_t limit = o->predict < 0 ? UINT64_MAX : (uint64_t)o->predict;
-    for (uint64_t n = 0; n < limit && !r->out.stopped && !interrupted; n++) {
-        /* logits after all that was written */
-        TRY(feed_newest(r));
-        const float *logits = based_logits(r->session);
-        TRY(check_logits(r, logits, based_count(r->session)));
-        if (!o->dump) hash_logits(r, logits);
+    const float *logits = based_logits(r->session);
+    TRY(check_logits(r, logits, based_count(r->session)));
+    if (!o->dump) hash_logits(r, logits);
+    int32_t id = based_sample(&r->sampler, logits);
+    int stops = is_stop_token(r, id);
+    *ended = stops && !o->ignore_eos;
+    if (*ended) return DONE;
+    based_sampler_accept(&r->sampler, id);
+    size_t bytes = stops ? 0 : decode(r, id);
+    TRY(put_text(r, r->out.token, bytes, 0));
+    r->unfed = id;
+    if (o->chat) take_snapshot(r, bytes);
+    return DONE;
+}
 
-        /* draw the next token */
-        int32_t id = based_sample(&r->sampler, logits);
+/* The loop that writes a text: feed the newest token, draw the next one, print it, until something
+ * ends the text. The clock starts after the first token, whose time belongs to the prompt. */
+static int continue_text(run *r) {
+    double earlier = r->generate_time, begun = 0;
+    uint64_t limit = r->o->predict < 0 ? UINT64_MAX : (uint64_t)r->o->predict;
+    int ended = 0;
+    for (uint64_t n = 0; n < limit && !ended && !r->out.stopped && !interrupted; n++) {
+        TRY(feed_newest(r));
+        TRY(write_token(r, &ended));
         if (n == 0) begun = seconds();
         r->timed += n > 0;
         r->generate_time = earlier + (seconds() - begun);
-
-        /* the end of the text, which is a token of its own */
-        int ends = is_stop_token(r, id);
-        if (ends && !o->ignore_eos) break;
-
-        /* print it */
-        based_sampler_accept(&r->sampler, id);
-        size_t bytes = ends ? 0 : decode(r, id);
-        TRY(put_text(r, r->out.token, bytes, 0));
-        r->unfed = id;
-        if (o->chat) take_snapshot(r, bytes);
     }
     return DONE;
 }
 
-/* The whole text of one session: prompt, continuation, end. */
-static int write_one(run *r) {
-    size_t shown = interrupted ? 0 : r->n_ids;
-    /* The prompt passes through the decoder even if it is not shown, since a character may begin in
-     * the prompt and end in the continuation. */
-    for (size_t i = 0; i < shown; i++) {
+/* The prompt passes through the decoder even if it is not shown, since a character may begin in the
+ * prompt and end in the continuation. */
+static int show_prompt(run *r, int shown) {
+    for (size_t i = 0; i < r->n_ids; i++) {
         size_t n = decode(r, r->ids[i]);
-        if (!r->o->no_display_prompt) TRY(write_text(&r->out, r->out.token, n));
+        if (shown) TRY(write_text(&r->out, r->out.token, n));
     }
-    TRY(flush_text());
-    TRY(continue_text(r));
-    return end_text(r);
+    return DONE;
 }
 
 static int reset_sampler(run *r) {
     return based_sampler_init(&r->sampler, r->sampler_memory, based_sampler_bytes(&r->sampler),
                               &r->error);
-}
-
-/* --branches: one prompt, many continuations. Each begins from a copy of the session and from a new
- * sampler, so it is the text that a run of its own with its seed would have written. */
-static int write_branches(run *r, based_session *root) {
-    size_t n = based_sampler_recent(&r->sampler, r->recent);
-    text_out out = r->out;
-    uint64_t first = r->sampler.seed;
-    TRY_LIB(based_copy(root, r->session, &r->error), r->o->checkpoint);
-    for (uint64_t i = 0; i < (uint64_t)r->o->branches && !interrupted; i++) {
-        printf("--- branch %s of %s, seed %llu ---\n", THOUSANDS(i + 1),
-               THOUSANDS((uint64_t)r->o->branches), (unsigned long long)(first + i));
-        based_copy(r->session, root, NULL);
-        r->sampler.seed = first + i;
-        reset_sampler(r);
-        for (size_t t = 0; t < n; t++) based_sampler_accept(&r->sampler, r->recent[t]);
-        r->out = out;
-        r->unfed = -1;
-        r->hash = 0;
-        TRY(write_one(r));
-        if (r->o->verbose) {
-            fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)i + 1,
-                    (unsigned)r->hash);
-        }
-    }
-    return DONE;
 }
 
 /* Makes the sampler, and room for the text of one token behind the longest held text. */
@@ -538,13 +538,12 @@ static int generate(run *r) {
     tell_sampling(r);
     TRY(feed_prompt(r));
     if (r->o->branches) {
-        based_session *root;
-        TRY(new_session(r, &root, 1));
-        int rc = write_branches(r, root);
-        based_session_free(root);
-        TRY(rc);
+        TRY(write_branches(r));
     } else {
-        TRY(write_one(r));
+        if (!interrupted) TRY(show_prompt(r, !r->o->no_display_prompt));
+        TRY(flush_text());
+        TRY(continue_text(r));
+        TRY(end_text(r));
     }
     if (r->o->save) TRY(feed_newest(r));        /* its logits belong to the dump                  */
     TRY(close_output(&r->dump, DONE));
@@ -1122,10 +1121,12 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
         mean += each[i] / REPEATS;
     }
 
-    /* the standard deviation; and weight bytes per second beside what memory can give */
+    /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
+     * the state, of which each step reads all */
     for (int i = 0; i < REPEATS; i++) spread += (each[i] - mean) * (each[i] - mean);
     spread = sqrt(spread / (REPEATS - 1));
-    double bandwidth = mean / tokens * readings * (double)b->weights * 1e-9;
+    double bytes = readings * (double)b->weights + (sessions ? tokens * (double)b->state : 0.0);
+    double bandwidth = mean / tokens * bytes * 1e-9;
     double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
     if (r->o->csv) {
         printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model,
@@ -1472,9 +1473,9 @@ static void warn_of_nfc(run *r, const char *text, size_t n) {
 }
 
 /* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
- * text[from .. to - 1]. */
-static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                        size_t to) {
+ * text[from .. to - 1]. Returns a status of the library; r->error says more. */
+static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
     based_tokenizer t = r->tokenizer;
     const size_t end[3] = { from, to, n };
     int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
@@ -1490,7 +1491,8 @@ static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size
     void *scratch = malloc(based_encode_scratch(&t, n) + 1);
     if (!r->ids || !scratch) {
         free(scratch);
-        return out_of_memory("the tokens of the text");
+        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
+        return BASED_ENOMEM;
     }
 
     /* the start token, where based_encode does not put it */
@@ -1499,6 +1501,7 @@ static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size
     }
     for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
         int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
+        if (part == 1) r->n_first = r->n_ids;
         if (end[part] == at) continue;
         if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
         got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
@@ -1511,7 +1514,13 @@ static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size
         }
     }
     free(scratch);
-    return got < 0 ? library_failed(r, "cannot encode the text") : DONE;
+    return got < 0 ? (int)got : BASED_OK;
+}
+
+static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                        size_t to) {
+    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
+    return DONE;
 }
 
 static int encode(run *r, const char *text, size_t n, enum lead lead) {
@@ -1665,19 +1674,28 @@ static void clear_progress(run *r) {
     r->shown = 0;
 }
 
-/* Rewrites the progress line a few times per second, once the work has taken a while. */
+/* The progress line is rewritten a few times per second, once the work has taken a while. */
+static int progress_is_due(const run *r) {
+    double now = seconds();
+    return !r->o->quiet && now - r->begun >= 0.3 && now - r->shown >= 0.1 && is_terminal(stderr);
+}
+
+static void print_progress(run *r, const char *line) {
+    fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
+    fflush(stderr);
+    r->shown = seconds();
+}
+
 static void show_progress(run *r, size_t done, size_t total) {
-    double now = seconds(), spent = now - r->begun;
+    double spent = seconds() - r->begun;
     char line[160];
-    if (r->o->quiet || spent < 0.3 || now - r->shown < 0.1 || !is_terminal(stderr)) return;
+    if (r->o->jsonl || !progress_is_due(r)) return;
     int n = snprintf(line, sizeof line, "%s: %s of %s tokens, %.0f tok/s, %.0f s left",
                      r->o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(done),
                      THOUSANDS(total), per_second(done, spent),
                      spent / (double)done * (double)(total - done));
     if (r->scored) snprintf(line + n, sizeof line - (size_t)n, ", PPL %.4g", exp(r->mean));
-    fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
-    fflush(stderr);
-    r->shown = now;
+    print_progress(r, line);
 }
 
 /* Feeds the first n of r->ids, without the loaded ones, and scores or dumps the logits if that is
@@ -1718,9 +1736,10 @@ static int feed_ids(run *r, size_t n) {
 static void describe(const run *r, const char *what) {
     char name[65];
     if (!r->o->verbose) return;
-    fprintf(stderr, "model:  %s, %s parameters\nstate:  %s bytes, however long the text\n"
-            "%-7s %s tokens\n", model_name(r, name), THOUSANDS(based_model_parameters(r->model)),
-            THOUSANDS(based_state_bytes(r->model)), what, THOUSANDS(r->n_ids));
+    fprintf(stderr, "model:  %s, %s parameters\nstate:  %s bytes, however long the text\n",
+            model_name(r, name), THOUSANDS(based_model_parameters(r->model)),
+            THOUSANDS(based_state_bytes(r->model)));
+    if (what) fprintf(stderr, "%-7s %s tokens\n", what, THOUSANDS(r->n_ids));
 }
 
 static void time_line(const char *what, double spent, uint64_t n, const char *unit) {
@@ -1934,6 +1953,20 @@ static void leave_signals(int all) {
 
 static int is_terminal(FILE *file) { return isatty(fileno(file)); }
 
+/* The size of a file; 0 for what has none. */
+static double file_size(FILE *file) {
+    struct stat there;
+    return fstat(fileno(file), &there) == 0 && S_ISREG(there.st_mode) ? (double)there.st_size : 0;
+}
+
+/* Reads at most n bytes: what is there now, or, if `wait`, what comes next. Returns their number, 0
+ * at the end of the file, -1 if reading failed, -2 if there is nothing yet. */
+static long read_some(FILE *file, char *to, size_t n, int wait) {
+    struct pollfd input = { fileno(file), POLLIN, 0 };
+    if (!wait && poll(&input, 1, 0) == 0) return -2;
+    return (long)read(input.fd, to, n);
+}
+
 /* Puts the bytes of a file on the disk. Pipes and devices cannot do that, which is no error. */
 static int sync_file(FILE *file) {
     return fsync(fileno(file)) == 0 || errno == EINVAL || errno == ENOTSUP;
@@ -2109,6 +2142,14 @@ static int is_terminal(FILE *file) { return (void)file, 0; }
 static int same_file(const char *path, const char *other) { return strcmp(path, other) == 0; }
 #endif
 static int sync_file(FILE *file) { return (void)file, 1; }
+static double file_size(FILE *file) { return (void)file, 0; }
+static long read_some(FILE *file, char *to, size_t n, int wait) {
+    long got = 0;
+    for (int c = 0; (size_t)got < n && c != '\n' && (c = getc(file)) != EOF; ) {
+        to[got++] = (char)c;
+    }
+    return (void)wait, got == 0 && ferror(file) ? -1 : got;
+}
 
 /* Files are written in place. */
 static int can_be_written(const char *path) {
@@ -2147,7 +2188,7 @@ enum kind { SWITCH, TEXT, TEXTS, NAME, WHOLE, REAL, SEED, MODE };
 /* What a flag is, for the rules about others. */
 enum {
     PROMPT = 1, CHAT = 2, JOB = 4, BENCH = 8, SAVE = 16, LOAD = 32, BRANCHES = 64, DUMP = 128,
-    VERBOSE = 256,
+    VERBOSE = 256, JSONL = 512,
     NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES      /* what a job excludes            */
 };
 
@@ -2242,6 +2283,21 @@ static const flag flags[] = {
      .help = "Read the prompt once and write N continuations, each as a run of its own with the "
              "next seed would; 0 is one text as usual",
      .is = BRANCHES, .excludes = SAVE | DUMP | CHAT, .standard = "0", .high = 65536},
+
+    {0, "jsonl", "FILE", TEXT, AT(jsonl), .title = "Many texts at once",
+     .help = "Answer the requests in FILE, one JSON object a line, such as {\"id\": 1, "
+             "\"prompt\": \"Once\", \"max_tokens\": 20}, with one line each; \"-\" is standard "
+             "input. Other keys: temperature, top_p, top_k, min_p, repeat_penalty, "
+             "repeat_last_n, seed, stop, logprobs, n; or continuation, a text to be scored. What a "
+             "line leaves out is as the options say",
+     .is = JOB | JSONL, .excludes = NO_TEXT | DUMP},
+    {0, "parallel", "N", WHOLE, AT(parallel),
+     .help = "Compute at most N texts together; the answers are the same for any number. 0 is "
+             "64, or fewer if the model's memory of so many texts takes more than 1 GB",
+     .needs = JSONL | BRANCHES, .standard = "0", .high = BASED_MAX_BLOCK},
+    {0, "unordered", NULL, SWITCH, AT(unordered),
+     .help = "Write each answer when it is complete, not in the order of the requests",
+     .needs = JSONL},
 
     {'m', "mode", "MODE", MODE, AT(chat), .title = "Conversation",
      .help = "generate (the default) or chat: a conversation, line by line from standard input, "
@@ -2388,8 +2444,8 @@ static void unescape(char *text) {
     *to = '\0';
 }
 
-/* Stores the value of a flag, which the user typed as `typed`. */
-static int set_value(options *o, const flag *f, const char *typed, const char *text) {
+/* Stores the value of a flag. Returns 0 if the flag takes no such value. */
+static int store_value(options *o, const flag *f, const char *text) {
     void *field = (char *)o + f->offset;
     double number = 0;
     int good = 1;
@@ -2408,7 +2464,13 @@ static int set_value(options *o, const flag *f, const char *typed, const char *t
                  number = f->kind == REAL ? *(double *)field : (double)*(int64_t *)field;
                  good = good && number >= f->low && number <= f->high; break;
     }
-    if (good) return DONE;
+    return good;
+}
+
+/* Stores the value of a flag, which the user typed as `typed`. */
+static int set_value(options *o, const flag *f, const char *typed, const char *text) {
+    double number;
+    if (store_value(o, f, text)) return DONE;
     /* what the letter means elsewhere, unless a number was meant */
     int hint = f->elsewhere && !parse_number(text, REAL, &number);
     return fail(BAD_USAGE, "%s takes %s, got %s%s%s", typed, takes((char[SHORT_BYTES]){ 0 }, f),
@@ -2579,7 +2641,847 @@ static int parse_options(options *o, int argc, char **argv) {
     return o->chat ? read_template(o) : DONE;
 }
 
-/* ==== 14. main ================================================================================ */
+/* ==== 14. Many texts at once =====================================================================
+ * --jsonl: each line of a file asks for a text, or for the probability of one, and a line answers.
+ * --branches: one prompt, many continuations. A text among others is a job: a run with options, a
+ * sampler and an output of its own; only its session computes together with theirs. So each answer
+ * is what a program of its own would have written.
+ *
+ * Prompts are read one after another by r->session, in blocks, and the session of a job begins as a
+ * copy of it. Before that, r->session itself begins as a copy of what was kept of the prompts
+ * before. What is worth keeping is known beforehand: where a waiting prompt parts from this one.
+ */
+enum { PARALLEL = 64, SESSIONS_BYTES = 1 << 30 };       /* texts computed together, at most       */
+enum { QUEUE = 1024, QUEUE_BYTES = 1 << 26 };   /* requests, and bytes of them, read beforehand   */
+enum { LOOKAHEAD = 64 };                /* waiting prompts that a prompt is compared with         */
+enum { SHARED_LEAST = 32, KEPT = 8 };   /* tokens worth keeping; how many sessions are kept       */
+enum { STOPS = 16, WORD_BYTES = 64 };   /* of a request: stop texts; bytes of a number            */
+
+typedef struct {                        /* a text of the request; n bytes and a zero              */
+    char  *text;
+    size_t n;
+} span;
+
+typedef struct job {
+    struct job *next;                   /* in the order of the requests                           */
+    options     o;                      /* the command line, and over it what the request says    */
+    run         r;
+    span        line;                   /* the texts of the request point into it                 */
+    span        id, prompt, continuation;
+    char       *stops[STOPS];
+    int         id_is_text, logprobs;
+    uint64_t    index;                  /* of several texts for one request                       */
+    size_t      n_prompt, n_scored;     /* r.ids: the prompt, then the continuation               */
+    uint64_t    n;                      /* tokens written or scored so far                        */
+    double      score;                  /* log probability of the continuation                    */
+    int         greedy;                 /* it is what temperature 0 would have written            */
+    buffer      text, tokens, logs;     /* written so far; ids and log probabilities, as JSON     */
+    const char *finish;                 /* why it ended; NULL: not yet                            */
+    int         delivered;
+    const char *wrong;                  /* with the request; NULL: nothing                        */
+    uint64_t    line_number, byte;      /* where; byte 0: nowhere in particular                   */
+    char        detail[200];            /* what `wrong` may point to                              */
+} job;
+
+typedef struct {
+    run     *r;
+    job     *first, *last, *waiting;    /* the queue; the first job that was not started          */
+    size_t   n_queued, queued_bytes;
+    job    **running;                   /* (parallel), the first n_running                        */
+    based_session **session;            /* (parallel) of the running ones; NULL: not yet made     */
+    size_t   parallel, n_running;
+    based_session *kept[KEPT];          /* beginnings of prompts                                  */
+    uint64_t used[KEPT], clock;         /* when each was used last                                */
+    float   *rows;                      /* (block, width) logits of a continuation                */
+    buffer   answer;
+
+    FILE    *file;                      /* requests; bytes.bytes[at .. bytes.n - 1] were read     */
+    buffer   bytes;
+    size_t   at;
+    span     line;                      /* the newest line                                        */
+    uint64_t lines, left, index;        /* read so far; texts of this line still to come          */
+    int      ended, too_long, status;   /* of the file; the newest line; of reading               */
+    double   file_bytes, done_bytes;    /* 0: not known                                           */
+    uint64_t requests, errors, prompt_tokens, shared_tokens, tokens;
+} batch;
+
+/* ---- JSON: one object of texts, numbers, true, false, null, and one list ----------------------*/
+typedef struct {
+    char *at, *end;
+    const char *wrong;                  /* what is wrong at `at`; NULL: nothing                   */
+} reader;
+
+static int refuse(reader *in, const char *wrong) {
+    in->wrong = wrong;
+    return 0;
+}
+
+/* The next byte that is not blank; -1 at the end. */
+static int peek(reader *in) {
+    while (in->at < in->end && (*in->at == ' ' || (*in->at >= '\t' && *in->at <= '\r'
+                                && *in->at != '\v' && *in->at != '\f'))) in->at++;
+    return in->at < in->end ? (unsigned char)*in->at : -1;
+}
+
+/* The length of the UTF-8 character that p begins with; 0 if it is not valid. */
+static size_t character(const unsigned char *p, size_t n) {
+    size_t whole = p[0] < 0x80 ? 1 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    if (whole == 1) return 1;
+    return whole <= n && begins_character(p, whole - 1) && (p[whole - 1] & 0xc0) == 0x80 ? whole
+                                                                                          : 0;
+}
+
+/* Reads \uXXXX from p, of which n bytes are there. Returns its length, or 0. */
+static size_t read_unit(const char *p, size_t n, uint32_t *code) {
+    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    if (n < 6 || p[0] != '\\' || p[1] != 'u') return 0;
+    *code = 0;
+    for (size_t i = 2; i < 6; i++) {
+        const char *digit = p[i] ? strchr(digits, p[i]) : NULL;
+        if (!digit) return 0;
+        *code = 16 * *code + (uint32_t)(digit - digits) % 16;
+    }
+    return 6;
+}
+
+/* Decodes the escape at p. Two \u that are surrogates make one character; one alone makes none. */
+static size_t read_escape(const char *p, size_t n, uint32_t *code) {
+    static const char names[] = "\"\\/bfnrt", means[] = "\"\\/\b\f\n\r\t";
+    const char *name = n > 1 && p[1] ? strchr(names, p[1]) : NULL;
+    uint32_t low;
+    if (name) {
+        *code = (unsigned char)means[name - names];
+        return 2;
+    }
+    if (!read_unit(p, n, code) || (*code >= 0xdc00 && *code < 0xe000)) return 0;
+    if (*code < 0xd800 || *code >= 0xe000) return 6;
+    if (!read_unit(p + 6, n - 6, &low) || low < 0xdc00 || low >= 0xe000) return 0;
+    *code = 0x10000 + ((*code - 0xd800) << 10) + (low - 0xdc00);
+    return 12;
+}
+
+static size_t put_utf8(char *to, uint32_t code) {
+    size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = n; i-- > 1; code >>= 6) to[i] = (char)(0x80 | (code & 0x3f));
+    to[0] = (char)(n == 1 ? code : (0xf00u >> n & 0xf0) | code);
+    return n;
+}
+
+/* Reads a string and decodes it in place: it never gets longer. */
+static int read_string(reader *in, span *out) {
+    char *text = ++in->at, *to = text;
+    while (in->at < in->end && *in->at != '"') {
+        size_t rest = (size_t)(in->end - in->at), n;
+        uint32_t code = 0;
+        if ((unsigned char)*in->at < 0x20) {
+            return refuse(in, "a control character in a text must be written as \\u00..");
+        }
+        if (*in->at == '\\') {
+            n = read_escape(in->at, rest, &code);
+            if (n == 0) return refuse(in, "this escape is no character");
+            to += put_utf8(to, code);
+        } else {
+            n = character((unsigned char *)in->at, rest);
+            if (n == 0) return refuse(in, "these bytes are not UTF-8");
+            memmove(to, in->at, n);
+            to += n;
+        }
+        in->at += n;
+    }
+    if (in->at == in->end) return refuse(in, "a text does not end");
+    in->at++;
+    *to = '\0';
+    *out = (span){ text, (size_t)(to - text) };
+    return 1;
+}
+
+static int is_digit(char c) { return c >= '0' && c <= '9'; }
+
+/* A number that C reads, and that begins and has digits where JSON wants them. */
+static int is_number(const char *text) {
+    const char *first = text + (*text == '-'), *point = strchr(text, '.');
+    double value;
+    return is_digit(first[0]) && !(first[0] == '0' && is_digit(first[1]))
+        && (!point || is_digit(point[1])) && parse_number(text, REAL, &value);
+}
+
+/* The keys of a request. A number has the range of the flag. */
+enum key { ID, TO_CONTINUE, TO_SCORE, STOP, LOGPROBS, NUMBERS };
+static const struct { const char *name, *takes, *flag; } keys[] = {
+    {"id", "a text or a number", NULL}, {"prompt", "a text", NULL},
+    {"continuation", "a text", NULL}, {"stop", "a text or a list of at most 16, none empty", NULL},
+    {"logprobs", "true or false", NULL}, {"max_tokens", NULL, "predict"},
+    {"temperature", NULL, "temp"}, {"top_p", NULL, "top-p"}, {"top_k", NULL, "top-k"},
+    {"min_p", NULL, "min-p"}, {"repeat_penalty", NULL, "repeat-penalty"},
+    {"repeat_last_n", NULL, "repeat-last-n"}, {"seed", NULL, "seed"}, {"n", NULL, "branches"}
+};
+enum { KEYS = (int)(sizeof keys / sizeof keys[0]) };
+
+/* One stop text, or the list of them. Returns 0 if it is something else. */
+static int read_stops(job *j, reader *in) {
+    int list = peek(in) == '[', c = ',';
+    in->at += list;
+    j->o.stops = j->stops;
+    j->o.n_stops = 0;
+    if (list && peek(in) == ']') c = ']', in->at++;
+    while (c == ',') {
+        span stop;
+        if (peek(in) != '"' || !read_string(in, &stop)) return 0;
+        if (stop.n == 0 || strlen(stop.text) < stop.n || j->o.n_stops == STOPS) return 0;
+        j->stops[j->o.n_stops++] = stop.text;
+        if (!list) return 1;
+        c = peek(in);
+        in->at += c == ',' || c == ']';
+    }
+    return c == ']';
+}
+
+/* The value of a key. null is as if the key were not there. */
+static int read_value(job *j, reader *in, int key) {
+    const flag *f = NULL;
+    char word[WORD_BYTES] = "";
+    span source = { in->at, 0 };        /* of a word                                              */
+    int good = 0;
+    for (const flag *g = flags; g < flags + FLAGS && keys[key].flag; g++) {
+        if (strcmp(g->name, keys[key].flag) == 0) f = g;
+    }
+    if (peek(in) == '"' && (key == ID || key == TO_CONTINUE || key == TO_SCORE)) {
+        span *to = key == ID ? &j->id : key == TO_CONTINUE ? &j->prompt : &j->continuation;
+        if (!read_string(in, to)) return 0;
+        good = 1;
+        if (key == ID) j->id_is_text = 1;
+    } else if (key == STOP && (peek(in) == '"' || peek(in) == '[')) {
+        good = read_stops(j, in);
+        if (in->wrong) return 0;
+    } else {
+        for (source.text = in->at; in->at < in->end && source.n + 1 < WORD_BYTES; source.n++) {
+            if (!strchr("+-.0123456789Eaeflnrstu", *in->at) || *in->at == '\0') break;
+            word[source.n] = *in->at++;
+        }
+        if (strcmp(word, "null") == 0) return 1;
+        if (key == ID) good = is_number(word), j->id = good ? source : j->id;
+        if (key == LOGPROBS) {
+            j->logprobs = strcmp(word, "true") == 0;
+            good = j->logprobs || strcmp(word, "false") == 0;
+        }
+        if (f) good = is_number(word) && store_value(&j->o, f, word);
+    }
+    if (good) return 1;
+    char range[SHORT_BYTES];
+    snprintf(j->detail, sizeof j->detail, "\"%s\" takes %s", keys[key].name,
+             f ? takes(range, f) : keys[key].takes);
+    return refuse(in, j->detail);
+}
+
+static int read_member(job *j, reader *in, unsigned *seen) {
+    span name;
+    int key = 0;
+    if (peek(in) != '"') return refuse(in, "a key in quotes is expected");
+    if (!read_string(in, &name)) return 0;
+    while (key < KEYS && (strlen(keys[key].name) != name.n
+                          || memcmp(keys[key].name, name.text, name.n) != 0)) key++;
+    if (key == KEYS || *seen >> key & 1) {
+        snprintf(j->detail, sizeof j->detail, key == KEYS ? "there is no key %s; the help for "
+                 "--jsonl lists them all" : "there are two keys %s", QUOTE(name.text));
+        return refuse(in, j->detail);
+    }
+    *seen |= 1u << key;
+    if (peek(in) != ':') return refuse(in, "a colon is expected");
+    in->at++;
+    peek(in);
+    return read_value(j, in, key);
+}
+
+static int read_members(job *j, reader *in) {
+    unsigned seen = 0;
+    int c = peek(in);
+    if (c != '{') return refuse(in, "an object, {...}, is expected");
+    in->at++;
+    if (peek(in) == '}') c = '}', in->at++;
+    while (c != '}') {
+        if (!read_member(j, in, &seen)) return 0;
+        c = peek(in);
+        if (c != ',' && c != '}') return refuse(in, "a comma or } is expected");
+        in->at++;
+    }
+    return peek(in) == -1 || refuse(in, "something stands behind the object");
+}
+
+/* Reads the request in line[0 .. n - 1] over the values that *j has. The texts of *j then point
+ * into the line, which has changed. Returns 0 if it is not valid; then j->wrong says why. */
+static int read_request(job *j, char *line, size_t n) {
+    reader in = { line, line + n, NULL };
+    if (read_members(j, &in)) return 1;
+    j->wrong = in.wrong;
+    j->byte = (uint64_t)(in.at - line) + 1;
+    return 0;
+}
+
+/* ---- The queue --------------------------------------------------------------------------------*/
+
+/* Finds the next line that is not blank, without its newline. Returns 0 if none is there yet, or
+ * there is no other. */
+static int next_line(batch *b, int wait) {
+    b->too_long = 0;
+    for (size_t searched = b->at; ; ) {
+        char *from = b->bytes.bytes + b->at, *end = NULL;
+        if (b->bytes.n > searched) {
+            end = memchr(b->bytes.bytes + searched, '\n', b->bytes.n - searched);
+        }
+        if (!end && b->ended && b->bytes.n > b->at) end = b->bytes.bytes + b->bytes.n;
+        if (end) {
+            b->line = (span){ from, (size_t)(end - from) };
+            b->at += b->line.n + (end < b->bytes.bytes + b->bytes.n);
+            searched = b->at;
+            b->lines++;
+            if (b->lines == 1 && b->line.n >= 3 && memcmp(from, "\xef\xbb\xbf", 3) == 0) {
+                b->line = (span){ from + 3, b->line.n - 3 };    /* a byte order mark              */
+            }
+            reader blank = { b->line.text, b->line.text + b->line.n, NULL };
+            if (peek(&blank) != -1 || b->too_long) return 1;
+            continue;
+        }
+        if (b->ended) return 0;
+
+        /* more bytes behind those of the unfinished line, which move to the front */
+        b->bytes.n -= b->at;
+        if (b->bytes.n > 0 && b->at > 0) memmove(b->bytes.bytes, from, b->bytes.n);
+        searched = b->bytes.n;
+        b->at = 0;
+        if (b->bytes.room - b->bytes.n < BUFSIZ) {
+            size_t room = 2 * b->bytes.room;
+            char *more = room > b->bytes.room ? realloc(b->bytes.bytes, room) : NULL;
+            if (more) b->bytes.bytes = more, b->bytes.room = room;
+            else b->too_long = 1, b->bytes.n = searched = 0;
+        }
+        if (wait) leave_signals(0);     /* while it waits, Ctrl-C ends the program                */
+        long got = read_some(b->file, b->bytes.bytes + b->bytes.n, b->bytes.room - b->bytes.n,
+                             wait);
+        if (wait) catch_signals(0);
+        if (got == -2) return 0;
+        if (got < 0) b->status = fail(BAD_INPUT, "cannot read %s: %s", b->r->o->jsonl,
+                                      strerror(errno));
+        if (got > 0) b->bytes.n += (size_t)got;
+        else b->ended = 1;
+    }
+}
+
+static job *add_job(batch *b) {
+    job *j = calloc(1, sizeof *j);
+    if (!j) return NULL;
+    j->o = *b->r->o;
+    j->r = *b->r;
+    j->r.o = &j->o;
+    j->r.out = (text_out){ .to = &j->text, .decoder = b->r->out.decoder };
+    j->r.sampler_memory = NULL, j->r.recent = NULL;
+    if (b->last) b->last->next = j;
+    else b->first = j;
+    b->last = j;
+    if (!b->waiting) b->waiting = j;
+    b->n_queued++;
+    return j;
+}
+
+/* The tokens of a request: the prompt, or the start token, and then the continuation. */
+static int encode_request(job *j) {
+    run *r = &j->r;
+    size_t n = j->prompt.n, more = j->continuation.n;
+    int unprompted = j->continuation.text && n == 0;    /* all of the text is scored              */
+    char *text = malloc(n + more + 1);
+    if (!text) {
+        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its text" };
+        return 0;
+    }
+    if (n > 0) memcpy(text, j->prompt.text, n);
+    if (more > 0) memcpy(text + n, j->continuation.text, more);
+    int status = encode_quietly(r, text, n + more, unprompted ? PREDICTS : BEGINS, n, n);
+    free(text);
+    if (status != BASED_OK) return 0;
+    if (r->n_ids == 0 || (unprompted && start_token(&r->tokenizer) < 0)) {
+        r->error = (based_error){ BASED_EINVAL, "no token begins a text; give a prompt" };
+        return 0;
+    }
+    j->n_prompt = unprompted ? 1 : r->n_first;
+    j->n_scored = r->n_ids - j->n_prompt;
+    return 1;
+}
+
+/* Puts the next text that is asked for into the queue; a request that is not valid as a job that
+ * has ended. */
+static int read_job(batch *b, int wait, int *got) {
+    *got = 0;
+    if (b->left == 0) {
+        if (!next_line(b, wait)) return DONE;
+        b->left = 1;
+        b->index = 0;
+    }
+    job *j = add_job(b);
+    if (!j) return out_of_memory("the requests");
+    *got = 1;
+    j->index = b->index++;
+    j->line_number = b->lines;
+    b->left--;
+
+    /* a copy of the line, which becomes its texts */
+    char *copy = b->too_long ? NULL : malloc(b->line.n + 1);
+    int good = copy != NULL;
+    if (good) {
+        j->line = (span){ memcpy(copy, b->line.text, b->line.n), b->line.n };
+        b->queued_bytes += b->line.n;
+        good = read_request(j, copy, b->line.n);
+    } else {
+        j->wrong = "not enough memory for so long a line";
+    }
+    if (good) {
+        if (j->index == 0 && j->o.branches > 1 && !j->continuation.text) {
+            b->left = (uint64_t)j->o.branches - 1;
+        }
+        j->o.seed += j->index;
+        if (!encode_request(j)) j->wrong = j->r.error.text;
+    }
+    if (j->wrong) {
+        j->finish = "error";
+        b->errors++;
+    }
+    b->requests += j->index == 0;
+    return DONE;
+}
+
+/* What a job holds while it is running. */
+static void free_text(job *j) {
+    free(j->r.sampler_memory);
+    free(j->r.recent);
+    free(j->r.out.token);
+    free(j->r.out.held);
+    j->r.out.token = j->r.out.held = NULL;
+    j->r.sampler_memory = j->r.recent = NULL;
+}
+
+static void free_first(batch *b) {
+    job *j = b->first;
+    b->first = j->next;
+    if (!b->first) b->last = NULL;
+    if (b->waiting == j) b->waiting = b->first;
+    b->n_queued--;
+    b->queued_bytes -= j->line.n;
+    free_text(j);
+    if (!b->r->o->branches) free(j->r.ids);
+    free(j->text.bytes);
+    free(j->tokens.bytes);
+    free(j->logs.bytes);
+    free(j->line.text);
+    free(j);
+}
+
+/* ---- Answers ----------------------------------------------------------------------------------*/
+static int put(buffer *b, const char *format, ...) {
+    char text[400];
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    return append(b, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
+}
+
+static int put_quoted(buffer *b, const char *text, size_t n) {
+    TRY(put(b, "\""));
+    for (size_t i = 0; i < n; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if (c < 0x20) TRY(put(b, c == '\n' ? "\\n" : "\\u%04x", c));
+        else TRY(append(b, c == '"' ? "\\\"" : c == '\\' ? "\\\\" : text + i,
+                        c == '"' || c == '\\' ? 2 : 1));
+    }
+    return put(b, "\"");
+}
+
+/* A log probability; JSON has no infinity. */
+static int put_log(buffer *b, double x) { return put(b, x - x == 0 ? "%.9g" : "null", x); }
+
+/* Notes a token that was written or scored. */
+static int note_token(batch *b, job *j, const float *logits, int32_t id) {
+    double log = j->logprobs || j->n_scored
+               ? based_log_probability(logits, based_width(b->r->model), id) : 0;
+    TRY(put(&j->tokens, j->n ? ", %ld" : "%ld", (long)id));
+    if (j->logprobs) {
+        TRY(put(&j->logs, j->n ? ", " : ""));
+        TRY(put_log(&j->logs, log));
+    }
+    j->n++;
+    j->score += log;
+    return DONE;
+}
+
+/* The answer is complete in memory before it is written, as a whole line, by one call. */
+static int write_answer(batch *b, const job *j) {
+    buffer *a = &b->answer;
+    a->n = 0;
+    TRY(put(a, "{\"id\": "));
+    if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
+    else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
+    if (j->wrong) {
+        char text[320];
+        int n = snprintf(text, sizeof text, "line %llu", (unsigned long long)j->line_number);
+        if (j->byte) n += snprintf(text + n, 32, ", byte %llu", (unsigned long long)j->byte);
+        snprintf(text + n, sizeof text - (size_t)n, ": %s", j->wrong);
+        TRY(put(a, ", \"error\": "));
+        TRY(put_quoted(a, text, strlen(text)));
+    } else if (j->continuation.text) {
+        TRY(put(a, ", \"logprob\": "));
+        TRY(put_log(a, j->score));
+        TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
+    } else {
+        TRY(put(a, ", \"index\": %llu, \"text\": ", (unsigned long long)j->index));
+        TRY(put_quoted(a, j->text.bytes, j->text.n));
+    }
+    if (!j->wrong) {
+        TRY(put(a, ", \"tokens\": ["));
+        TRY(append(a, j->tokens.bytes, j->tokens.n));
+        TRY(put(a, j->logprobs ? "], \"logprobs\": [" : ""));
+        TRY(append(a, j->logs.bytes, j->logs.n));
+        TRY(put(a, "]"));
+    }
+    TRY(put(a, ", \"finish_reason\": \"%s\"}\n", j->finish));
+    return fwrite(a->bytes, 1, a->n, stdout) == a->n ? DONE : write_failed();
+}
+
+static int write_branch(batch *b, const job *j) {
+    printf("--- branch %s of %s, seed %llu ---\n", THOUSANDS(j->index + 1),
+           THOUSANDS((uint64_t)b->r->o->branches), (unsigned long long)j->r.sampler.seed);
+    TRY(write_text(&b->r->out, j->text.bytes, j->text.n));
+    TRY(flush_text());
+    b->r->hash = j->r.hash;
+    if (b->r->o->verbose) {
+        fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)j->index + 1,
+                (unsigned)j->r.hash);
+    }
+    return DONE;
+}
+
+/* Writes the answers that are complete: in order, up to the first that is not, or each. */
+static int deliver(batch *b) {
+    for (job *j = b->first; j && (j->finish || b->r->o->unordered); j = j->next) {
+        if (!j->finish || j->delivered) continue;
+        clear_progress(b->r);
+        TRY(b->r->o->branches ? write_branch(b, j) : write_answer(b, j));
+        b->done_bytes += (double)(j->index == 0) * (double)(j->line.n + 1);
+        j->delivered = 1;
+    }
+    while (b->first && b->first->delivered) free_first(b);
+    return DONE;
+}
+
+static void show_requests(batch *b) {
+    char line[160];
+    double spent = seconds() - b->r->begun;
+    if (!b->r->o->jsonl || !progress_is_due(b->r)) return;
+    uint64_t open = 0;
+    for (const job *j = b->first; j; j = j->next) open += j->index == 0 && !j->finish;
+    int n = snprintf(line, sizeof line, "answered %s requests, %s tokens, %.0f tok/s",
+                     THOUSANDS(b->requests - open), THOUSANDS(b->tokens),
+                     per_second(b->tokens, spent));
+    if (b->file_bytes > 0 && b->done_bytes > 0) {
+        snprintf(line + n, sizeof line - (size_t)n, ", %.0f s left",
+                 spent / b->done_bytes * (b->file_bytes - b->done_bytes));
+    }
+    print_progress(b->r, line);
+}
+
+/* ---- Computing --------------------------------------------------------------------------------*/
+
+/* Keeps a copy of r->session, in place of the one that was not used for the longest time. */
+static int keep(batch *b) {
+    size_t oldest = 0;
+    for (size_t i = 0; i < KEPT; i++) if (b->used[i] < b->used[oldest]) oldest = i;
+    if (!b->kept[oldest]) TRY(new_session(b->r, &b->kept[oldest], 1));
+    b->used[oldest] = ++b->clock;
+    based_copy(b->kept[oldest], b->r->session, NULL);
+    return DONE;
+}
+
+/* Makes r->session the longest kept one that the n tokens begin with. Returns its length. */
+static size_t recall(batch *b, const int32_t *ids, size_t n) {
+    size_t best = KEPT, length = 0;
+    for (size_t i = 0; i < KEPT; i++) {
+        uint64_t count = b->kept[i] ? based_count(b->kept[i]) : 0;
+        if (count > length && count <= n
+            && based_history_of(0, ids, (size_t)count) == based_history(b->kept[i])) {
+            best = i, length = (size_t)count;
+        }
+    }
+    based_reset(b->r->session);
+    if (best == KEPT) return 0;
+    based_copy(b->r->session, b->kept[best], NULL);
+    b->used[best] = ++b->clock;
+    return length;
+}
+
+/* Where does the prompt of a waiting job part from these n tokens? The first such place that is
+ * worth keeping, *shared; or n. */
+static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t from, int *shared) {
+    const job *j = b->waiting;
+    size_t fork = n, least = from + SHARED_LEAST;
+    size_t prefix = based_model_config(b->r->model)->prefix;
+    *shared = 0;
+    if (least < prefix) least = prefix; /* whose tokens see each other, so it is read as a whole  */
+    for (int k = 0; j && k < LOOKAHEAD; k++, j = j->next) {
+        size_t most = j->n_prompt, same = 0;
+        if (most > fork) most = fork;
+        if (j->finish || most < least) continue;
+        while (same < most && j->r.ids[same] == ids[same]) same++;
+        if (same >= least) fork = same, *shared = 1;
+    }
+    return fork;
+}
+
+/* Reads the prompt of a job with r->session. */
+static int read_job_prompt(batch *b, job *j) {
+    run *r = b->r;
+    size_t n = j->n_prompt - (j->n_scored > 0), from = recall(b, j->r.ids, n), fork;
+    int shared, rc = DONE;
+    b->prompt_tokens += j->n_prompt;
+    b->shared_tokens += from;
+    r->ids = j->r.ids;
+    for (; from < n && rc == DONE && !interrupted; from = fork) {
+        fork = next_fork(b, r->ids, n, from, &shared);
+        r->n_loaded = from;
+        rc = feed_ids(r, fork);
+        if (shared && rc == DONE && !interrupted) rc = keep(b);
+    }
+    r->ids = NULL;
+    return rc;
+}
+
+/* Would temperature 0 choose this token? */
+static int is_best(const float *logits, size_t n, int32_t id) {
+    for (size_t i = 0; i < n; i++) {
+        if (logits[i] > logits[id] || (logits[i] == logits[id] && i < (size_t)id)) return 0;
+    }
+    return 1;
+}
+
+/* Scores the continuation by the logits before each of its tokens, in blocks. r->session has read
+ * the prompt but for its last token. */
+static int score_continuation(batch *b, job *j) {
+    run *r = b->r;
+    size_t n = j->n_scored, width = based_width(r->model);
+    const int32_t *ids = j->r.ids + j->n_prompt;        /* (n_scored)                             */
+    j->greedy = 1;
+    for (size_t at = 0, some; at < n && !interrupted; at += some) {
+        some = n - at < r->block ? n - at : r->block;
+        TRY_LIB(based_feed(r->session, ids + at - 1, some, b->rows, &r->error), r->o->jsonl);
+        for (size_t i = 0; i < some; i++) {
+            const float *logits = b->rows + i * width;
+            TRY(check_logits(r, logits, based_count(r->session)));
+            j->greedy &= is_best(logits, width, ids[at + i]);
+            TRY(note_token(b, j, logits, ids[at + i]));
+        }
+    }
+    b->tokens += n;
+    j->finish = "stop";
+    return DONE;
+}
+
+static int finish(job *j, const char *reason) {
+    j->finish = reason;
+    TRY(j->o.branches && !j->o.jsonl ? end_text(&j->r) : put_rest(&j->r));
+    free_text(j);
+    return DONE;
+}
+
+/* Starts the first waiting job: with its prompt read, it takes the next place. */
+static int start_job(batch *b) {
+    job *j = b->waiting;
+    run *r = b->r;
+    b->waiting = j->next;
+    if (j->finish) return DONE;
+    if (r->o->branches) {
+        size_t n = based_sampler_recent(&r->sampler, r->recent);
+        TRY(prepare(&j->r));
+        j->r.sampler.seed = r->sampler.seed + j->index;
+        reset_sampler(&j->r);
+        for (size_t i = 0; i < n; i++) based_sampler_accept(&j->r.sampler, r->recent[i]);
+        TRY(show_prompt(&j->r, !j->o.no_display_prompt));
+    } else {
+        TRY(read_job_prompt(b, j));
+        if (interrupted) return DONE;
+        if (j->continuation.text) return score_continuation(b, j);
+        TRY(prepare(&j->r));
+        for (size_t i = 0; i < j->r.n_ids; i++) {
+            based_sampler_accept(&j->r.sampler, j->r.ids[i]);
+        }
+        TRY(show_prompt(&j->r, 0));
+    }
+    if (j->o.predict == 0) return finish(j, "length");
+
+    /* the first session lends its scratch memory to all */
+    size_t i = b->n_running++;
+    if (!b->session[i]) TRY(new_session(r, &b->session[i], i == 0 ? b->parallel : 1));
+    based_copy(b->session[i], r->session, NULL);
+    b->running[i] = j;
+    j->r.session = b->session[i];
+    return DONE;
+}
+
+/* The next token of one text. */
+static int advance(batch *b, job *j) {
+    int ended = 0;
+    TRY(write_token(&j->r, &ended));
+    if (ended) return finish(j, "stop");
+    TRY(note_token(b, j, based_logits(j->r.session), j->r.unfed));
+    if (j->r.out.stopped) return finish(j, "stop");
+    return j->n == (uint64_t)j->o.predict ? finish(j, "length") : DONE;
+}
+
+/* The next token of all texts that are running. */
+static int advance_all(batch *b) {
+    int32_t ids[BASED_MAX_BLOCK];
+    size_t n = b->n_running, left = 0;
+    int status = DONE;
+#ifdef _OPENMP
+    int threads = based_threads(b->session[0]);
+#pragma omp parallel for num_threads(threads) schedule(dynamic) reduction(| : status) if (n > 1)
+#endif
+    for (size_t i = 0; i < n; i++) status |= advance(b, b->running[i]);
+    if (status != DONE) return status;
+    b->tokens += n;
+
+    /* those that go on close the ranks; the first session stays the first */
+    for (size_t i = 0; i < n; i++) {
+        job *j = b->running[i];
+        based_session *s = b->session[i];
+        if (j->finish) continue;
+        if (left == 0 && i > 0) {
+            based_copy(b->session[0], s, NULL);
+        } else {
+            b->session[i] = b->session[left];
+            b->session[left] = s;
+        }
+        b->running[left] = j;
+        j->r.session = b->session[left];
+        ids[left++] = j->r.unfed;
+    }
+    b->n_running = left;
+    run *r = b->r;
+    TRY_LIB(based_step_many(b->session, ids, left, &r->error), "cannot compute the next tokens");
+    return DONE;
+}
+
+static int run_jobs(batch *b) {
+    run *r = b->r;
+    int got = 1;
+    while (!interrupted) {
+        /* read ahead what is there; wait only if there is nothing to do */
+        while (r->o->jsonl && b->n_queued < QUEUE && b->queued_bytes < QUEUE_BYTES) {
+            TRY(read_job(b, !b->first, &got));
+            if (!got) break;
+        }
+        if (!b->first) return b->status;
+        while (b->waiting && b->n_running < b->parallel && !interrupted) {
+            TRY(start_job(b));
+            TRY(deliver(b));
+            show_requests(b);
+        }
+        if (b->n_running > 0 && !interrupted) TRY(advance_all(b));
+        TRY(deliver(b));
+        show_requests(b);
+    }
+    return INTERRUPTED;
+}
+
+static int open_batch(batch *b) {
+    size_t bytes = based_session_bytes(b->r->model, 1);
+    b->parallel = (size_t)b->r->o->parallel;
+    if (b->parallel == 0) b->parallel = SESSIONS_BYTES / bytes < PARALLEL ? SESSIONS_BYTES / bytes
+                                                                         : PARALLEL;
+    if (b->parallel == 0) b->parallel = 1;
+    b->running = calloc(b->parallel, sizeof *b->running);
+    b->session = calloc(b->parallel, sizeof(based_session *));
+    return b->running && b->session ? DONE : out_of_memory("so many texts");
+}
+
+static void close_batch(batch *b) {
+    while (b->first) free_first(b);
+    for (size_t i = 0; b->session && i < b->parallel; i++) based_session_free(b->session[i]);
+    for (size_t i = 0; i < KEPT; i++) based_session_free(b->kept[i]);
+    free(b->running);
+    free(b->session);
+    free(b->rows);
+    free(b->answer.bytes);
+    free(b->bytes.bytes);
+    if (b->file && b->file != stdin) fclose(b->file);
+}
+
+/* --branches: every text begins where r->session is, with the next seed. */
+static int write_branches(run *r) {
+    batch b = { .r = r };
+    int rc = open_batch(&b);
+    double begun = seconds();
+    for (uint64_t i = 0; i < (uint64_t)r->o->branches && rc == DONE; i++) {
+        job *j = add_job(&b);
+        if (j) j->index = i;
+        else rc = out_of_memory("so many texts");
+    }
+    if (rc == DONE) rc = run_jobs(&b);
+    for (size_t i = 0; i < b.n_running && rc == INTERRUPTED; i++) {     /* what there is so far   */
+        if (finish(b.running[i], "interrupted") != DONE) rc = BAD_INPUT;
+    }
+    if (rc == INTERRUPTED) rc = deliver(&b);
+    r->timed = b.tokens;
+    r->generate_time = seconds() - begun;
+    close_batch(&b);
+    return rc;
+}
+
+static int open_requests(batch *b) {
+    run *r = b->r;
+    b->file = strcmp(r->o->jsonl, "-") == 0 ? stdin : fopen(r->o->jsonl, "rb");
+    if (!b->file) return fail(BAD_INPUT, "cannot read %s: %s", r->o->jsonl, strerror(errno));
+    b->file_bytes = file_size(b->file);
+    b->bytes = (buffer){ .bytes = malloc(2 * BUFSIZ), .room = 2 * BUFSIZ };
+    if (!b->bytes.bytes) return out_of_memory("the requests");
+    setvbuf(stdout, NULL, _IONBF, 0);   /* a line is written by one call                          */
+    return DONE;
+}
+
+static int answer_requests(run *r) {
+    batch b = { .r = r };
+    TRY(open_session(r, 1));
+    b.rows = r->rows;                   /* reading a prompt fills none                            */
+    r->rows = NULL;
+    if (!r->has_tokenizer) {
+        free(b.rows);
+        return no_tokenizer(r);
+    }
+    int rc = open_batch(&b);
+    if (rc == DONE) rc = open_requests(&b);
+    catch_signals(0);
+    describe(r, NULL);
+    double begun = r->begun = seconds();
+    if (rc == DONE) rc = run_jobs(&b);
+    clear_progress(r);
+    close_batch(&b);
+    if (rc != DONE && rc != INTERRUPTED) return rc;
+    r->timed = b.tokens;
+    r->generate_time = seconds() - begun;
+    if (r->o->verbose) {
+        fprintf(stderr, "{\"requests\": %llu, \"errors\": %llu, \"prompt_tokens\": %llu, "
+                "\"shared_tokens\": %llu, \"tokens\": %llu, \"seconds\": %.3f, "
+                "\"tokens_per_second\": %.1f}\n", (unsigned long long)b.requests,
+                (unsigned long long)b.errors, (unsigned long long)b.prompt_tokens,
+                (unsigned long long)b.shared_tokens, (unsigned long long)b.tokens,
+                r->generate_time, per_second(b.tokens, r->generate_time));
+    }
+    if (b.errors > 0 && rc == DONE) {
+        return fail(BAD_INPUT, "%s of %s requests were not valid; their answers say why",
+                    THOUSANDS(b.errors), THOUSANDS(b.requests));
+    }
+    if (!r->o->quiet) {
+        fprintf(stderr, "achieved tok/s: %f\n", per_second(r->timed, r->generate_time));
+    }
+    return rc;
+}
+
+/* ==== 15. main ================================================================================ */
 static int do_job(run *r, options *o) {
     if (o->help) return print_help();
     if (o->version) {
@@ -2599,6 +3501,7 @@ static int do_job(run *r, options *o) {
     if (o->info) return print_info(r);
     if (o->check) return check(r);
     if (o->bench) return bench(r);
+    if (o->jsonl) return answer_requests(r);
     choose_template(r, o);
     return o->perplexity ? measure(r) : o->chat ? chat(r) : generate(r);
 }

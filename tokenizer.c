@@ -45,8 +45,8 @@ static char *put_number(char *p, const char *end, uint64_t number) {
 }
 
 /* Fills *e with one line, in which the first # stands for a and the second for b. Returns status,
- * so that a check can end with `return fail(...)`. */
-static int fail(based_error *e, int status, const char *line, uint64_t a, uint64_t b) {
+ * so that a check can end with `return refuse(...)`. */
+static int refuse(based_error *e, int status, const char *line, uint64_t a, uint64_t b) {
     if (e == NULL) return status;
     char *p = e->text;
     const char *end = e->text + sizeof e->text - 1;
@@ -65,7 +65,7 @@ static int fail(based_error *e, int status, const char *line, uint64_t a, uint64
 
 /* A section that is not a valid tokenizer. */
 static int invalid(based_error *e, const char *line, uint64_t a, uint64_t b) {
-    return fail(e, BASED_EFORMAT, line, a, b);
+    return refuse(e, BASED_EFORMAT, line, a, b);
 }
 
 /* ==== 2. The section =============================================================================
@@ -176,7 +176,7 @@ static int read_header(based_tokenizer *t, const uint32_t *word, size_t size, ui
 
 /* The bytes of the tokens follow one another without a gap and fill the rest of the section. Their
  * length is bounded, so that the time to compare two tokens is bounded. */
-static int check_tokens(const based_tokenizer *t, size_t bytes, based_error *e) {
+static int check_token_bytes(const based_tokenizer *t, size_t bytes, based_error *e) {
     if (t->start[0] != 0)
         return invalid(e, "tokenizer: token 0 starts at byte #, not 0", t->start[0], 0);
     for (uint32_t i = 0; i < t->size; i++) {
@@ -275,19 +275,18 @@ static int check_scores(const based_tokenizer *t, based_error *e) {
 /* Four zero-terminated texts behind the tokens, or none: what a system message, one of the user and
  * a reply look like, with one {} each ("" for no system message), and how a text begins. */
 static int check_chat(based_tokenizer *t, const char *p, size_t bytes, based_error *e) {
-    for (int i = 0; i < 4 && bytes > 0; i++) {
-        const char *end = memchr(p, '\0', bytes);
-        if (end == NULL)
-            return invalid(e, "tokenizer: text # of the chat template has no end", (uint64_t)i, 0);
-        const char *hole = strstr(p, "{}");
-        int needs = i == BASED_CHAT_USER || i == BASED_CHAT_REPLY || (i == BASED_CHAT_SYSTEM && *p);
-        if (needs && (hole == NULL || strstr(hole + 2, "{}") != NULL))
-            return invalid(e, "tokenizer: text # of the chat template has not one {}", (uint64_t)i,
-                           0);
-        t->chat[i] = p;
-        bytes -= (size_t)(end + 1 - p);
-        p = end + 1;
-        if ((bytes == 0) != (i == BASED_CHAT_BEGIN))
+    size_t at = 0;
+    for (uint32_t i = 0; i < 4 && bytes > 0; i++) {
+        size_t holes = 0;
+        t->chat[i] = p + at;
+        for (; at < bytes && p[at] != '\0'; at++)
+            holes += p[at] == '{' && at + 1 < bytes && p[at + 1] == '}';
+        if (at++ == bytes)
+            return invalid(e, "tokenizer: text # of the chat template has no end", i, 0);
+        int needs = i == BASED_CHAT_SYSTEM ? *t->chat[i] != '\0' : i != BASED_CHAT_BEGIN;
+        if (needs && holes != 1)
+            return invalid(e, "tokenizer: text # of the chat template has not one {}", i, 0);
+        if ((at == bytes) != (i == BASED_CHAT_BEGIN))
             return invalid(e, "tokenizer: the chat template has not four texts", 0, 0);
     }
     return BASED_OK;
@@ -298,7 +297,7 @@ int based_tokenizer_init(based_tokenizer *t, const void *section, size_t size, u
     const uint32_t *word = section;
     based_tokenizer made;
     if (t == NULL || section == NULL || ((uintptr_t)section & 3) != 0)
-        return fail(e, BASED_EINVAL, "tokenizer: the section is missing or not 4-byte aligned",
+        return refuse(e, BASED_EINVAL, "tokenizer: the section is missing or not 4-byte aligned",
                     0, 0);
     memset(&made, 0, sizeof made);
     int status = read_header(&made, word, size, vocab, e);
@@ -306,7 +305,7 @@ int based_tokenizer_init(based_tokenizer *t, const void *section, size_t size, u
     size_t bytes = size - 4 * (size_t)word[0], chat = word[11];
     if (chat > bytes)
         return invalid(e, "tokenizer: the chat template has # bytes, # are there", chat, bytes);
-    status = check_tokens(&made, bytes - chat, e);
+    status = check_token_bytes(&made, bytes - chat, e);
     if (!status) status = check_byte_ids(&made, e);
     if (!status) status = check_specials(&made, e);
     if (!status) status = check_ids(&made, e);
@@ -321,7 +320,7 @@ int based_tokenizer_open(based_tokenizer *t, const based_model *m, based_error *
     size_t bytes;
     const void *section = based_model_tokenizer(m, &bytes);
     if (section == NULL)
-        return fail(e, BASED_EINVAL, "the checkpoint carries no tokenizer", 0, 0);
+        return refuse(e, BASED_EINVAL, "the checkpoint carries no tokenizer", 0, 0);
     return based_tokenizer_init(t, section, bytes, based_model_config(m)->vocab, e);
 }
 
@@ -492,24 +491,24 @@ typedef struct symbol {
     uint32_t length;                    /* first symbols it was merged from; 0: part of another */
 } symbol;
 
-typedef struct candidate {
+typedef struct merge_candidate {
     uint64_t order;                     /* rank << 32 | index of the left symbol; smallest first */
     uint32_t length;                    /* of both symbols together, when the pair was pushed */
     uint32_t result;                    /* the id that they merge into */
-} candidate;
+} merge_candidate;
 
 typedef struct encoder {
     const based_tokenizer *t;
     symbol *symbols;                    /* (n + 1) the symbols of one piece */
     uint32_t count;                     /* of symbols in this piece */
-    candidate *heap;                    /* (2n + 2) */
+    merge_candidate *heap;              /* (2n + 2) */
     size_t heap_size;
     int32_t *ids;                       /* the result */
     size_t n_ids;
     int started;                        /* some text was encoded: no prefix space any more */
 } encoder;
 
-static void heap_push(encoder *c, candidate pair) {
+static void heap_push(encoder *c, merge_candidate pair) {
     size_t i = c->heap_size++;
     while (i > 0 && pair.order < c->heap[(i - 1) / 2].order) {
         c->heap[i] = c->heap[(i - 1) / 2];
@@ -518,8 +517,8 @@ static void heap_push(encoder *c, candidate pair) {
     c->heap[i] = pair;
 }
 
-static candidate heap_pop(encoder *c) {
-    candidate best = c->heap[0], last = c->heap[--c->heap_size];
+static merge_candidate heap_pop(encoder *c) {
+    merge_candidate best = c->heap[0], last = c->heap[--c->heap_size];
     size_t i = 0, child;
     while ((child = 2 * i + 1) < c->heap_size) {
         if (child + 1 < c->heap_size && c->heap[child + 1].order < c->heap[child].order) child++;
@@ -594,11 +593,11 @@ static void push_pair(encoder *c, uint32_t left) {
         if (result == BASED_NONE) return;
         rank = rank_of_score(t->score[result]);
     }
-    heap_push(c, (candidate){ (uint64_t)rank << 32 | left, a->length + b->length, result });
+    heap_push(c, (merge_candidate){ (uint64_t)rank << 32 | left, a->length + b->length, result });
 }
 
 /* Merges the two symbols of a candidate into the left one, unless one of them has changed since. */
-static void merge_pair(encoder *c, candidate pair) {
+static void merge_pair(encoder *c, merge_candidate pair) {
     uint32_t left = (uint32_t)(pair.order & 0xFFFFFFFFu);
     symbol *a = &c->symbols[left];
     if (a->length == 0 || a->next == BASED_NONE) return;
@@ -723,7 +722,7 @@ size_t based_encode_bound(const based_tokenizer *t, size_t n) {
 
 /* One symbol per byte and one for the prefix space, and two candidates for each of them. */
 size_t based_encode_scratch(const based_tokenizer *t, size_t n) {
-    size_t each = sizeof(symbol) + 2 * sizeof(candidate);
+    size_t each = sizeof(symbol) + 2 * sizeof(merge_candidate);
     (void)t;
     return n <= MAX_TEXT && n < (size_t)-1 / each ? (n + 1) * each : (size_t)-1;
 }
@@ -732,16 +731,16 @@ int64_t based_encode(const based_tokenizer *t, const char *text, size_t n, int f
                      void *scratch, based_error *e) {
     if (t == NULL || ids == NULL || scratch == NULL || (text == NULL && n > 0)
         || ((uintptr_t)scratch & 7) != 0)
-        return fail(e, BASED_EINVAL, "encode: an argument is NULL, or the scratch memory is not "
-                    "8-byte aligned", 0, 0);
+        return refuse(e, BASED_EINVAL, "encode: an argument is NULL, or the scratch memory is not "
+                      "8-byte aligned", 0, 0);
     if ((flags & ~(BASED_ADD_BOS | BASED_PARSE_SPECIALS)) != 0)
-        return fail(e, BASED_EINVAL, "encode: unknown flags, expected BASED_ADD_BOS, "
-                    "BASED_PARSE_SPECIALS or 0", 0, 0);
+        return refuse(e, BASED_EINVAL, "encode: unknown flags, expected BASED_ADD_BOS, "
+                      "BASED_PARSE_SPECIALS or 0", 0, 0);
     if (based_encode_scratch(t, n) == (size_t)-1)
-        return fail(e, BASED_EINVAL, "encode: # bytes of text are too many at once, # at most: cut "
-                    "the text", n, MAX_TEXT);
+        return refuse(e, BASED_EINVAL, "encode: # bytes of text are too many at once, # at most: "
+                      "cut the text", n, MAX_TEXT);
     /* scratch: the heap (2n + 2), then the symbols (n + 1) */
-    candidate *heap = scratch;
+    merge_candidate *heap = scratch;
     symbol *symbols = (symbol *)(void *)(heap + 2 * (n + 1));
     encoder c = { .t = t, .symbols = symbols, .heap = heap, .ids = ids };
     span s = { (const unsigned char *)text, n };

@@ -18,14 +18,13 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 passed=0 failed=0 missing=0
 sources="run.c based.c tokenizer.c"
-flags="-std=c99 -ffp-contract=off -fno-trapping-math"
+flags="-std=gnu11"             # as most projects build, which lets gcc fuse float operations; based.c turns that off
 python=${PYTHON:-python3}
 prompt=$(for i in $(seq 100); do printf '%d ' $((i * 7 % 47)); done)
 short=$(for i in $(seq 8); do printf '%d ' $((i * 7 % 47)); done)
 export OMP_WAIT_POLICY=passive WORK=$work
 
-# ---- The models: all that ship, and of random weights one of each dtype with every mixer, and one whose sums have windows
-#      beside them, keep their first tokens and forget others.
+# ---- The models: all that ship, and of random weights one of each dtype with every mixer, and the kinds of memory below.
 models=$(ls models/*.bin)
 for dtype in f32 q8 q4; do
     if "$python" export.py --random tests/data/hazyresearch-tiny/config.json "$work/tiny-$dtype.bin" --dtype $dtype >"$work/log" 2>&1; then
@@ -34,16 +33,27 @@ for dtype in f32 q8 q4; do
         absent="$absent tiny-$dtype"
     fi
 done
-if "$python" - "$work/beside.bin" <<'END' >"$work/log" 2>&1; then
+# Random models of single kinds of memory: windows beside sums, sinks and decay; sums that fade by gates beside newest keys, and by
+# fixed factors; a prefix; norms of queries and keys.
+"$python" - "$work" <<'END' >"$work/log" 2>&1
 import sys
 sys.path += ["tests", "."]
 import numpy, reference
-reference.random_checkpoint(numpy.random.default_rng(39), sys.argv[1], mixers=[2, 2, 2], dim=48, input=0, rows=64, vocab=64, flags=1)
+sums = {"kernel": 0, "sinks": 0, "decay": 0.0, "degree": 2, "chunk": 9, "window": 0, "normalizer": 0, "normalizer_eps": 0.0,
+        "rope_pairs": 0, "head_dim_k": 16, "fading": 0}
+for seed, name, mixers, layer, config in (
+        (39, "beside", [2, 2, 2], {"fading": 0}, {}),
+        (40, "gates", [2, 2], {**sums, "fading": 1, "window": 11, "heads": 6, "kv_heads": 2}, {}),
+        (41, "factors", [2, 2], {**sums, "fading": 2, "flags": 4096}, {}),
+        (42, "prefix", [2, 2], {**sums, "flags": 2048, "mlp": 3, "hidden_dim": 40}, {"prefix": 64}),
+        (43, "norms", [3, 2], {"flags": 1024}, {})):
+    rng = numpy.random.default_rng(seed)
+    reference.random_checkpoint(rng, f"{sys.argv[1]}/{name}.bin", mixers=mixers, layer=layer, dim=48, input=0, rows=64, vocab=64,
+                                flags=1, **config)
 END
-    models="$models $work/beside.bin"
-else
-    absent="$absent beside"
-fi
+for name in beside gates factors prefix norms; do
+    if [ -f "$work/$name.bin" ]; then models="$models $work/$name.bin"; else absent="$absent $name"; fi
+done
 
 # values PROGRAM...: for each model a line of its name, the fingerprint, the sum of the saved past, and the fingerprint of what
 # continues the past in $work/first.

@@ -16,8 +16,8 @@ from test_families import CHATML, LLAMA3, MISTRAL, WITH_DEFAULT, ZEPHYR     # no
 from test_tokenizer import DATA                                 # noqa: E402
 
 TINY = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "num_key_value_heads": 1,
-        "rms_norm_eps": 1e-5, "max_position_embeddings": 256, "hidden_act": "silu", "tie_word_embeddings": False}
+        "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 256, "hidden_act": "silu", "tie_word_embeddings": False}
 SAYS = ["-q", "-t", "0", "-s", "1"]
 
 

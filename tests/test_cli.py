@@ -313,7 +313,8 @@ def test_good_numbers(args):
 FLAGS = """-i --prompt -f --file --tokens -j --threads -n --predict -t --temp -p --top-p -k --top-k
 --min-p
 --repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --ignore-eos --save --load --append
---branches -m --mode -y --system-prompt --chat-template --specials -x --perplexity -b --bench --csv
+--branches --jsonl --parallel --unordered -m --mode -y --system-prompt --chat-template --specials
+-x --perplexity -b --bench --csv
 --info --check --no-checksum --dump-logits --vectors
 --no-display-prompt -q --quiet -v --verbose -h --help --version""".split()
 DEFAULTS = {"--temp": "1.0", "--top-p": "0.9", "--top-k": "0", "--min-p": "0",
@@ -331,7 +332,7 @@ def test_help(args):
         (FLAGS[FLAGS.index(name) - 1] if len(FLAGS[FLAGS.index(name) - 1]) == 2 else "", name)
         for name in FLAGS if name.startswith("--"))
     titles = ["Model and prompt:", "Generation and sampling:", "The past as a file:",
-              "Conversation:", "Measuring:", "Output:", "Examples:"]
+              "Many texts at once:", "Conversation:", "Measuring:", "Output:", "Examples:"]
     assert [text.index(t) for t in titles] == sorted(text.index(t) for t in titles)
     assert text.count("run models/") >= 3
 

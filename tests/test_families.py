@@ -8,6 +8,7 @@ import json
 import os
 import random
 import struct
+import sys
 import time
 import unicodedata
 
@@ -212,12 +213,12 @@ def test_tokens_added_to_a_sentencepiece_model(tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 260}')
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({
         "add_bos_token": False, "eos_token": "<|im_end|>", "added_tokens_decoder": {
-            "1": {"content": "<s>", "special": True},
+            "1": {"content": "<s>", "special": True}, "5": {"content": "<x>"},
             "262": {"content": "<t>", "special": False}}}))
     spec = tokens.read_tokenizer(path, 300)
     assert (spec.bos, spec.eos, spec.unknown, spec.flags) == (1, 260, 0, tokens.PREFIX_SPACE)
     assert spec.size == 263 and spec.shown == [262] and spec.specials == [0, 1, 2, 260, 262]
-    assert spec.tokens[259] == b" a" and spec.tokens[261] == b""
+    assert spec.tokens[259] == b" a" and spec.tokens[261] == b"" and spec.tokens[5] == b"\2"
 
 
 def test_the_better_file_of_two(tmp_path, library):                     # noqa: F811
@@ -317,6 +318,12 @@ def test_templates_that_cannot_be_expressed(template, reason):
     with pytest.raises(origins.Refused) as caught:
         tokens.chat_template(template, names(), ENDS)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_jinja2(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(origins.Refused, match="pip install jinja2"):
+        tokens.chat_template(CHATML, names(), ENDS)
 
 
 def told(tmp_path, config=None, generation=None):

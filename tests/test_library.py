@@ -3,6 +3,7 @@ variables, that based.c works without tokenizer.c, and that C++ can use it."""
 import array
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -114,6 +115,29 @@ def test_a_program_in_cxx(std, tmp_path):
     assert story == plain.stdout and len(story) > 80
 
 
+@pytest.mark.parametrize("compiler", ["gcc", "clang-14"])
+def test_one_file(compiler, tmp_path):
+    """make amalgamation: one C file and its header, without a warning, for C and for C++."""
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    subprocess.run(["make", "-s", "-C", ROOT, f"BUILD={tmp_path}", "amalgamation"], check=True)
+    for more in (["-DBASED_FREESTANDING"], []):         # the object that stays is the whole library
+        subprocess.run([compiler, "-std=c99", "-O2", *STRICT, *more, "-c", "based_all.c"],
+                       cwd=tmp_path, check=True)
+    (tmp_path / "ids.c").write_text(IDS_ONLY.replace("based.h", "based_all.h"))
+    (tmp_path / "story.cc").write_text(PROGRAM.replace("based.h", "based_all.h"))
+    subprocess.run([compiler, "-std=c99", *STRICT, "-o", "ids", "ids.c", "based_all.o", "-lm"],
+                   cwd=tmp_path, check=True)
+    assert run_ids(tmp_path / "ids") == fingerprint_of_ids(tmp_path)
+    if shutil.which(CXX[0]):
+        subprocess.run([*CXX, "-std=c++11", *STRICT, "-o", "story", "story.cc", "based_all.o",
+                        "-lm"], cwd=tmp_path, check=True)
+        plain = subprocess.run([ROOT / "run", MODEL, "-t", "0", "-n", "40", "-i", "The big dog"],
+                               check=True, capture_output=True)
+        story = subprocess.run([tmp_path / "story", MODEL], check=True, capture_output=True)
+        assert story.stdout == plain.stdout
+
+
 IDS_ONLY = r"""
 #include "based.h"
 #include <stdio.h>
@@ -139,8 +163,17 @@ def test_ids_need_no_tokenizer(tmp_path):
     (tmp_path / "ids.c").write_text(IDS_ONLY)
     subprocess.run([*CC, *FLAGS, *STRICT, f"-I{ROOT}", "-o", tmp_path / "ids", tmp_path / "ids.c",
                     ROOT / "based.c", "-lm"], check=True)
-    done = subprocess.run([tmp_path / "ids", MODEL], check=True, capture_output=True, text=True)
-    logits = tmp_path / "logits"
+    assert run_ids(tmp_path / "ids") == fingerprint_of_ids(tmp_path)
+
+
+def run_ids(program):
+    done = subprocess.run([program, MODEL], check=True, capture_output=True, text=True)
+    return done.stdout
+
+
+def fingerprint_of_ids(directory):
+    """What IDS_ONLY must print, from the logits that ./run writes."""
+    logits = directory / "logits"
     subprocess.run([ROOT / "run", MODEL, "--tokens", "1 403 407 261 378", "-n", "0",
                     "--dump-logits", logits], check=True, capture_output=True)
     values = array.array("I", logits.read_bytes())[-512:]
@@ -150,12 +183,30 @@ def test_ids_need_no_tokenizer(tmp_path):
     for bits in values:
         fingerprint = (fingerprint ^ bits) * 0x9e3779b1 & 0xffffffff
         fingerprint ^= fingerprint >> 15
-    assert done.stdout == f"{fingerprint:08x} 1\n"
+    return f"{fingerprint:08x} 1\n"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
-@pytest.mark.parametrize("flags", ["-O2 -mfma -ffp-contract=fast", "-O2 -ffast-math",
-                                   "-O2 -mfpmath=387"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("compiler", ["gcc -ffp-contract=fast", "clang-14"])
+def test_no_flag_is_needed(compiler, tmp_path):
+    """based.c itself forbids fused operations, also where the processor has them."""
+    if not shutil.which(compiler.split()[0]):
+        pytest.skip(f"no {compiler.split()[0]}")
+    sources = [ROOT / name for name in ("run.c", "based.c", "tokenizer.c")]
+    subprocess.run([*compiler.split(), "-O2", "-mfma", "-o", tmp_path / "run", *sources, "-lm"],
+                   check=True)
+
+    def fingerprint(program):
+        done = subprocess.run([program, MODEL, "-t", "0", "-n", "30", "-v"], check=True,
+                              capture_output=True, text=True,
+                              env={**os.environ, "BASED_KERNELS": "plain"})
+        return re.search(r"logits #\w+", done.stderr).group()
+    assert fingerprint(tmp_path / "run") == fingerprint(ROOT / "run")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("flags", ["-O2 -ffast-math", "-O2 -mfpmath=387"])
 def test_a_build_that_cannot_keep_the_promises_says_so(flags, tmp_path):
     """Fused, rearranged or wider float operations give other bits; such a build opens no model."""
     sources = [ROOT / name for name in ("run.c", "based.c", "tokenizer.c")]

@@ -33,6 +33,8 @@ NOT_RUN = {
     ". build/venv/bin/activate": "needs the environment of the line before",
     "./run models/stories260K.bin --bench":
         "takes half a minute; test_cli.py runs --bench with a smaller model",
+    "parallel --pipe --block 1M --keep-order ./run models/based-45m-english.bin --jsonl - -j 1 -q "
+    "< requests.jsonl > answers.jsonl": "needs GNU parallel; test_engines.py runs it",
     "make firmware": "needs cross compilers and QEMU; test_firmware.py and .ci/run run it",
     'make firmware MODEL=models/based-4m-story.bin WINDOW= FIRMWARE_FLAGS="--ram 128"':
         "the same",
@@ -68,6 +70,12 @@ def clone(tmp_path_factory):
     ignored = shutil.ignore_patterns(".git", "build", "run", "*.o", "__pycache__", ".pytest_cache",
                                      ".hypothesis")
     shutil.copytree(ROOT, place, ignore=ignored, copy_function=link_models)
+    # tiny models of the same kinds stand for released ones
+    (place / "path" / "to").mkdir(parents=True)
+    for name, tiny in (("based-360m", "hazyresearch-tiny"),
+                       ("powercoder-3b", "decoders/powercoder"),
+                       ("SmolLM2-135M-Instruct", "decoders/llama3")):
+        (place / "path" / "to" / name).symlink_to(ROOT / "tests" / "data" / tiny)
     (place.parent / "bin").mkdir()
     for name, command in ("python3", [sys.executable]), ("cc", [shutil.which(CC[0]), *CC[1:]]):
         script = place.parent / "bin" / name
@@ -119,11 +127,6 @@ def test_the_originals(clone):
     if not (clone / "run").exists():
         subprocess.run(["make", "-s", "run"], cwd=clone, check=True)
     rng = np.random.default_rng(1)
-    (clone / "path" / "to").mkdir(parents=True)
-    for name, tiny in (("based-360m", "hazyresearch-tiny"),
-                       ("powercoder-3b", "decoders/powercoder"),
-                       ("SmolLM2-135M-Instruct", "decoders/llama3")):
-        (clone / "path" / "to" / name).symlink_to(ROOT / "tests" / "data" / tiny)
     origins.write_llama(clone / "stories15M.bin", rng, (64, 96, 2, 8, 4, 512, 256))
     (clone / "tokenizer.bin").symlink_to(ROOT / "tests" / "data" / "tok512.bin")
     shapes = {"to_q.0.weight": (32, 12), "to_kv.0.weight": (64, 12), "to_out.0.weight": (12, 32)}

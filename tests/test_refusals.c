@@ -489,13 +489,13 @@ static void test_files(void) {
 static void test_nothing_to_do(void) {
     const based_model *m = make_model((struct wish){ .seed = 1, .constant = 1 });
     based_session *s = based_session_new(m, 4, &e), *small_block = based_session_new(m, 1, &e),
-        *two[2] = { s, small_block };
+        *two[2] = { small_block, s };
     size_t tokenizer_bytes = 1;
     int32_t ids[2] = { 1, 2 };
     CHECK(based_model_tokenizer(m, &tokenizer_bytes) == NULL && tokenizer_bytes == 0);
     CHECK(based_feed(s, NULL, 0, NULL, &e) == 0 && based_count(s) == 0 && based_logits(s) == NULL);
     CHECK(based_step_many(NULL, NULL, 0, &e) == 0 && based_copy(s, s, &e) == 0);
-    REFUSED(based_step_many(two, ids, 2, &e), BASED_EINVAL, "session 1 was made for blocks of 1");
+    REFUSED(based_step_many(two, ids, 2, &e), BASED_EINVAL, "the first was made for blocks of 1");
     CHECK(based_step(s, 99, NULL) == BASED_EINVAL);
     CHECK(based_model_config(m) == m->c && based_model_layer(m, 3)->degree == 3
           && based_model_layer(m, 4) == NULL);

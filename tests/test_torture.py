@@ -77,6 +77,7 @@ JOBS = {
     "load a prompt": ["--load", "state", "-i", "Tim and", "-n", "0"],
     "measure": ["-x", "text"],
     "branches": ["-i", "Tim", "-n", "3", "--branches", "2"],
+    "requests": ["--jsonl", "requests", "--parallel", "2"],
     "chat": ["-m", "chat", "-n", "4", "-y", "A story.", "-i", "Hi", "-r", "dog", "--save", "out"],
     "chat from a file": ["-m", "chat", "-n", "4", "-f", "text", "--load", "state"],
     "info": ["--info"],
@@ -90,6 +91,8 @@ JOBS = {
 def place(tmp_path, program):
     """A directory with what the jobs read, and with what was in the file they write."""
     (tmp_path / "text").write_bytes(b"One day, a little girl named Lily saw a big dog.\n"[:48])
+    (tmp_path / "requests").write_text(
+        '{"prompt": "Tim", "max_tokens": 2, "n": 2}\n{"prompt": "Sue", "continuation": " ran"}\n')
     (tmp_path / "vectors").write_bytes(struct.pack("<12f", *(i / 8 - 1 for i in range(12))))
     save = [MODEL, "-i", "Tim", "-n", "0", "-s", "1", "--save", "state"]
     assert run(program, save, b"", cwd=tmp_path).status == 0

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FIRMWARE = ROOT / "tests" / "firmware"
-ARM, RISCV = "arm-none-eabi-", "riscv64-unknown-elf-"
+ARM, RISCV, XTENSA = "arm-none-eabi-", "riscv64-unknown-elf-", "xtensa-lx106-elf-"
+EMULATORS = {ARM: "qemu-system-arm", RISCV: "qemu-system-riscv32", XTENSA: "qemu-system-xtensa"}
 KIB = 1024
 
 
@@ -38,39 +39,53 @@ class Board:
         self.flash, self.ram, self.outside = flash, ram, outside
 
     def emulator(self):
-        return "qemu-system-arm" if self.tools == ARM else "qemu-system-riscv32"
+        return EMULATORS[self.tools]
 
 
 MPS2 = dict(flash=(0, 4096 * KIB), ram=(0x20000000, 4096 * KIB))
 VIRT = dict(flash=(0x80000000, 32768 * KIB), ram=(0x82000000, 4096 * KIB))
 BOARDS = [
+    # Code for an M0+ on a board with an M3, which has the same instructions and more
+    Board("M0+", "mps2-an385", ARM, "-mcpu=cortex-m0plus -mthumb", outside=0x21000000, **MPS2),
     Board("M3", "mps2-an385", ARM, "-mcpu=cortex-m3 -mthumb", outside=0x21000000, **MPS2),
     Board("M4F", "mps2-an386", ARM, "-mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16",
           outside=0x21000000, **MPS2),
     Board("M7", "mps2-an500", ARM, "-mcpu=cortex-m7 -mthumb -mfloat-abi=hard -mfpu=fpv5-d16",
           outside=0x60000000, **MPS2),
+    Board("M33", "mps2-an505", ARM, "-mcpu=cortex-m33 -mthumb -mfloat-abi=hard",
+          flash=(0x10000000, 4096 * KIB), ram=(0x38000000, 4096 * KIB), outside=0x80000000),
     Board("M55", "mps3-an547", ARM, "-mcpu=cortex-m55 -mthumb -mfloat-abi=hard",
           flash=(0, 512 * KIB), ram=(0x20000000, 512 * KIB), outside=0x70000000),
     Board("RV32IMAC", "virt", RISCV, "-march=rv32imac -mabi=ilp32", **VIRT),
     Board("RV32IMAFC", "virt", RISCV, "-march=rv32imafc -mabi=ilp32f", **VIRT),
+    Board("lx106", "sim", XTENSA, "-mlongcalls", flash=(0x60000000, 16384 * KIB),
+          ram=(0x61000000, 4096 * KIB)),
     # A real chip's limits: 1 MB of flash, 128 KB of RAM
     Board("STM32F405", "netduinoplus2", ARM,
           "-mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16",
           flash=(0x08000000, 1024 * KIB), ram=(0x20000000, 128 * KIB)),
 ]
 # make size: cores, with or without a board here
-CORES = [("Cortex-M0", ARM, "-mcpu=cortex-m0 -mthumb"),
+CORES = [("Cortex-M0+", ARM, "-mcpu=cortex-m0plus -mthumb"),
          ("Cortex-M3", ARM, "-mcpu=cortex-m3 -mthumb"),
          ("Cortex-M4F", ARM, "-mcpu=cortex-m4 -mthumb -mfloat-abi=hard -mfpu=fpv4-sp-d16"),
          ("Cortex-M7", ARM, "-mcpu=cortex-m7 -mthumb -mfloat-abi=hard -mfpu=fpv5-d16"),
+         ("Cortex-M33", ARM, "-mcpu=cortex-m33 -mthumb -mfloat-abi=hard"),
          ("Cortex-M55", ARM, "-mcpu=cortex-m55 -mthumb -mfloat-abi=hard"),
          ("RV32IMAC", RISCV, "-march=rv32imac -mabi=ilp32"),
-         ("RV32IMAFC", RISCV, "-march=rv32imafc -mabi=ilp32f")]
-STRICT = ["-std=c99", "-ffp-contract=off", "-Wall", "-Wextra", "-DBASED_FREESTANDING",
+         ("RV32IMAFC", RISCV, "-march=rv32imafc -mabi=ilp32f"),
+         ("Xtensa lx106", XTENSA, "-mlongcalls")]
+# As most embedded projects build: gcc may fuse float operations, unless the source forbids it.
+STRICT = ["-std=gnu11", "-Wall", "-Wextra", "-Werror", "-DBASED_FREESTANDING",
           "-ffunction-sections", "-fdata-sections", f"-I{ROOT}"]
-LIBRARY = ["--specs=picolibc.specs"]
+# What a program is linked with besides main.c: output and the end of the program, the C library
+HOSTED = [FIRMWARE / "semihost.c", "--specs=picolibc.specs", "--oslib=semihost", "--crt0=minimal"]
+LIBRARY = {ARM: HOSTED, RISCV: HOSTED, XTENSA: [
+    FIRMWARE / "lx106.c", "--specs=/usr/lib/xtensa-lx106-elf/picolibc.specs", "-nostartfiles",
+    "-T", FIRMWARE / "lx106.ld"]}
 PACKAGES = ("gcc-arm-none-eabi picolibc-arm-none-eabi gcc-riscv64-unknown-elf "
-            "picolibc-riscv64-unknown-elf qemu-system-arm qemu-system-misc")
+            "picolibc-riscv64-unknown-elf gcc-xtensa-lx106 picolibc-xtensa-lx106-elf "
+            "qemu-system-arm qemu-system-misc")
 
 
 class Failed(Exception):
@@ -111,8 +126,8 @@ def build(board, model, options, out, ram):
         places.update(checkpoint=board.outside, checkpoint_end=board.outside + model.stat().st_size)
         loader = ["-device", f"loader,file={model},addr={board.outside:#x},force-raw=on"]
     arena = ram - (options.stack + 2) * KIB
-    command(f"{board.tools}gcc", *STRICT, *options.optimise.split(), *board.flags, *LIBRARY,
-            "--oslib=semihost", "--crt0=minimal", f'-DMODEL="{model}"',
+    command(f"{board.tools}gcc", *STRICT, *options.optimise.split(), *board.flags,
+            *LIBRARY[board.tools], f'-DMODEL="{model}"',
             f'-DPROMPT="{options.prompt}"', f"-DTOKENS={options.tokens}", f"-DARENA={arena}",
             *sources, "-Wl,--gc-sections",
             *(f"-Wl,--defsym={name}={value:#x}" for name, value in places.items()),
@@ -148,11 +163,13 @@ def counter(directory):
 def emulate(board, elf, loader, plugin, directory):
     """What the firmware printed, and how many instructions had run when each token began."""
     counts, profile = directory / "counts", directory / "profile"
-    args = ["timeout", "600", board.emulator(), "-M", board.machine, "-nographic",
-            "-monitor", "none", "-serial", "null",
+    args = ["timeout", "600", board.emulator(), "-M", board.machine, "-display", "none",
+            "-monitor", "none", "-serial", "stdio" if board.machine == "sim" else "null",
             "-semihosting-config", "enable=on,target=native", "-kernel", elf, *loader]
     if board.machine == "virt":
         args += ["-bios", "none"]
+    if board.machine == "sim":
+        args += ["-cpu", board.core]
     if plugin:
         mark = dict((name, at) for at, name in symbols(board.tools, elf))["token_begins"]
         args += ["-plugin", f"file={plugin},out={counts},mark={mark:#x},profile={profile}"]
@@ -293,19 +310,18 @@ def size():
     with tempfile.TemporaryDirectory() as name:
         for core, tools, flags in CORES:
             if not shutil.which(tools + "gcc"):
-                rows.append([core, f"{tools}gcc", *["not here"] * 5])
+                rows.append([core, f"{tools}gcc", *["not here"] * 7])
                 continue
             row = [core, f"{tools}gcc"]
             for level in ("-Os", "-O2"):
                 out, whole, static = Path(name) / "o", Path(name) / "elf", 0
                 for source in ("based.c", "tokenizer.c"):
-                    command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY,
+                    command(f"{tools}gcc", level, *STRICT, *flags.split(), LIBRARY[tools][1],
                             "-c", ROOT / source, "-o", out)
                     text, data, bss = sections(tools, out)
                     row.append(f"{text:,}")
                     static += data + bss
-                command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY,
-                        "--oslib=semihost", "--crt0=minimal",
+                command(f"{tools}gcc", level, *STRICT, *flags.split(), *LIBRARY[tools],
                         ROOT / "based.c", ROOT / "tokenizer.c", FIRMWARE / "main.c",
                         "-Wl,--gc-sections", "-DARENA=4096", "-Wl,--defsym=checkpoint=0",
                         "-Wl,--defsym=checkpoint_end=0", "-Wl,--defsym=__flash_size=0x40000",

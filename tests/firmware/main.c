@@ -2,16 +2,17 @@
  *
  * The checkpoint lies in flash and is used where it lies (model.S puts it there). Everything that
  * changes is in one static block of RAM, the arena; the library says how much of it each object
- * needs. Only the functions under "The board" depend on the machine: here they call a debugger by
- * semihosting, which QEMU supports; on a board of your own they would write to its UART.
+ * needs. Only the two functions of board.h depend on the machine: semihost.c calls a debugger, which
+ * QEMU plays; pico.c writes to the UART of a Raspberry Pi Pico; on a board of your own you write
+ * them.
  *
  * It ends with a few lines for the test that runs it (boards.py): the fingerprint of all logits it
  * used, which must be the one that ./run -v shows for the same checkpoint on a computer, and the
  * memory it took.
  */
 #include "based.h"
+#include "board.h"
 
-#include <semihost.h>
 #include <string.h>
 
 #ifndef PROMPT
@@ -29,11 +30,7 @@ extern const unsigned char checkpoint[], checkpoint_end[];     /* in flash, alig
 static unsigned char arena[ARENA] __attribute__((aligned(64)));
 static size_t used;                     /* bytes of it, from the front */
 
-/* ---- The board ------------------------------------------------------------------------------- */
-
-static void put(const char *text) { sys_semihost_write0(text); }
-
-static void leave(unsigned status) { sys_semihost_exit(ADP_Stopped_ApplicationExit, status); }
+/* ---- The stack ------------------------------------------------------------------------------- */
 
 /* From the linker script: where static data ends and where the stack begins. The stack grows down
  * towards the data. */
@@ -42,8 +39,9 @@ extern unsigned char __end[], __stack[], __data_start[];
 
 /* Fills the RAM below the stack with PAINT; bytes that have changed at the end were used. */
 static void __attribute__((noinline)) paint_stack(void) {
-    volatile unsigned char here, *limit = &here;
-    for (volatile unsigned char *p = __end; p < limit - 64; p++) *p = PAINT;
+    unsigned char here;
+    const uintptr_t limit = (uintptr_t)&here - 64;
+    for (volatile unsigned char *p = __end; (uintptr_t)p < limit; p++) *p = PAINT;
 }
 
 static size_t stack_used(void) {

@@ -6,22 +6,6 @@
 #include "tests/fuzz/fuzz.h"
 #include "tests/sections.h"
 
-/* Written from the table of Unicode 15.0 section 3.9, not from the code under test. */
-static inline int valid_utf8(const unsigned char *p, size_t n) {
-    for (size_t i = 0; i < n;) {
-        size_t more = p[i] < 0x80 ? 0 : p[i] < 0xE0 ? 1 : p[i] < 0xF0 ? 2 : 3;
-        if ((p[i] >= 0x80 && p[i] < 0xC2) || p[i] > 0xF4 || more >= n - i) return 0;
-        for (size_t k = 1; k <= more; k++) if ((p[i + k] & 0xC0) != 0x80) return 0;
-        if (more > 1) {
-            unsigned first = p[i], second = p[i + 1];
-            if ((first == 0xE0 && second < 0xA0) || (first == 0xED && second > 0x9F)) return 0;
-            if ((first == 0xF0 && second < 0x90) || (first == 0xF4 && second > 0x8F)) return 0;
-        }
-        i += more + 1;
-    }
-    return 1;
-}
-
 /* The text of n ids is valid UTF-8, whatever they are; each token stays within the bound. The
  * caller frees what is returned. */
 static inline char *check_decoding(const based_tokenizer *t, const int32_t *ids, size_t n) {
