@@ -30,6 +30,14 @@ over document ends without a reset, as a stream does at run time.
         --length 2048 --anneal-length 8192 --valid
         eval/*_valid.txt
 
+  A small model in 4 bits, taught by a large one with the same tokenizer; the last half of the steps
+  computes with rounded weights, and the average of late weights is kept if it is better:
+    python3 train.py --out small --tokenizer tok2048.json \\
+        --data stories='corpus/children-*.txt.xz' --layers ccsclccscccc --width 160 --heads 5 \\
+        --feature 8 --keys 13 --mlp 768 --teacher large --bits 4 --bits-part 0.5 --average 0.01 \\
+        --valid eval/children_valid.txt
+    python3 export.py small small.bin --dtype q4
+
   Stopped? The same command with --resume goes on, with the same batches. --init DIR starts from a
   saved model.
 
@@ -43,7 +51,8 @@ over document ends without a reset, as a stream does at run time.
     logits, to compare with another runtime:
     python3 train.py --logits general --tokens "1 5 2" --out logits.f32
 """
-import argparse, glob, hashlib, json, lzma, math, os, time
+import argparse, functools, glob, hashlib, json, lzma, math, os, time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, asdict
 from pathlib import Path
 import numpy as np
@@ -59,7 +68,7 @@ END_OF_TEXT = "<|endoftext|>"
 # training. resume(h, state) continues from a state and returns the next one: it is what the C
 # runtime does, here for any number of tokens at once.
 
-@dataclass
+@dataclass(frozen=True)
 class Config:
     layers: str = "clsc"        # one letter per layer
     width: int = 64             # d, the residual stream
@@ -354,14 +363,22 @@ class Based(nn.Module):
         return F.linear(self.transformer["ln_f"](x),
                         self.transformer["embeddings"]["word_embeddings"].weight)
 
-    def forward(self, tokens, targets, span):
-        """Loss in nats of every target [batch, length]."""
+    def logits(self, tokens, span):
         x = self.embed(tokens)
         for layer in self.transformer["layers"]:
             x = x + layer.mixer(layer.norm1(x), span)
             x = x + layer.mlp(layer.norm2(x))
-        return F.cross_entropy(self.head(x).float().flatten(0, 1), targets.flatten(),
-                               reduction="none").view_as(targets)
+        return self.head(x)
+
+    def forward(self, tokens, targets, span, teacher=None):
+        """Loss in nats of every target [batch, length]; with the logits of a teacher, also the loss
+        that is expected if each target is drawn from what the teacher predicts."""
+        logits = self.logits(tokens, span).float().flatten(0, 1)
+        nats = F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+        if teacher is None:
+            return nats
+        drawn = teacher.float().softmax(-1).flatten(0, 1)
+        return nats, F.cross_entropy(logits, drawn, reduction="none").view_as(targets)
 
     def resume(self, tokens, states=None):
         """Logits of every token and the state after them."""
@@ -474,7 +491,72 @@ def make_optimizers(model, lr, weight_decay, fused):
     return [Muon(matrices, lr, weight_decay), adam]
 
 
-# ========================================================================================== 3. data
+# =========================================================== 3. rounded, averaged, borrowed weights
+
+# Of these quotients of the extreme weight of a group, one becomes the scale of 4 bits.
+LEVELS = (-8.6, -8.3, -8, -7.7, -7.4, -7.1, -6.8, -6.5, -6.2, -5.9,
+          5.6, 6.2, 6.5, 6.8, 7, 7.3, 7.6)
+
+def scales_of_4_bits(t):
+    """The scale of each group, the one with the least squared error."""
+    extreme = t.gather(-1, t.abs().argmax(-1, keepdim=True))
+    best, least = torch.zeros_like(extreme), torch.full_like(extreme, math.inf)
+    for level in LEVELS:
+        scale = (extreme / level).bfloat16().float()
+        steps = (t / torch.where(scale == 0, 1.0, scale)).round().clamp(-8, 7)
+        error = (steps * scale - t).square().sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return best
+
+
+def scales_of_8_bits(t):
+    """The least bfloat16 that leaves no weight of a group beyond 127 steps."""
+    scale = t.abs().amax(-1, keepdim=True) / 127
+    return ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
+
+
+def rounded(t, bits):
+    """Groups of weights [groups, 8 * bits], as export.py --dtype q4 or q8 stores them."""
+    scale = scales_of_4_bits(t) if bits == 4 else scales_of_8_bits(t)
+    scale = torch.where(scale.abs() < 2.0 ** -82, 0.0, scale)
+    steps = (t / torch.where(scale == 0, 1.0, scale)).round()
+    return steps.clamp(*((-8, 7) if bits == 4 else (-127, 127))) * scale
+
+
+@contextmanager
+def borrowed(parameters, values):
+    """Lets parameters hold other values for a while. Gradients that come up meanwhile belong to the
+    parameters, which is how a model learns through a rounding."""
+    own = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_(parameters, values)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, own)
+
+
+class Rounding:
+    """The matrices of a model as a file of so many bits holds them, all rounded in one go."""
+    def __init__(self, model, bits, fused):
+        self.matrices = [p for p in model.parameters() if p.ndim == 2]
+        self.bits, self.width = bits, 8 * bits
+        self.rounded = torch.compile(rounded, dynamic=False) if fused else rounded
+
+    @torch.no_grad()
+    def values(self):
+        padded = [F.pad(p, (0, -p.shape[1] % self.width)) for p in self.matrices]
+        groups = torch.cat([p.reshape(-1, self.width) for p in padded])
+        parts = self.rounded(groups, self.bits).split([p.numel() // self.width for p in padded])
+        return [part.view(wide.shape)[:, :p.shape[1]]
+                for part, wide, p in zip(parts, padded, self.matrices)]
+
+    def __call__(self):
+        return borrowed(self.matrices, self.values())
+
+
+# ========================================================================================== 4. data
 
 def read_documents(path):
     opener = lzma.open if str(path).endswith(".xz") else open
@@ -604,7 +686,7 @@ def parse_mix(text, names, sampler):
     return {n: s / sum(shares.values()) for n, s in shares.items() if s > 0}
 
 
-# ==================================================================================== 4. evaluation
+# ==================================================================================== 5. evaluation
 
 EDGES = [64, 256, 1024, 4096, 16384, 65536, 262144]
 
@@ -657,7 +739,7 @@ def evaluate(model, tokens, pieces, lengths, batch=16, chunk=256):
                 bytes=int(seen_bytes), by_position=by_position)
 
 
-# ====================================================================================== 5. training
+# ====================================================================================== 6. training
 
 class Workers:
     """The processes torchrun started, or this one alone. Each computes its rows of a batch;
@@ -731,18 +813,32 @@ def train(args):
         return print(f"encoded {({n: sampler.size(n) for n in sampler.names})}")
 
     model = load_model(args.init, device) if args.init else Based(config).to(device)
-    config = model.config
+    config, fused = model.config, device.type == "cuda" and not args.eager
     optimizers = make_optimizers(model, args.lr, args.weight_decay, fused=device.type == "cuda")
     parameters = list(model.parameters())
-    spans = {}
-    run = torch.compile(model, dynamic=False) if device.type == "cuda" and not args.eager else model
+    average = [p.detach().clone() for p in parameters] if args.average else None
+    rounding = Rounding(model, args.bits, fused) if args.bits else None
+    run = torch.compile(model, dynamic=False) if fused else model
+    span_of = functools.cache(lambda config, length: Span(config, length, device))
+    teach = None
+    if args.teacher:
+        teacher = load_model(args.teacher, device)
+        theirs = Tokenizer.from_file(str(Path(args.teacher) / "tokenizer.json"))
+        if theirs.to_str() != tokenizer.to_str():
+            raise SystemExit(f"--teacher {args.teacher} has another tokenizer; the model that it "
+                             "teaches needs the same")
+        teach = torch.compile(teacher.logits, dynamic=False) if fused else teacher.logits
 
-    # nats of every target; called with gradients on even to evaluate,
-    def loss_of(x, y):
-        if x.shape[1] not in spans:                     # so that one compiled graph serves both
-            spans[x.shape[1]] = Span(config, x.shape[1], device)
+    def loss_of(x, y, taught=False):
+        """Nats of every target, and of the teacher's. Called with gradients on even to evaluate, so
+        that one compiled graph serves both."""
+        length = x.shape[1]
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            return run(x, y, spans[x.shape[1]])
+            if not taught:
+                return run(x, y, span_of(config, length))
+            with torch.no_grad():
+                logits = teach(x, span_of(teacher.config, length))
+            return run(x, y, span_of(config, length), logits)
 
     def validate(length):
         """Bits per byte of windows spread over each text: quick, and comparable within a run."""
@@ -766,6 +862,8 @@ def train(args):
         model.load_state_dict(old["model"])
         for o, state in zip(optimizers, old.get("optimizers") or old["optimisers"]):
             o.load_state_dict(state)
+        if args.average:
+            average = old["average"]
         sampler.load_state_dict(old["sampler"])
         step, best, history = old["step"], old["best"], old["history"]
 
@@ -789,10 +887,16 @@ def train(args):
         length = args.anneal_length if annealing and args.anneal_length else args.length
         x, y = sampler.batch(anneal_mix if annealing else mix, args.batch_tokens // length, length,
                              workers.rank, workers.world)
-        for part_x, part_y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
-            loss = loss_of(part_x, part_y).mean() / args.accumulate
-            loss.backward()
-            pending.append(loss.detach())
+        rounds = rounding and step >= steps * (1 - args.bits_part)
+        with rounding() if rounds else nullcontext():
+            for part_x, part_y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
+                if teach:
+                    nats, drawn = loss_of(part_x, part_y, taught=True)
+                    loss = torch.lerp(nats.mean(), drawn.mean(), args.teacher_share)
+                else:
+                    nats = loss = loss_of(part_x, part_y).mean()
+                (loss / args.accumulate).backward()
+                pending.append(nats.detach().mean())
         workers.average_gradients(parameters)
         torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         for o in optimizers:
@@ -802,11 +906,14 @@ def train(args):
             o.zero_grad(set_to_none=True)
         step += 1
         bar.update()
+        # The mean of all weights so far, and later of about the last part of the steps.
+        if average:
+            torch._foreach_lerp_(average, [p.detach() for p in parameters],
+                                 max(1 / step, 1 / (args.average * steps)))
 
         # Reading a number waits for the GPU, so it is done now and then.
         if step % args.log_every == 0 or step == steps:
-            now = torch.stack(pending).sum() * args.accumulate / len(pending)
-            now = workers.average(now).item()
+            now = workers.average(torch.stack(pending).mean()).item()
             if not math.isfinite(now):
                 raise SystemExit(f"the loss became {now} at step {step}; lower --lr")
             speed = (step - mark[1]) * args.batch_tokens / (time.time() - mark[0])
@@ -816,22 +923,29 @@ def train(args):
             bar.set_postfix_str(f"loss {now:.3f}, {speed / 1e3:.0f}k tok/s", refresh=False)
             mark, pending = (time.time(), step), []
         if step % args.eval_every == 0 or step == steps:
-            scores = validate(length)
-            mean = sum(scores.values()) / len(scores) if scores else now
-            history.append(dict(step=step, valid=scores, mean=mean, passes=sampler.passes()))
+            # With --bits, both are judged as they will be stored; what is saved is not rounded.
+            for name, values in dict(weights=parameters, average=average).items():
+                if not values:
+                    continue
+                with borrowed(parameters, values):
+                    with rounding() if rounding else nullcontext():
+                        scores = validate(length)
+                    mean = sum(scores.values()) / len(scores) if scores else now
+                    if chief and mean < best:
+                        save_model(model, tokenizer, out)
+                history.append(dict(step=step, of=name, valid=scores, mean=mean,
+                                    passes=sampler.passes()))
+                if chief:
+                    each = " ".join(f"{text} {score:.4f}" for text, score in scores.items())
+                    tqdm.write(f"step {step} {name}: train {now:.3f} nats; bits per byte {each} "
+                               f"mean {mean:.4f}" + ("  best" if mean < best else ""))
+                best = min(best, mean)
+            if chief and (args.checkpoint or args.resume):
+                torch.save(dict(model=model.state_dict(), average=average,
+                                optimizers=[o.state_dict() for o in optimizers], step=step,
+                                sampler=sampler.state_dict(), best=best, history=history), saved)
             if chief:
-                each = " ".join(f"{name} {score:.4f}" for name, score in scores.items())
-                tqdm.write(f"step {step}: train {now:.3f} nats; bits per byte {each} "
-                           f"mean {mean:.4f}" + ("  best" if mean < best else ""))
-                if mean < best:
-                    save_model(model, tokenizer, out)
-                if args.checkpoint or args.resume:
-                    torch.save(dict(model=model.state_dict(),
-                                    optimizers=[o.state_dict() for o in optimizers], step=step,
-                                    sampler=sampler.state_dict(), best=min(best, mean),
-                                    history=history), saved)
                 (out / "log.jsonl").write_text("".join(json.dumps(h) + "\n" for h in history))
-            best = min(best, mean)
             mark = (time.time(), step)
     bar.close()
     if chief:
@@ -851,7 +965,7 @@ def plot(history, path):
     left.plot([h["step"] for h in losses], [h["loss"] for h in losses], lw=0.7)
     left.set(xlabel="step", ylabel="training loss, nats per token")
     left.set_ylim(top=min(6.0, max(h["loss"] for h in losses)))
-    scores = [h for h in history if h.get("valid")]
+    scores = [h for h in history if h.get("valid") and h["of"] == "weights"]
     for name in scores[0]["valid"] if scores else []:
         right.plot([h["step"] for h in scores], [h["valid"][name] for h in scores], marker=".",
                    lw=1, label=name)
@@ -864,7 +978,7 @@ def plot(history, path):
     plt.close(fig)
 
 
-# ================================================================================== 6. command line
+# ================================================================================== 7. command line
 
 def parse():
     p = argparse.ArgumentParser(description=__doc__,
@@ -927,6 +1041,18 @@ def parse():
     how.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
     how.add_argument("--accumulate", type=int, default=1,
                      help="parts of a batch computed in turn, to save memory")
+    how.add_argument("--bits", type=int, choices=(4, 8), default=0,
+                     help="the model will be stored in so many bits (export.py --dtype q4, q8): "
+                     "evaluate it rounded, and train it rounded at the end")
+    how.add_argument("--bits-part", type=float, default=0.3,
+                     help="last part of the steps, in which --bits rounds")
+    how.add_argument("--average", type=float, default=0.0,
+                     help="keep a running mean of the weights too, over about this part of the "
+                     "steps (0: none)")
+    how.add_argument("--teacher", metavar="DIR",
+                     help="learn also what this model predicts, which has the same tokenizer")
+    how.add_argument("--teacher-share", type=float, default=0.75,
+                     help="share of the loss that --teacher gives; the text gives the rest")
     how.add_argument("--eval-every", type=int, default=500)
     how.add_argument("--log-every", type=int, default=10)
     how.add_argument("--eager", action="store_true", help="do not compile")
@@ -958,6 +1084,10 @@ def main():
         from tokenizers import Tokenizer
         tokenizer = Tokenizer.from_file(str(Path(args.eval) / "tokenizer.json"))
         model, table = load_model(args.eval, device).eval(), {}
+        if args.bits:
+            rounding = Rounding(model, args.bits, fused=False)
+            with torch.no_grad():
+                torch._foreach_copy_(rounding.matrices, rounding.values())
         lengths, end = bytes_per_token(tokenizer,
                                        model.config.vocab), tokenizer.token_to_id(END_OF_TEXT)
         for path in args.text:

@@ -6,6 +6,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+
+import export
+from models import train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "models" / "train.py"
@@ -61,3 +65,83 @@ def test_same_bits_per_byte_in_c(smoke, tmp_path):
     printed = run(folder / "smoke.bin", "-x", text, "-q")
     got = float(re.search(r"([0-9.]+) bits per byte", printed)[1])
     assert abs(expected - got) <= 2e-4, (said, got)
+
+
+@pytest.fixture(scope="module")
+def taught(smoke, tmp_path_factory):
+    """A model that learns from the smoke model alone, in 4 bits from the middle on, with the mean
+    of its weights."""
+    folder = tmp_path_factory.mktemp("taught")
+    said = python(TRAIN, "--out", folder, "--tokenizer", smoke[0] / "tokenizer.json",
+                  "--data", f"self={TRAIN}", "--valid", TRAIN, *SHAPE, "--length", 128,
+                  "--batch-tokens", 1024, "--tokens", "80e3", "--warm-up", 10, "--anneal", 0,
+                  "--eval-every", 26, "--teacher", smoke[0], "--teacher-share", 1,
+                  "--bits", 4, "--bits-part", 0.5, "--average", 0.1)
+    return folder, said
+
+
+SHAPE = ("--layers", "clsc", "--width", 64, "--heads", 2, "--feature", 8, "--keys", 16,
+         "--mlp", 256)
+
+
+def scores(said, name):
+    return [float(x) for x in re.findall(rf"{name}: .* mean ([0-9.]+)", said)]
+
+
+def test_a_teacher_is_enough(taught):
+    """The text itself has no share of the loss."""
+    learned = scores(taught[1], "weights")
+    assert len(learned) == 3 and learned[-1] < learned[0] - 0.4, taught[1]
+
+
+def test_mean_of_weights(taught):
+    """It lags behind while the model learns fast, by little."""
+    for now, mean in zip(scores(taught[1], "weights"), scores(taught[1], "average")):
+        assert now < mean < now + 0.6, taught[1]
+
+
+def test_4_bits_in_c(taught, tmp_path):
+    """The model as training saw it, rounded, is the one in the file; a float one is another."""
+    text = tmp_path / "text.txt"
+    text.write_text(TRAIN.read_text(encoding="utf-8")[:20000], encoding="utf-8")
+    python(ROOT / "export.py", taught[0], tmp_path / "q4.bin", "--dtype", "q4")
+    printed = run(tmp_path / "q4.bin", "-x", text, "-q")
+    got = float(re.search(r"([0-9.]+) bits per byte", printed)[1])
+    in_4_bits, unrounded = (
+        float(re.search(r"([0-9.]+) bits", python(TRAIN, "--eval", taught[0], "--text", text,
+                                                  *more))[1]) for more in (("--bits", 4), ()))
+    assert abs(in_4_bits - got) <= 3e-4 < abs(unrounded - got), (in_4_bits, unrounded, got)
+
+
+@pytest.mark.parametrize("bits", (4, 8))
+def test_rounds_as_export(bits):
+    """Bit for bit, with groups that are cut short, that are zero and whose scale is too small."""
+    rng = np.random.default_rng(bits)
+    model = torch.nn.ParameterList()
+    for shape in ((160, 160), (37, 200), (16, 24)):
+        weights = rng.standard_normal(shape).astype(np.float32) * 0.05
+        weights[3, :32], weights[5] = 0, weights[5] * np.float32(1e-30)
+        model.append(torch.nn.Parameter(torch.from_numpy(weights)))
+    dtype = next(d for d in export.DTYPES.values() if d.name == f"q{bits}")
+    for p, got in zip(model, train.Rounding(model, bits, fused=False).values()):
+        shape = tuple(p.shape)
+        scales, values = dtype.pack(p.detach().numpy())
+        stored = bytes(scales).ljust(dtype.nbytes(shape) - len(values), b"\0") + bytes(values)
+        assert np.array_equal(dtype.unpack(stored, shape), got.numpy())
+        assert not np.array_equal(p.detach().numpy(), got.numpy())
+
+
+def test_gradients_of_borrowed_values():
+    """What was learned with other values is kept; the values are not."""
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    with train.borrowed([p], [torch.tensor([3.0, 5.0])]):
+        p.square().sum().backward()
+    assert p.tolist() == [1, 2] and p.grad.tolist() == [6, 10]
+
+
+def test_teacher_of_another_language(smoke, tmp_path):
+    train.train_tokenizer(["another text, other tokens"], 264, tmp_path / "other.json")
+    done = subprocess.run([sys.executable, TRAIN, "--out", tmp_path / "x", "--tokenizer",
+                           tmp_path / "other.json", "--data", f"self={TRAIN}", "--teacher",
+                           smoke[0], "--length", "128"], capture_output=True, text=True)
+    assert done.returncode and "has another tokenizer" in done.stderr.splitlines()[-1]
