@@ -45,8 +45,8 @@ static char *put_number(char *p, const char *end, uint64_t number) {
 }
 
 /* Fills *e with one line, in which the first # stands for a and the second for b. Returns status,
- * so that a check can end with `return refuse(...)`. */
-static int refuse(based_error *e, int status, const char *line, uint64_t a, uint64_t b) {
+ * so that a check can end with `return reject(...)`. */
+static int reject(based_error *e, int status, const char *line, uint64_t a, uint64_t b) {
     if (e == NULL) return status;
     char *p = e->text;
     const char *end = e->text + sizeof e->text - 1;
@@ -65,7 +65,7 @@ static int refuse(based_error *e, int status, const char *line, uint64_t a, uint
 
 /* A section that is not a valid tokenizer. */
 static int invalid(based_error *e, const char *line, uint64_t a, uint64_t b) {
-    return refuse(e, BASED_EFORMAT, line, a, b);
+    return reject(e, BASED_EFORMAT, line, a, b);
 }
 
 /* ==== 2. The section =============================================================================
@@ -297,7 +297,7 @@ int based_tokenizer_init(based_tokenizer *t, const void *section, size_t size, u
     const uint32_t *word = section;
     based_tokenizer made;
     if (t == NULL || section == NULL || ((uintptr_t)section & 3) != 0)
-        return refuse(e, BASED_EINVAL, "tokenizer: the section is missing or not 4-byte aligned",
+        return reject(e, BASED_EINVAL, "tokenizer: the section is missing or not 4-byte aligned",
                     0, 0);
     memset(&made, 0, sizeof made);
     int status = read_header(&made, word, size, vocab, e);
@@ -320,7 +320,7 @@ int based_tokenizer_open(based_tokenizer *t, const based_model *m, based_error *
     size_t bytes;
     const void *section = based_model_tokenizer(m, &bytes);
     if (section == NULL)
-        return refuse(e, BASED_EINVAL, "the checkpoint carries no tokenizer", 0, 0);
+        return reject(e, BASED_EINVAL, "the checkpoint carries no tokenizer", 0, 0);
     return based_tokenizer_init(t, section, bytes, based_model_config(m)->vocab, e);
 }
 
@@ -731,13 +731,13 @@ int64_t based_encode(const based_tokenizer *t, const char *text, size_t n, int f
                      void *scratch, based_error *e) {
     if (t == NULL || ids == NULL || scratch == NULL || (text == NULL && n > 0)
         || ((uintptr_t)scratch & 7) != 0)
-        return refuse(e, BASED_EINVAL, "encode: an argument is NULL, or the scratch memory is not "
+        return reject(e, BASED_EINVAL, "encode: an argument is NULL, or the scratch memory is not "
                       "8-byte aligned", 0, 0);
     if ((flags & ~(BASED_ADD_BOS | BASED_PARSE_SPECIALS)) != 0)
-        return refuse(e, BASED_EINVAL, "encode: unknown flags, expected BASED_ADD_BOS, "
+        return reject(e, BASED_EINVAL, "encode: unknown flags, expected BASED_ADD_BOS, "
                       "BASED_PARSE_SPECIALS or 0", 0, 0);
     if (based_encode_scratch(t, n) == (size_t)-1)
-        return refuse(e, BASED_EINVAL, "encode: # bytes of text are too many at once, # at most: "
+        return reject(e, BASED_EINVAL, "encode: # bytes of text are too many at once, # at most: "
                       "cut the text", n, MAX_TEXT);
     /* scratch: the heap (2n + 2), then the symbols (n + 1) */
     merge_candidate *heap = scratch;

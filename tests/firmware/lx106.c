@@ -6,7 +6,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* ---- Start and output: SIMCALL asks the emulator for what register a2 says, 1: exit, 4: write --- */
+/* ---- Start and output: SIMCALL asks the emulator for what a2 says, 1: exit, 4: write --------- */
 __asm__("    .section .vector, \"ax\"\n"
         "    .global reset\n"
         "reset:\n"

@@ -19,7 +19,8 @@ from boards import (ARM, FIRMWARE, KIB, ROOT, STRICT, Failed, command, host, shr
 FLASH, BOOT = 0x10000000, 256           # the boot block stands before the program
 BOARDS = {                              # flags, flash and RAM in KiB, number of the family in UF2
     "pico": (["-mcpu=cortex-m0plus", "-mthumb"], 2048, 264, 0xe48bff56),
-    "pico2": (["-mcpu=cortex-m33", "-mthumb", "-mfloat-abi=hard", "-DPICO2"], 4096, 512, 0xe48bff59)}
+    "pico2": (["-mcpu=cortex-m33", "-mthumb", "-mfloat-abi=hard", "-DPICO2"], 4096, 512,
+              0xe48bff59)}
 
 
 def crc(data):
@@ -80,7 +81,8 @@ def pico(options, directory):
     image = build(model, options, elf)
     out.write_bytes(b"".join(uf2(image, BOARDS[options.board][3])))
     print(f"{out}: {len(image):,} bytes of flash. Hold the board's button while you plug it in, "
-          "and copy the file to the\ndrive that appears. The story comes from pin GP0, 115,200 baud.")
+          "and copy the file to the\ndrive that appears. The story comes from pin GP0, "
+          "115,200 baud.")
     if options.emulate:
         emulate(out, elf, options.emulate, host(model, options))
 

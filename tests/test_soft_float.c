@@ -1,0 +1,61 @@
+/* test_soft_float.c - the arithmetic of machines without floats ("Walled off I" of based.c) on a
+ * machine that has them: the same bits for the same numbers, chosen so that cancellation, halves,
+ * carries and all differences of exponents are frequent.
+ */
+#define BASED_NARROW 1
+#define BASED_SOFT_FLOAT 1
+#include "based.c"
+#include "tests/test.h"
+
+static uint32_t seed = 2463534242u;
+
+static uint32_t next(void) {
+    seed ^= seed << 13;
+    seed ^= seed >> 17;
+    return seed ^= seed << 5;
+}
+
+static int same(float a, float b) {
+    return bits_of_float(a) == bits_of_float(b) || (a != a && b != b);
+}
+
+/* A float of any kind, or one near 1 with few bits. */
+static float any(void) {
+    uint32_t bits = next(), how = next();
+    if (how & 1) bits = (bits & 0x807fffff) | ((117 + (how >> 8) % 20) << 23);
+    if (how & 2) bits &= 0xffffff00u << (how >> 28);
+    return float_of_bits((how & 0x1fc) == 0 ? bits & 0x80000000u : bits);
+}
+
+/* A float whose exponent is near that of x; often -x but for some bits. */
+static float near(float x) {
+    uint32_t how = next(), bits = bits_of_float(x), e = (bits >> 23 & 255) + how % 61 - 30;
+    if (how >> 30 == 0) return any();
+    if (how >> 30 == 1) return float_of_bits(bits ^ 0x80000000u ^ (next() >> (how >> 8 & 31)));
+    return float_of_bits((next() & 0x807fffff) | (e & 255) << 23);
+}
+
+static void test_mul_add(void) {
+    for (int i = 0; i < 3000000; i++) {
+        float a = any(), b = any(), c = near(a * b);
+        CHECK(same(mul_add(a, b, c), a * b + c));
+    }
+}
+
+/* w: a bfloat16 as is_bad_scale allows it; x: a power of two, as quantize_group makes it */
+static void test_add_scaled(void) {
+    for (int i = 0; i < 3000000; i++) {
+        int32_t s = ((int32_t)(next() & 0x3fffff) - 0x200000) >> next() % 22;
+        float w = float_of_bits((next() & 0x807f0000) | (45 + next() % 100) << 23);
+        float x = float_of_bits((71 + next() % 130) << 23);
+        float y = next() & 7 ? near((float)s * w * x) : 0.0f;
+        if (bits_of_float(y) == 0x80000000u) y = 0.0f;          /* no sum that began with 0 is -0 */
+        CHECK(same(add_scaled_sum(y, s, w, x), y + (float)s * w * x));
+    }
+}
+
+int main(void) {
+    test_mul_add();
+    test_add_scaled();
+    return test_end();
+}
