@@ -2,7 +2,7 @@
 # Static analysis of the three C files by gcc, clang-tidy and cppcheck; what they are asked and what not is said here and in
 # tests/clang-tidy.yml. Ends with `N passed, N failed`.
 #
-# All three lose sight of one thing, that fail() (in tokenizer.c refuse()) returns the status it was given, and then see null
+# All three lose sight of one thing, that fail() (in tokenizer.c reject()) returns the status it was given, and then see null
 # pointers after every check. So they read copies of the files that tell them, by one line behind it; nothing else is different.
 set -u
 cd "$(dirname "$0")/.."
@@ -12,7 +12,7 @@ passed=0 failed=0
 cp based.h "$work"
 for f in based.c tokenizer.c run.c; do
     fail=fail
-    [ $f = tokenizer.c ] && fail=refuse
+    [ $f = tokenizer.c ] && fail=reject
     macro="#define $fail(e, status, ...) ($fail((e), (status), __VA_ARGS__), (status))"
     [ $f = run.c ] && macro='#define fail(status, ...) (fail((status), __VA_ARGS__), (status))'
     awk -v macro="$macro" -v f="$f" -v fail="^static int $fail\\\\(.*[^;]\$" '{ print } $0 ~ fail { at = 1 }

@@ -467,7 +467,7 @@ static void test_hostile(const maker *m) {
 }
 
 /* One change each, and what the message must say: the checks are there, each for its own reason. */
-static void refused(const maker *m, uint32_t vocab, const char *expected, int line) {
+static void refuse(const maker *m, uint32_t vocab, const char *expected, int line) {
     size_t size;
     based_error e;
     based_tokenizer t;
@@ -483,7 +483,7 @@ static void refused(const maker *m, uint32_t vocab, const char *expected, int li
     do { \
         make(&m); \
         change; \
-        refused(&m, m.size, expected, __LINE__); \
+        refuse(&m, m.size, expected, __LINE__); \
     } while (0)
 
 static void test_refusals(void) {
@@ -534,7 +534,7 @@ static void test_refusals(void) {
 
     /* The whole line, once: what was found and what was expected. */
     make_bpe(&m);
-    refused(&m, 100,
+    refuse(&m, 100,
            "tokenizer: it has 265 tokens, the model knows 100: it belongs to another model",
            __LINE__);
 }
