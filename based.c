@@ -339,7 +339,7 @@ static void window_mixer(const struct layer *l, const struct thread *th, size_t 
  * together, with what earlier flushes lost to rounding (comp). Then the error does not grow with
  * the text (tests/endless.py: ten million tokens); without comp it is visible after some 100,000.
  */
-struct head_state {             /* made anew for each token: pointers into the session's state */
+struct head_state {             /* made when it is needed: pointers into the session's state */
     float *s, *z, *k, *v, *comp, *comp_z, *fade; /* fade: a refinement */
     uint64_t count;             /* tokens in this state; this and n_recent follow from row->t */
     size_t n_recent;            /* how many of them are in k and v, at most N */
@@ -352,11 +352,12 @@ struct queries {                /* of n tokens, one from each head that shares t
     size_t n, q_stride, y_stride, head; /* head: the first of the group */
 };
 
-/* Section 7 defines these, which hide the refinements: exact window, sinks, decay, fading, prefix,
- * normalizers. In the simplest case: phi has columns_of = min(C, 32) columns; add_to_z is z[f] +=
- * x, add_to_s S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi.phi(k) =
- * w(q, k), and y where results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale
- * q.k_j)^p, and their sum; normalize_output y /= z + eps; fade_chunk, fade_state do nothing. */
+/* Section 7 defines these, which hide the refinements: exact window, sinks, decay at each flush,
+ * fading at each token, prefix, normalizers. In the simplest case: add_to_z is z[f] += x, add_to_s
+ * is S[f][e ..] += x (n). query_features gives phi_q (D, n) of n queries, a[p] scale^p multinomial
+ * times the monomials of degree p, so that phi_q.phi(k) = w(q, k), and y, where results go.
+ * local_scores gives scores[j] = w(q, k_j) = sum_p a[p] (scale q.k_j)^p and their sum;
+ * normalize_output is y /= z + eps. TOGETHER: columns of phi, at most; columns_of = min(C, 32). */
 enum { TOGETHER = 32 };
 static size_t kv_capacity(const based_taylor_config *c), columns_of(const based_taylor_config *c);
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
@@ -415,7 +416,7 @@ static void update_state(struct head_state *s, const struct based_taylor *t, con
 }
 
 /* If there is no room for a token, flushes the oldest chunk into the sums (but not the sinks, a
- * refinement). phi: scratch memory, (D, columns_of). */
+ * refinement); drop_oldest then sets `flushed`. phi: scratch memory, (D, columns_of). */
 static void make_room(struct head_state *s, const struct based_taylor *t, float *phi) {
     size_t capacity = kv_capacity(&t->c), chunk = t->c.chunk, most = columns_of(&t->c);
     if (s->n_recent < capacity) return;
@@ -454,7 +455,7 @@ static void read_sums(const struct queries *u, const struct head_state *s,
 }
 
 /* The recent tokens, for query h of token i: y += sum_j w(q, k_j) v_j, z += sum_j w(q, k_j). Then
- * y /= z is the result of the attention. */
+ * y /= z + eps is the result of the attention. */
 static void read_recent(const struct queries *u, size_t i, size_t h, const struct head_state *s,
                         const struct based_taylor *t, float *scratch) {
     size_t dv = t->c.head_dim_v;
@@ -471,8 +472,9 @@ static void read_recent(const struct queries *u, size_t i, size_t h, const struc
     normalize_output(y, dv, z + total, &t->c);
 }
 
-/* taylor: each token is stored, then its queries read the state. Between two flushes the sums stay
- * as they are, so the tokens of that time read them together. Threads divide the heads. */
+/* taylor: make room, read the sums, store the token, read the recent tokens, itself included. Until
+ * the next flush the sums stay as they are, so the u.n tokens of one session that come before it
+ * read them together. Threads divide the heads. */
 static void taylor_mixer(const struct layer *l, const struct thread *th, size_t n) {
     const based_layer *c = l->c;
     const struct based_taylor *t = &l->taylor;

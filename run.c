@@ -2992,8 +2992,8 @@ static int encode_request(job *j) {
         r->error = (based_error){ BASED_ENOMEM, "not enough memory for its text" };
         return 0;
     }
-    if (n > 0) memcpy(text, j->prompt.text, n);
-    if (more > 0) memcpy(text + n, j->continuation.text, more);
+    if (j->prompt.text) memcpy(text, j->prompt.text, n);
+    if (j->continuation.text) memcpy(text + n, j->continuation.text, more);
     int status = encode_quietly(r, text, n + more, unprompted ? PREDICTS : BEGINS, n, n);
     free(text);
     if (status != BASED_OK) return 0;
@@ -3254,7 +3254,7 @@ static int read_job_prompt(batch *b, job *j) {
 /* Would temperature 0 choose this token? */
 static int is_best(const float *logits, size_t n, int32_t id) {
     for (size_t i = 0; i < n; i++) {
-        if (logits[i] > logits[id] || (logits[i] == logits[id] && i < (size_t)id)) return 0;
+        if (logits[i] > logits[id] || (i < (size_t)id && logits[i] == logits[id])) return 0;
     }
     return 1;
 }
@@ -3394,7 +3394,7 @@ static int open_batch(batch *b) {
     if (b->parallel == 0) b->parallel = SESSIONS_BYTES / bytes < PARALLEL ? SESSIONS_BYTES / bytes
                                                                          : PARALLEL;
     if (b->parallel == 0) b->parallel = 1;
-    b->running = calloc(b->parallel, sizeof *b->running);
+    b->running = calloc(b->parallel, sizeof(job *));
     b->session = calloc(b->parallel, sizeof(based_session *));
     return b->running && b->session ? DONE : out_of_memory("so many texts");
 }

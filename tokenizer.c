@@ -93,7 +93,7 @@ static span token_span(const based_tokenizer *t, uint32_t id) {
 /* <0, 0, >0 as a comes before, equals, or comes after b, bytewise; a prefix comes first. */
 static int compare(span a, span b) {
     size_t n = a.n < b.n ? a.n : b.n;
-    int order = n > 0 ? memcmp(a.p, b.p, n) : 0;
+    int order = n > 0 && a.p && b.p ? memcmp(a.p, b.p, n) : 0;
     return order != 0 ? order : (a.n > b.n) - (a.n < b.n);
 }
 
