@@ -3,9 +3,9 @@
  *     run CHECKPOINT [options]                 run --help explains the options
  *
  * The program continues a text with a Based language model. It also holds conversations, saves and
- * loads the state of a model, measures how well a model predicts a text (perplexity) and how fast
- * it is (bench), and describes a checkpoint. It uses the library through based.h alone and does not
- * touch a tensor.
+ * loads the state of a model, answers files of requests, measures how well a model predicts a text
+ * (perplexity) and how fast it is (bench), and describes a checkpoint. It uses the library through
+ * based.h alone and does not touch a tensor.
  *
  * What it promises:
  *
@@ -16,7 +16,9 @@
  *     Ctrl-C        ends the text, and the statistics still come; a second one ends the process
  *     files         appear whole under their names, or not at all; what is read is not overwritten
  *     memory        is allocated before the first token is fed. Only a conversation allocates
- *                   later: its lines, and the states that /undo can go back to, at most 8
+ *                   later: its lines, and the states that /undo can go back to, at most 8; and
+ *                   --jsonl and --branches: requests, answers, a session for each text, at most 8
+ *                   beginnings of prompts
  *
  * The map of this file:
  *
