@@ -733,8 +733,9 @@ def convert(options, temporary, note):
         beside = path if path.is_dir() else path.parent
         model = open_directory(beside, options, note)
     elif first_bytes(path)[:8] == MAGIC:
-        if not (options.taylor_degree or changes):
-            raise Refused(f"{path} is a checkpoint of based.c already; --inspect shows what it "
+        if not (options.taylor_degree or options.dtype or options.window or changes):
+            raise Refused(f"{path} is a checkpoint of based.c already; --dtype, --window, --sinks, "
+                          "--decay or --taylor-degree change it, and --inspect shows what it "
                           "contains")
         saved = Checkpoint(path)
         unchanged = not (options.dtype or options.taylor_degree)     # then bytes stay as they are
@@ -769,6 +770,12 @@ def convert(options, temporary, note):
     # Changes on request.
     if options.taylor_degree:
         constant_memory.convert(config, layers, plan, tokenizer, options, note)
+    elif saved and options.window:
+        windows = [l for l in layers if l.mixer == WINDOW]
+        if not windows:
+            raise Refused(f"--window is about window layers, and {path} has none")
+        for l in windows:
+            l.window = options.window
     taylor = [l for l in layers if l.mixer == TAYLOR]
     if changes and not taylor:
         raise Refused(f"--{next(iter(changes))} is about taylor layers, and {path} has none")

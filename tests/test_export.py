@@ -155,7 +155,7 @@ def test_constant_memory_refused(capsys, tmp_path):
     (b"24ka" + bytes([2, 0, 0, 0]) + bytes(300), "version 2"),
     (bytes(100), "nothing this program can read"),
     (b"\xff" * 100, "nothing this program can read"),
-    (export.MAGIC + bytes(300), "already; --inspect")])
+    (export.MAGIC + bytes(300), "already; --dtype")])
 def test_not_a_model(capsys, tmp_path, data, pattern):
     (tmp_path / "source.bin").write_bytes(data)
     fails(capsys, pattern, tmp_path / "source.bin", tmp_path / "out.bin")
@@ -696,3 +696,24 @@ def test_sinks_and_decay_refused(random_model, tmp_path, capsys):
     for wrong in ("1", "-0.1", "nan"):
         with pytest.raises(SystemExit):
             export.main([str(source), str(tmp_path / "out.bin"), "--decay", wrong])
+
+
+def test_a_checkpoint_in_fewer_bits(tmp_path):
+    """The shipped 8-bit file is what export.py makes of the shipped float32 file."""
+    models = ROOT / "models"
+    out = tmp_path / "q8.bin"
+    export.main([str(models / "stories260K.bin"), str(out), "--dtype", "q8"])
+    assert out.read_bytes() == (models / "stories260K-q8.bin").read_bytes()
+
+
+def test_a_checkpoint_with_other_windows(tmp_path, capsys):
+    """Bytes of weights stay; window layers get the window, and a file without any is refused."""
+    source, out = ROOT / "models" / "stories260K.bin", tmp_path / "w.bin"
+    export.main([str(source), str(out), "--window", "32"])
+    a, b = export.Checkpoint(source), export.Checkpoint(out)
+    assert [l.window for l in b.layers] == [32] * 5 and a.tokenizer == b.tokenizer
+    assert all((a.raw(t.name) == b.raw(t.name)).all() for t in a.placed)
+    conv = reference.random_checkpoint(np.random.default_rng(4), tmp_path / "c.bin",
+                                       mixers=[export.CONV])
+    assert export.main([str(conv), str(out), "--window", "32"]) != 0
+    assert "--window is about window layers" in capsys.readouterr().err
