@@ -39,7 +39,7 @@ static void check_numbers(const options *o) {
     REQUIRE(o->repeat_penalty > 0 && o->top_k >= 0 && o->top_k <= 4294967295);
     REQUIRE(o->repeat_last_n >= 0 && o->repeat_last_n <= 1048576);
     REQUIRE(o->threads >= 0 && o->threads <= 1024 && o->branches >= 0 && o->branches <= 65536);
-    if (o->chat) REQUIRE(o->before && o->after && o->stop && o->stop[0] == '\n');
+    if (o->chat) REQUIRE(o->turn && strstr(o->turn, "{}") && o->stop && o->stop[0] == '\n');
     for (size_t i = 0; i < o->n_stops; i++) REQUIRE(o->stops[i] && o->stops[i][0]);
 }
 
@@ -86,7 +86,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     int rc = parse_options(&o, argc, argv);
     check_refusal(rc, BAD_USAGE);
     if (rc == DONE && !o.help && !o.version) check_numbers(&o);
-    free(o.stops), free(o.before), free(o.stop), free(text);
+    free(o.stops), free(o.turn), free(o.stop), free(text);
     return 0;
 }
 
