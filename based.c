@@ -91,6 +91,7 @@ struct based_taylor {           /* what a Taylor attention knows before it sees 
     const float *multinomial;   /* (D) how often a monomial is in (q.k)^p: x_i x_i 1, x_i x_j 2 */
     uint32_t features;          /* D = C(head_dim_k + degree, degree) */
     uint32_t fading;            /* based_fading, a refinement */
+    struct matrix q_map, k_map, mix; /* (heads * degree, head_dim_k), (heads, 1): hedgehog's */
 };
 
 struct layer {
@@ -344,6 +345,7 @@ struct head_state {             /* made anew for each token: pointers into the s
     uint64_t count;             /* tokens in this state; this and n_recent follow from row->t */
     size_t n_recent;            /* how many of them are in k and v, at most N */
     int flushed; float lost;    /* 0: the sums are still empty; what they lose, a refinement */
+    size_t head;                /* the key/value head whose state it is */
 };
 
 struct queries {                /* of n tokens, one from each head that shares the state */
@@ -353,17 +355,18 @@ struct queries {                /* of n tokens, one from each head that shares t
 };
 
 /* Section 7 defines these, which hide the refinements: exact window, sinks, decay, fading, prefix,
- * normalizers. In the simplest case: phi has columns_of = min(C, 32) columns; add_to_z is z[f] +=
- * x, add_to_s S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi.phi(k) =
- * w(q, k), and y where results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale
- * q.k_j)^p, and their sum; normalize_output y /= z + eps; fade_chunk, fade_state do nothing. */
+ * kernels, normalizers. In the simplest case: phi has columns_of = min(C, 32) columns; key_features
+ * is feature_map of the keys at .. at + n - 1 of the chunk; add_to_z is z[f] += x, add_to_s
+ * S[f][e ..] += x (n); query_features is phi (D, n) of n queries, so that phi.phi(k) = w(q, k), and
+ * y where results go; local_scores is scores[j] = w(q, k_j) = sum_p a[p] (scale q.k_j)^p, and their
+ * sum; normalize_output y /= z + eps; fade_state does nothing. */
 enum { TOGETHER = 32 };
 static size_t kv_capacity(const based_taylor_config *c), columns_of(const based_taylor_config *c);
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
 static struct queries queries_of(const struct layer *l, based_session *s, size_t head, size_t r,
                                  size_t n, const struct head_state *state);
-static void fade_chunk(struct head_state *s, const struct based_taylor *t, float *phi, size_t at,
-                       size_t n);
+static void key_features(float *phi, struct head_state *s, const struct based_taylor *t, size_t at,
+                         size_t n);
 static void add_to_z(struct head_state *s, const struct based_taylor *t, size_t f, float x);
 static void add_to_s(struct head_state *s, const struct based_taylor *t, size_t f, size_t e,
                      const float *x, size_t n);
@@ -422,8 +425,7 @@ static void make_room(struct head_state *s, const struct based_taylor *t, float 
     for (size_t at = 0, n; at < chunk; at += n) {
         size_t oldest = t->c.sinks + at;
         n = chunk - at < most ? chunk - at : most;
-        feature_map(phi, s->k + oldest, n, capacity, &t->c);
-        fade_chunk(s, t, phi, at, n);
+        key_features(phi, s, t, at, n);
         update_state(s, t, phi, s->v + oldest * t->c.head_dim_v, n);
     }
     drop_oldest(s, t);
@@ -690,6 +692,7 @@ static void polynomial_scores(float *scores, const float *q, const float *k, siz
 static uint64_t count_features(const based_taylor_config *t, uint64_t cap) {
     uint64_t n = 1;
     if (t->kernel == BASED_DIAGONAL) return 1 + U64(t->head_dim_k) * t->degree;
+    if (t->kernel == BASED_HEDGEHOG) return U64(t->group) * 2 * t->degree;
     for (uint32_t p = 1; p <= t->degree; p++) n += monomials(t->head_dim_k, p, cap);
     return n;
 }
@@ -773,6 +776,7 @@ static struct head_state head_state(float *base, const struct based_taylor *t, u
     s.n_recent = n_recent;
     s.flushed = count > n_recent;
     s.lost = 0.0f;
+    s.head = 0;
     return s;
 }
 
@@ -784,7 +788,9 @@ static struct head_state head_state_at(const struct row *r, const struct layer *
     size_t stay = (size_t)c->sinks + c->window, n_recent = (size_t)pairs;
     if (pairs > stay) n_recent = stay + (size_t)((pairs - stay - 1) % c->chunk) + 1;
     float *base = state_of(r, l) + head * (size_t)head_state_floats(&l->taylor, l->taylor.features);
-    return head_state(base, &l->taylor, pairs, n_recent);
+    struct head_state s = head_state(base, &l->taylor, pairs, n_recent);
+    s.head = head;
+    return s;
 }
 
 /* Rows of `in` for the pairs of a prefix; the tokens of the session's prefix, a number that is the
@@ -863,6 +869,54 @@ static struct queries queries_of(const struct layer *l, based_session *s, size_t
                              room_for_z(scratch_of(s, head), t), many, in, inner, head * group };
 }
 
+/* Hedgehog features (Zhang et al. 2024, arXiv 2402.04347) of n vectors: u = map x (degree) becomes
+ * softmax(u), then softmax(-u). Here u is given, in the first half of phi (2 degree, n), whose rows
+ * are `stride` floats apart. 1e-12 keeps the sum of them, by which y is divided, above 0. */
+static void hedgehog(float *phi, size_t degree, size_t n, size_t stride) {
+    for (size_t j = 0; j < n; j++) {
+        float *p = phi + j, *minus = p + degree * stride, top = -FLT_MAX, low = FLT_MAX;
+        float up = 0.0f, down = 0.0f;
+        for (size_t f = 0; f < degree; f++) {
+            float u = p[f * stride];
+            top = u > top ? u : top;
+            low = u < low ? u : low;
+        }
+        for (size_t f = 0; f < degree; f++) {
+            float u = p[f * stride];
+            up += p[f * stride] = exp_approx(u - top);
+            down += minus[f * stride] = exp_approx(low - u);
+        }
+        for (size_t f = 0; f < 2 * degree; f++) {
+            float x = p[f * stride] / (f < degree ? up : down);
+            p[f * stride] = x > 1e-12f ? x : 1e-12f;
+        }
+    }
+}
+
+/* Every query head has maps of its own, so each key has features for each head of the group, one
+ * below the other in phi; */
+static void hedgehog_keys(float *phi, const struct head_state *s, const struct based_taylor *t,
+                          const float *k, size_t n) {
+    size_t degree = t->c.degree, dk = t->c.head_dim_k;
+    for (size_t h = 0; h < t->c.group; h++, phi += 2 * degree * n) {
+        const float *map = t->k_map.data + (s->head * t->c.group + h) * degree * dk;
+        for (size_t f = 0; f < degree; f++)
+            t->k->weighted_sum(phi + f * n, map + f * dk, k, dk, n, kv_capacity(&t->c));
+        hedgehog(phi, degree, n, n);
+    }
+}
+
+/* and a query has those of its own head, and zeros for the others: column j of phi (D, n). */
+static void hedgehog_query(float *phi, const float *q, size_t h, size_t j, size_t n,
+                           const struct queries *u, const struct based_taylor *t) {
+    size_t degree = t->c.degree, dk = t->c.head_dim_k;
+    const float *map = t->q_map.data + (u->head + h) * degree * dk;
+    float *own = phi + 2 * h * degree * n + j;
+    for (size_t f = 0; f < t->features; f++) phi[f * n + j] = 0.0f;
+    for (size_t f = 0; f < degree; f++) own[f * n] = dot(map + f * dk, q, dk);
+    hedgehog(own, degree, 1, n);
+}
+
 /* phi (D, n) = a[p] * multinomial * monomial of degree p of q, for queries first .. first + n - 1,
  * with the coefficients a[p] of their heads, so that phi(q).phi(k) = w(q, k). y[j]: where the
  * result of column j goes. */
@@ -874,9 +928,11 @@ static void query_features(float *phi, float **y, const struct queries *u, size_
     for (size_t j = 0; j < n; j++) {
         size_t token = (first + j) / c->group, h = (first + j) % c->group;
         const float *from = u->q + token * u->q_stride + h * dk;
-        for (size_t i = 0; i < dk; i++) q[i * n + j] = from[i] * c->scale;
+        if (c->kernel == BASED_HEDGEHOG) hedgehog_query(phi, from, h, j, n, u, t);
+        else for (size_t i = 0; i < dk; i++) q[i * n + j] = from[i] * c->scale;
         y[j] = u->y + token * u->y_stride + h * c->head_dim_v;
     }
+    if (c->kernel == BASED_HEDGEHOG) return;
     feature_map(phi, q, n, n, c);
     for (uint32_t p = 0; p <= c->degree; p++) {
         size_t end = f + (size_t)(c->kernel == BASED_DIAGONAL && p
@@ -891,10 +947,10 @@ static void query_features(float *phi, float **y, const struct queries *u, size_
 }
 
 /* z[0], the sum of the feature 1, is the number of tokens in the sums. It is set from an exact
- * integer; only if it decays it is a sum like the others. */
+ * integer; only if it decays, or hedgehog has no such feature, it is a sum like the others. */
 static void set_count(struct head_state *s, const struct based_taylor *t) {
     uint64_t n = s->count - s->n_recent;
-    if (t->c.decay > 0.0f || t->fading == BASED_GATED) return;
+    if (t->c.decay > 0.0f || t->fading == BASED_GATED || t->c.kernel == BASED_HEDGEHOG) return;
     /* negative if pairs were subtracted while they were still recent */
     s->z[0] = n >> 63 ? -(float)(0 - n) : (float)n;
     s->comp_z[0] = 0.0f;
@@ -969,6 +1025,15 @@ static void fade_chunk(struct head_state *s, const struct based_taylor *t, float
         for (size_t j = 0; j < n; j++) phi[f * n + j] *= s->fade[at + j];
 }
 
+/* phi (D, n) of the keys at .. at + n - 1 of the chunk, and what is left of them. */
+static void key_features(float *phi, struct head_state *s, const struct based_taylor *t, size_t at,
+                         size_t n) {
+    const float *k = s->k + t->c.sinks + at;
+    if (t->c.kernel == BASED_HEDGEHOG) hedgehog_keys(phi, s, t, k, n);
+    else feature_map(phi, k, n, kv_capacity(&t->c), &t->c);
+    fade_chunk(s, t, phi, at, n);
+}
+
 /* The same when a query reads: weights (n_recent) and what the sums give are multiplied by what is
  * left of them. Returns the sum of the weights, which fade too if GATED. */
 static float fade_weights(float *weights, const struct head_state *s, const struct based_taylor *t,
@@ -990,19 +1055,25 @@ static float fade_weights(float *weights, const struct head_state *s, const stru
  * Without a window, or with fading, the weights are the polynomial. With a window they are exp(s),
  * and all weights, those behind y and *z too, are divided by exp(top), so that none overflows. If
  * the weights behind *z add up to zero or less, as those of a polynomial can, the sums are left
- * out. */
+ * out. Hedgehog: the weights are a exp(s - top), and the sums count as they are. */
 static float local_scores(float *weights, const struct head_state *s, const struct based_taylor *t,
                           const float *query, size_t head, float *y, float *z) {
-    const float *a = t->c.coefficients + head * (t->c.degree + 1);
-    float *q = weights + kv_capacity(&t->c), top = *z > 0.0f ? 0.0f : -FLT_MAX, total;
+    int hedgehog = t->c.kernel == BASED_HEDGEHOG;
+    float *q = weights + kv_capacity(&t->c), top = *z > 0.0f && !hedgehog ? 0.0f : -FLT_MAX, total;
     for (size_t i = 0; i < t->c.head_dim_k; i++) q[i] = query[i] * t->c.scale;
-    if (!t->c.window || t->fading) {
+    if (!hedgehog && (!t->c.window || t->fading)) {
+        const float *a = t->c.coefficients + head * (t->c.degree + 1);
         polynomial_scores(weights, q, s->k, s->n_recent, kv_capacity(&t->c), a, t);
         return t->fading ? fade_weights(weights, s, t, y, z) : sum(weights, s->n_recent);
     }
     /* weights = exp(q.k - top), top = the largest q.k, and at least 0 if the sums count */
     t->k->weighted_sum(weights, q, s->k, t->c.head_dim_k, s->n_recent, kv_capacity(&t->c));
     total = t->k->softmax_exp(weights, s->n_recent, 1.0f, &top);
+    if (hedgehog) {
+        float a = sigmoid(t->mix.data[head]);
+        for (size_t j = 0; j < s->n_recent; j++) weights[j] *= a;
+        return a * total;
+    }
     if (*z > 0.0f) {
         float unit = exp_approx(-top);
         for (size_t e = 0; e < t->c.head_dim_v; e++) y[e] *= unit;
@@ -2143,18 +2214,18 @@ static based_taylor_config taylor_config_of(const based_layer *l) {
 static int check_taylor(const based_taylor_config *t, int status, const char *where, uint32_t i,
                         based_error *e) {
     CHECK_FIELDS(status, where, i, e,
-        FIELD(t, degree, 1, BASED_MAX_DEGREE),
-        FIELD(t, kernel, 0, BASED_DIAGONAL),
+        FIELD(t, kernel, 0, BASED_HEDGEHOG),
+        FIELD(t, degree, 1, t->kernel == BASED_HEDGEHOG ? BASED_MAX_HIDDEN : BASED_MAX_DEGREE),
         FIELD(t, normalizer, 0, BASED_ONE),
         FIELD(t, chunk, 1, BASED_MAX_CHUNK),
         FIELD(t, window, 0, BASED_MAX_WINDOW),
         FIELD(t, sinks, 0, BASED_MAX_WINDOW));
     if (!is_finite(t->scale) || !is_finite(t->normalizer_eps))
         return fail(e, status, "%s %u: scale or normalizer_eps is not a number", where, i);
-    if (t->window && (t->kernel != BASED_DOT || t->normalizer != BASED_ADD
-                      || t->normalizer_eps != 0.0f))
-        return fail(e, status, "%s %u: a window beside the sums needs kernel 0, normalizer 0 and "
-                    "normalizer_eps 0", where, i);
+    if ((t->window || t->kernel == BASED_HEDGEHOG)
+        && (t->kernel == BASED_DIAGONAL || t->normalizer != BASED_ADD || t->normalizer_eps != 0.0f))
+        return fail(e, status, "%s %u: a window beside the sums needs kernel 0 or 2, normalizer 0 "
+                    "and normalizer_eps 0", where, i);
     if (!(t->decay >= 0.0f && t->decay < 1.0f))
         return fail(e, status, "%s %u: decay is not a number from 0 to below 1", where, i);
     return BASED_OK;
@@ -2186,7 +2257,7 @@ static int check_layer(const based_config *c, const based_layer *l, uint32_t i, 
         FIELD(l, rope_pairs, 0, l->head_dim_k / 2),
         FIELD(l, window, l->mixer == BASED_WINDOW, IF(attention, BASED_MAX_WINDOW)),
         FIELD(l, chunk, 0, checked),
-        FIELD(l, degree, 0, checked),
+        FIELD(l, degree, 0, l->kernel == BASED_HEDGEHOG ? widest : checked),
         FIELD(l, kernel, 0, checked),
         FIELD(l, normalizer, 0, checked),
         FIELD(l, sinks, 0, checked),
@@ -2411,8 +2482,14 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
             if (f->flags & BASED_KEY_MEAN) l->key_mean = read_floats(r, "key_mean", "", k_dim(f));
             if (f->mixer == BASED_TAYLOR) {
                 l->taylor.c = taylor_config_of(f);
-                l->taylor.c.coefficients = read_floats(r, "coefficients", "",
-                                                       U64(f->heads) * (f->degree + 1));
+                if (f->kernel == BASED_HEDGEHOG) {
+                    uint32_t rows = f->heads * f->degree, dk = f->head_dim_k;
+                    l->taylor.q_map = read_matrix(r, "q_map", rows, dk, BASED_F32, 0);
+                    l->taylor.k_map = read_matrix(r, "k_map", rows, dk, BASED_F32, 0);
+                    l->taylor.mix = read_matrix(r, "mix", f->heads, 1, BASED_F32, 0);
+                } else
+                    l->taylor.c.coefficients = read_floats(r, "coefficients", "",
+                                                           U64(f->heads) * (f->degree + 1));
                 l->taylor.k = m->k;
                 l->taylor.features = (uint32_t)need.features;
                 l->taylor.fading = f->fading;
@@ -3115,7 +3192,7 @@ int based_taylor_measure(based_taylor_sizes *out, const based_taylor_config *c, 
     struct based_taylor t = { .fading = BASED_NO_FADING };
     CHECK_FIELDS(BASED_EINVAL, "Taylor attention", 0, e,
         FIELD(c, head_dim_k, 1, BASED_MAX_HIDDEN), FIELD(c, head_dim_v, 1, BASED_MAX_HIDDEN),
-        FIELD(c, group, 1, BASED_MAX_HEADS));
+        FIELD(c, group, 1, BASED_MAX_HEADS), FIELD(c, kernel, 0, BASED_DIAGONAL));
     if (check_taylor(c, BASED_EINVAL, "Taylor attention", 0, e)) return BASED_EINVAL;
     d = count_features(c, cap);
     /* an attention: the struct, the coefficients (group, degree + 1), the multinomials (d) */
