@@ -2735,7 +2735,7 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     multinomial = (float *)(m->layer + c->layers);
     for (uint32_t i = 0; i < c->layers; i++) {
         struct based_taylor *t = &m->layer[i].taylor;
-        if (m->layer[i].c->mixer != BASED_TAYLOR) continue;
+        if (m->layer[i].c->mixer != BASED_TAYLOR || t->c.kernel == BASED_HEDGEHOG) continue;
         fill_multinomials(multinomial, &t->c);
         t->multinomial = multinomial;
         multinomial += t->features;

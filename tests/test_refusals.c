@@ -100,7 +100,7 @@ static const struct { const char *name; size_t at; struct range range[4]; } laye
     LAYER(window,     { 0, 0 }, { 0, 0 },        { 0, WINDOW },           { 1, WINDOW }),
     LAYER(chunk,      { 0, 0 }, { 0, 0 },        { 1, BASED_MAX_CHUNK },  { 0, 0 }),
     LAYER(degree,     { 0, 0 }, { 0, 0 },        { 1, BASED_MAX_DEGREE }, { 0, 0 }),
-    LAYER(kernel,     { 0, 0 }, { 0, 0 },        { 0, BASED_DIAGONAL },   { 0, 0 }),
+    LAYER(kernel,     { 0, 0 }, { 0, 0 },        { 0, BASED_HEDGEHOG },   { 0, 0 }),
     LAYER(normalizer, { 0, 0 }, { 0, 0 },        { 0, BASED_ONE },        { 0, 0 }),
     LAYER(rope_pairs, { 0, 0 }, { 0, 0 },        { 0, 1 },                { 0, 2 }),
     LAYER(mlp,        SAME(BASED_GELU_TANH)),
