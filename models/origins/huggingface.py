@@ -79,8 +79,8 @@ KEPT = 4096
 # 512 tokens, which needs no sums, is read 3 times as fast; for 12 % more state.
 FLUSHED, RECENT = 64, 448
 FACTORS = "self_attn.window_factors"
-# Of LoLCATs, whose files do not say it: newest tokens that are exact, at least, and flushed at once;
-# and lora_alpha / r.
+# Of LoLCATs, whose files do not say it: newest tokens that are exact, at least, and tokens that are
+# flushed together; lora_alpha / r.
 TERRACE, LORA_SCALE = 64, 2
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -117,8 +117,8 @@ def clean_name(name):
 
 
 def with_lolcats(source, *files):
-    """The tensors of a Llama with those of the two files of LoLCATs: feature maps and factors beside
-    its own, and the LoRA added to its projections."""
+    """The tensors of a Llama with those of the two files of LoLCATs: feature maps and factors
+    beside its own, and the LoRA added to its projections."""
     def clean(name):
         return re.sub(r"^(base_model\.)?(model\.)+", "model.", name).replace(".default.", ".")
 
