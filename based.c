@@ -644,9 +644,9 @@ static int is_finite(float x) { return x - x == 0.0f; }
 /* ==== 7. Refinements of Taylor attention =========================================================
  * Why: what part one only named. A layer may give its newest keys exact softmax weights (window),
  * keep its first keys out of the sums (sinks), let the past fade at each flush (decay) or at each
- * token (fading), begin with the pairs of a prefix, divide by other normalizers, mix in the token
- * before (token shift) and scale each head (value gates). The sums need to know how often each
- * monomial occurs (multinomials) and where in a session they lie.
+ * token (fading), begin with the pairs of a prefix, have other features (hedgehog) or other
+ * normalizers, mix in the token before (token shift) and scale each head (value gates). The sums
+ * need to know how often each monomial occurs (multinomials) and where in a session they lie.
  * May assume: every field is within the limits that check_taylor and check_layer enforce.
  * Later code relies on: head_state_floats and scratch_floats, by which memory is reserved, are
  * exactly what the attention uses.
@@ -872,7 +872,7 @@ static struct queries queries_of(const struct layer *l, based_session *s, size_t
 /* Hedgehog features (Zhang et al. 2024, arXiv 2402.04347) of n vectors: u = map x (degree) becomes
  * softmax(u), then softmax(-u). Here u is given, in the first half of phi (2 degree, n), whose rows
  * are `stride` floats apart. 1e-12 keeps the sum of them, by which y is divided, above 0. */
-static void hedgehog(float *phi, size_t degree, size_t n, size_t stride) {
+static void hedgehog_softmax(float *phi, size_t degree, size_t n, size_t stride) {
     for (size_t j = 0; j < n; j++) {
         float *p = phi + j, *minus = p + degree * stride, top = -FLT_MAX, low = FLT_MAX;
         float up = 0.0f, down = 0.0f;
@@ -893,8 +893,8 @@ static void hedgehog(float *phi, size_t degree, size_t n, size_t stride) {
     }
 }
 
-/* Every query head has maps of its own, so each key has features for each head of the group, one
- * below the other in phi; */
+/* The features of n recent keys, from k on. Every query head has maps of its own, so a key has
+ * features for each head of the group, one below the other in phi (D, n). */
 static void hedgehog_keys(float *phi, const struct head_state *s, const struct based_taylor *t,
                           const float *k, size_t n) {
     size_t degree = t->c.degree, dk = t->c.head_dim_k;
@@ -902,11 +902,12 @@ static void hedgehog_keys(float *phi, const struct head_state *s, const struct b
         const float *map = t->k_map.data + (s->head * t->c.group + h) * degree * dk;
         for (size_t f = 0; f < degree; f++)
             t->k->weighted_sum(phi + f * n, map + f * dk, k, dk, n, kv_capacity(&t->c));
-        hedgehog(phi, degree, n, n);
+        hedgehog_softmax(phi, degree, n, n);
     }
 }
 
-/* and a query has those of its own head, and zeros for the others: column j of phi (D, n). */
+/* Column j of phi (D, n): the features of a query of head h of the group in their place, and zeros
+ * in place of the other heads. So q meets its own part of S and z only. */
 static void hedgehog_query(float *phi, const float *q, size_t h, size_t j, size_t n,
                            const struct queries *u, const struct based_taylor *t) {
     size_t degree = t->c.degree, dk = t->c.head_dim_k;
@@ -914,7 +915,7 @@ static void hedgehog_query(float *phi, const float *q, size_t h, size_t j, size_
     float *own = phi + 2 * h * degree * n + j;
     for (size_t f = 0; f < t->features; f++) phi[f * n + j] = 0.0f;
     for (size_t f = 0; f < degree; f++) own[f * n] = dot(map + f * dk, q, dk);
-    hedgehog(own, degree, 1, n);
+    hedgehog_softmax(own, degree, 1, n);
 }
 
 /* phi (D, n) = a[p] * multinomial * monomial of degree p of q, for queries first .. first + n - 1,

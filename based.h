@@ -501,9 +501,8 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              Query head h has w(q, k) = phi(q_map[h] q).phi(k_map[h] k) for keys in the sums,
  *              with phi(u) = softmax(u) followed by softmax(-u), each number at least 1e-12. Keys
  *              that are not in the sums have w(q, k) = sigmoid(mix[h]) exp(scale q.k - m), with m =
- *              max_j scale q.k_j over these keys. window and normalizer as in flush, but window may
- *              be 0 and the sums are never left out nor multiplied. Not together with fading or
- *              PREFIX.
+ *              max_j scale q.k_j over these keys, whatever the window, which may be 0. The sums are
+ *              used as they are. Only with normalizer ADD and eps 0, without fading and PREFIX.
  *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token
  *              j, up to the present one, with g = sigmoid(fade.weight x + fade.bias), x =
  *              norm1(x'), of its key/value head (x': see gates). With normalizer ADD and eps 0 the

@@ -137,6 +137,19 @@ def test_sinks_and_decay(random_model, sinks, decay, window):
         assert off("sinks", sinks + 1) > 100 and off("chunk", 5) > 100
 
 
+@pytest.mark.parametrize("window, chunk, heads, sinks, decay",
+                         [(0, 1, 1, 0, 0.0), (63, 1, 2, 0, 0.0), (16, 16, 6, 0, 0.0),
+                          (5, 40, 6, 3, 0.2)])
+def test_hedgehog(random_model, window, chunk, heads, sinks, decay):
+    """Features of each query head, beside exact keys whose part is a number of the head."""
+    off = alone(random_model, window, {
+        "kernel": export.HEDGEHOG, "window": window, "chunk": chunk, "heads": heads, "degree": 5,
+        "kv_heads": 1 + (heads > 2), "sinks": sinks, "decay": decay})
+    assert off("window", window + 1) > 100 and off("chunk", chunk + 1) > 100
+    assert off("mix", np.zeros(heads)) > 100 and off("q_map", np.ones((heads, 5, 8))) > 100
+    assert off("decay", decay + 0.05) > 100
+
+
 def test_generator_covers_the_format(tmp_path):
     """What the random models of this file contain, all in all; so that no choice can get lost
     unnoticed."""
