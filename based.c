@@ -91,6 +91,7 @@ struct based_taylor {           /* what a Taylor attention knows before it sees 
     const float *multinomial;   /* (D) how often a monomial is in (q.k)^p: x_i x_i 1, x_i x_j 2 */
     uint32_t features;          /* D = C(head_dim_k + degree, degree) */
     uint32_t fading;            /* based_fading, a refinement */
+    const float *q_map, *k_map; /* (heads, degree, head_dim_k) of hedgehog; its mix (heads) is a */
 };
 
 struct layer {
@@ -344,6 +345,7 @@ struct head_state {             /* made when it is needed: pointers into the ses
     uint64_t count;             /* tokens in this state; this and n_recent follow from row->t */
     size_t n_recent;            /* how many of them are in k and v, at most N */
     int flushed; float lost;    /* 0: the sums are still empty; what they lose, a refinement */
+    size_t head;                /* the key/value head whose state it is */
 };
 
 struct queries {                /* of n tokens, one from each head that shares the state */
@@ -353,18 +355,19 @@ struct queries {                /* of n tokens, one from each head that shares t
 };
 
 /* Section 7 defines these, which hide the refinements: exact window, sinks, decay at each flush,
- * fading at each token, prefix, normalizers. In the simplest case: add_to_z is z[f] += x, add_to_s
- * is S[f][e ..] += x (n). query_features gives phi_q (D, n) of n queries, a[p] scale^p multinomial
- * times the monomials of degree p, so that phi_q.phi(k) = w(q, k), and y, where results go.
- * local_scores gives scores[j] = w(q, k_j) = sum_p a[p] (scale q.k_j)^p and their sum;
- * normalize_output is y /= z + eps. TOGETHER: columns of phi, at most; columns_of = min(C, 32). */
+ * fading at each token, prefix, kernels, normalizers. In the simplest case: key_features is
+ * feature_map of the keys at .. at + n - 1 of the chunk; add_to_z is z[f] += x, add_to_s S[f][e ..]
+ * += x (n); query_features gives phi_q (D, n) of n queries, a[p] scale^p multinomial times the
+ * monomials of degree p, so that phi_q.phi(k) = w(q, k), and y, where results go; local_scores is
+ * scores[j] = w(q, k_j) = sum_p a[p] (scale q.k_j)^p and their sum; normalize_output y /= z + eps.
+ * TOGETHER: columns of phi, at most; columns_of = min(C, TOGETHER). */
 enum { TOGETHER = 32 };
 static size_t kv_capacity(const based_taylor_config *c), columns_of(const based_taylor_config *c);
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
 static struct queries queries_of(const struct layer *l, based_session *s, size_t head, size_t r,
                                  size_t n, const struct head_state *state);
-static void fade_chunk(struct head_state *s, const struct based_taylor *t, float *phi, size_t at,
-                       size_t n);
+static void key_features(float *phi, struct head_state *s, const struct based_taylor *t, size_t at,
+                         size_t n);
 static void add_to_z(struct head_state *s, const struct based_taylor *t, size_t f, float x);
 static void add_to_s(struct head_state *s, const struct based_taylor *t, size_t f, size_t e,
                      const float *x, size_t n);
@@ -423,8 +426,7 @@ static void make_room(struct head_state *s, const struct based_taylor *t, float 
     for (size_t at = 0, n; at < chunk; at += n) {
         size_t oldest = t->c.sinks + at;
         n = chunk - at < most ? chunk - at : most;
-        feature_map(phi, s->k + oldest, n, capacity, &t->c);
-        fade_chunk(s, t, phi, at, n);
+        key_features(phi, s, t, at, n);
         update_state(s, t, phi, s->v + oldest * t->c.head_dim_v, n);
     }
     drop_oldest(s, t);
@@ -644,9 +646,9 @@ static int is_finite(float x) { return x - x == 0.0f; }
 /* ==== 7. Refinements of Taylor attention =========================================================
  * Why: what part one only named. A layer may give its newest keys exact softmax weights (window),
  * keep its first keys out of the sums (sinks), let the past fade at each flush (decay) or at each
- * token (fading), begin with the pairs of a prefix, divide by other normalizers, mix in the token
- * before (token shift) and scale each head (value gates). The sums need to know how often each
- * monomial occurs (multinomials) and where in a session they lie.
+ * token (fading), begin with the pairs of a prefix, have other features (hedgehog) or other
+ * normalizers, mix in the token before (token shift) and scale each head (value gates). The sums
+ * need to know how often each monomial occurs (multinomials) and where in a session they lie.
  * May assume: every field is within the limits that check_taylor and check_layer enforce.
  * Later code relies on: head_state_floats and scratch_floats, by which memory is reserved, are
  * exactly what the attention uses.
@@ -692,6 +694,7 @@ static void polynomial_scores(float *scores, const float *q, const float *k, siz
 static uint64_t count_features(const based_taylor_config *t, uint64_t cap) {
     uint64_t n = 1;
     if (t->kernel == BASED_DIAGONAL) return 1 + U64(t->head_dim_k) * t->degree;
+    if (t->kernel == BASED_HEDGEHOG) return U64(t->group) * 2 * t->degree;
     for (uint32_t p = 1; p <= t->degree; p++) n += monomials(t->head_dim_k, p, cap);
     return n;
 }
@@ -776,6 +779,7 @@ static struct head_state head_state(float *base, const struct based_taylor *t, u
     s.n_recent = n_recent;
     s.flushed = count > n_recent;
     s.lost = 0.0f;
+    s.head = 0;
     return s;
 }
 
@@ -787,7 +791,9 @@ static struct head_state head_state_at(const struct row *r, const struct layer *
     size_t stay = (size_t)c->sinks + c->window, n_recent = (size_t)pairs;
     if (pairs > stay) n_recent = stay + (size_t)((pairs - stay - 1) % c->chunk) + 1;
     float *base = state_of(r, l) + head * (size_t)head_state_floats(&l->taylor, l->taylor.features);
-    return head_state(base, &l->taylor, pairs, n_recent);
+    struct head_state s = head_state(base, &l->taylor, pairs, n_recent);
+    s.head = head;
+    return s;
 }
 
 /* Rows of `in` for the pairs of a prefix; the tokens of the session's prefix, a number that is the
@@ -867,6 +873,55 @@ static struct queries queries_of(const struct layer *l, based_session *s, size_t
                              head * group };
 }
 
+/* Hedgehog features (Zhang et al. 2024, arXiv 2402.04347) of n vectors: u = map x (degree) becomes
+ * softmax(u), then softmax(-u). Here u is given, in the first half of phi (2 degree, n), whose rows
+ * are `stride` floats apart. 1e-12 keeps the sum of them, by which y is divided, above 0. */
+static void hedgehog_softmax(float *phi, size_t degree, size_t n, size_t stride) {
+    for (size_t j = 0; j < n; j++) {
+        float *p = phi + j, *minus = p + degree * stride, top = -FLT_MAX, low = FLT_MAX;
+        float up = 0.0f, down = 0.0f;
+        for (size_t f = 0; f < degree; f++) {
+            float u = p[f * stride];
+            top = u > top ? u : top;
+            low = u < low ? u : low;
+        }
+        for (size_t f = 0; f < degree; f++) {
+            float u = p[f * stride];
+            up += p[f * stride] = exp_approx(u - top);
+            down += minus[f * stride] = exp_approx(low - u);
+        }
+        for (size_t f = 0; f < 2 * degree; f++) {
+            float x = p[f * stride] / (f < degree ? up : down);
+            p[f * stride] = x > 1e-12f ? x : 1e-12f;
+        }
+    }
+}
+
+/* The features of n recent keys, from k on. Every query head has maps of its own, so a key has
+ * features for each head of the group, one below the other in phi (D, n). */
+static void hedgehog_keys(float *phi, const struct head_state *s, const struct based_taylor *t,
+                          const float *k, size_t n) {
+    size_t degree = t->c.degree, dk = t->c.head_dim_k;
+    for (size_t h = 0; h < t->c.group; h++, phi += 2 * degree * n) {
+        const float *map = t->k_map + (s->head * t->c.group + h) * degree * dk;
+        for (size_t f = 0; f < degree; f++)
+            t->k->weighted_sum(phi + f * n, map + f * dk, k, dk, n, kv_capacity(&t->c));
+        hedgehog_softmax(phi, degree, n, n);
+    }
+}
+
+/* Column j of phi (D, n): the features of a query of head h of the group in their place, and zeros
+ * in place of the other heads. So q meets its own part of S and z only. */
+static void hedgehog_query(float *phi, const float *q, size_t h, size_t j, size_t n,
+                           const struct queries *u, const struct based_taylor *t) {
+    size_t degree = t->c.degree, dk = t->c.head_dim_k;
+    const float *map = t->q_map + (u->head + h) * degree * dk;
+    float *own = phi + 2 * h * degree * n + j;
+    for (size_t f = 0; f < t->features; f++) phi[f * n + j] = 0.0f;
+    for (size_t f = 0; f < degree; f++) own[f * n] = dot(map + f * dk, q, dk);
+    hedgehog_softmax(own, degree, 1, n);
+}
+
 /* phi (D, n) = a[p] * multinomial * monomial of degree p of q, for queries first .. first + n - 1,
  * with the coefficients a[p] of their heads, so that phi(q).phi(k) = w(q, k). y[j]: where the
  * result of column j goes. */
@@ -878,9 +933,11 @@ static void query_features(float *phi, float **y, const struct queries *u, size_
     for (size_t j = 0; j < n; j++) {
         size_t token = (first + j) / c->group, h = (first + j) % c->group;
         const float *from = u->q + token * u->q_stride + h * dk;
-        for (size_t i = 0; i < dk; i++) q[i * n + j] = from[i] * c->scale;
+        if (c->kernel == BASED_HEDGEHOG) hedgehog_query(phi, from, h, j, n, u, t);
+        else for (size_t i = 0; i < dk; i++) q[i * n + j] = from[i] * c->scale;
         y[j] = u->y + token * u->y_stride + h * c->head_dim_v;
     }
+    if (c->kernel == BASED_HEDGEHOG) return;
     feature_map(phi, q, n, n, c);
     for (uint32_t p = 0; p <= c->degree; p++) {
         size_t end = f + (size_t)(c->kernel == BASED_DIAGONAL && p
@@ -895,10 +952,10 @@ static void query_features(float *phi, float **y, const struct queries *u, size_
 }
 
 /* z[0], the sum of the feature 1, is the number of tokens in the sums. It is set from an exact
- * integer; only if it decays it is a sum like the others. */
+ * integer; only if it decays, or hedgehog has no such feature, it is a sum like the others. */
 static void set_count(struct head_state *s, const struct based_taylor *t) {
     uint64_t n = s->count - s->n_recent;
-    if (t->c.decay > 0.0f || t->fading == BASED_GATED) return;
+    if (t->c.decay > 0.0f || t->fading == BASED_GATED || t->c.kernel == BASED_HEDGEHOG) return;
     /* negative if pairs were subtracted while they were still recent */
     s->z[0] = n >> 63 ? -(float)(0 - n) : (float)n;
     s->comp_z[0] = 0.0f;
@@ -973,6 +1030,15 @@ static void fade_chunk(struct head_state *s, const struct based_taylor *t, float
         for (size_t j = 0; j < n; j++) phi[f * n + j] *= s->fade[at + j];
 }
 
+/* phi (D, n) of the keys at .. at + n - 1 of the chunk, and what is left of them. */
+static void key_features(float *phi, struct head_state *s, const struct based_taylor *t, size_t at,
+                         size_t n) {
+    const float *k = s->k + t->c.sinks + at;
+    if (t->c.kernel == BASED_HEDGEHOG) hedgehog_keys(phi, s, t, k, n);
+    else feature_map(phi, k, n, kv_capacity(&t->c), &t->c);
+    fade_chunk(s, t, phi, at, n);
+}
+
 /* The same when a query reads: weights (n_recent) and what the sums give are multiplied by what is
  * left of them. Returns the sum of the weights, which fade too if GATED. */
 static float fade_weights(float *weights, const struct head_state *s, const struct based_taylor *t,
@@ -994,19 +1060,25 @@ static float fade_weights(float *weights, const struct head_state *s, const stru
  * Without a window, or with fading, the weights are the polynomial. With a window they are exp(s),
  * and all weights, those behind y and *z too, are divided by exp(top), so that none overflows. If
  * the weights behind *z add up to zero or less, as those of a polynomial can, the sums are left
- * out. */
+ * out. Hedgehog: the weights are a exp(s - top), and the sums count as they are. */
 static float local_scores(float *weights, const struct head_state *s, const struct based_taylor *t,
                           const float *query, size_t head, float *y, float *z) {
-    const float *a = t->c.coefficients + head * (t->c.degree + 1);
-    float *q = weights + kv_capacity(&t->c), top = *z > 0.0f ? 0.0f : -FLT_MAX, total;
+    int hedgehog = t->c.kernel == BASED_HEDGEHOG;
+    float *q = weights + kv_capacity(&t->c), top = *z > 0.0f && !hedgehog ? 0.0f : -FLT_MAX, total;
     for (size_t i = 0; i < t->c.head_dim_k; i++) q[i] = query[i] * t->c.scale;
-    if (!t->c.window || t->fading) {
+    if (!hedgehog && (!t->c.window || t->fading)) {
+        const float *a = t->c.coefficients + head * (t->c.degree + 1);
         polynomial_scores(weights, q, s->k, s->n_recent, kv_capacity(&t->c), a, t);
         return t->fading ? fade_weights(weights, s, t, y, z) : sum(weights, s->n_recent);
     }
     /* weights = exp(q.k - top), top = the largest q.k, and at least 0 if the sums count */
     t->k->weighted_sum(weights, q, s->k, t->c.head_dim_k, s->n_recent, kv_capacity(&t->c));
     total = t->k->softmax_exp(weights, s->n_recent, 1.0f, &top);
+    if (hedgehog) {
+        float a = sigmoid(t->c.coefficients[head]);
+        for (size_t j = 0; j < s->n_recent; j++) weights[j] *= a;
+        return a * total;
+    }
     if (*z > 0.0f) {
         float unit = exp_approx(-top);
         for (size_t e = 0; e < t->c.head_dim_v; e++) y[e] *= unit;
@@ -2160,18 +2232,18 @@ static based_taylor_config taylor_config_of(const based_layer *l) {
 static int check_taylor(const based_taylor_config *t, int status, const char *where, uint32_t i,
                         based_error *e) {
     CHECK_FIELDS(status, where, i, e,
-        FIELD(t, degree, 1, BASED_MAX_DEGREE),
-        FIELD(t, kernel, 0, BASED_DIAGONAL),
+        FIELD(t, kernel, 0, BASED_HEDGEHOG),
+        FIELD(t, degree, 1, t->kernel == BASED_HEDGEHOG ? BASED_MAX_HIDDEN : BASED_MAX_DEGREE),
         FIELD(t, normalizer, 0, BASED_ONE),
         FIELD(t, chunk, 1, BASED_MAX_CHUNK),
         FIELD(t, window, 0, BASED_MAX_WINDOW),
         FIELD(t, sinks, 0, BASED_MAX_WINDOW));
     if (!is_finite(t->scale) || !is_finite(t->normalizer_eps))
         return fail(e, status, "%s %u: scale or normalizer_eps is not a number", where, i);
-    if (t->window && (t->kernel != BASED_DOT || t->normalizer != BASED_ADD
-                      || t->normalizer_eps != 0.0f))
-        return fail(e, status, "%s %u: a window beside the sums needs kernel 0, normalizer 0 and "
-                    "normalizer_eps 0", where, i);
+    if ((t->window || t->kernel == BASED_HEDGEHOG)
+        && (t->kernel == BASED_DIAGONAL || t->normalizer != BASED_ADD || t->normalizer_eps != 0.0f))
+        return fail(e, status, "%s %u: a window beside the sums needs kernel 0 or 2, normalizer 0 "
+                    "and normalizer_eps 0", where, i);
     if (!(t->decay >= 0.0f && t->decay < 1.0f))
         return fail(e, status, "%s %u: decay is not a number from 0 to below 1", where, i);
     return BASED_OK;
@@ -2203,7 +2275,7 @@ static int check_layer(const based_config *c, const based_layer *l, uint32_t i, 
         FIELD(l, rope_pairs, 0, l->head_dim_k / 2),
         FIELD(l, window, l->mixer == BASED_WINDOW, IF(attention, BASED_MAX_WINDOW)),
         FIELD(l, chunk, 0, checked),
-        FIELD(l, degree, 0, checked),
+        FIELD(l, degree, 0, l->kernel == BASED_HEDGEHOG ? widest : checked),
         FIELD(l, kernel, 0, checked),
         FIELD(l, normalizer, 0, checked),
         FIELD(l, sinks, 0, checked),
@@ -2427,8 +2499,14 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
             if (f->flags & BASED_KEY_MEAN) l->key_mean = read_floats(r, "key_mean", "", k_dim(f));
             if (f->mixer == BASED_TAYLOR) {
                 l->taylor.c = taylor_config_of(f);
-                l->taylor.c.coefficients = read_floats(r, "coefficients", "",
-                                                       U64(f->heads) * (f->degree + 1));
+                if (f->kernel == BASED_HEDGEHOG) {
+                    uint64_t map = U64(f->heads) * f->degree * f->head_dim_k;
+                    l->taylor.q_map = read_weights(r, "q_map", "", map);
+                    l->taylor.k_map = read_weights(r, "k_map", "", map);
+                    l->taylor.c.coefficients = read_weights(r, "mix", "", f->heads);
+                } else
+                    l->taylor.c.coefficients = read_floats(r, "coefficients", "",
+                                                           U64(f->heads) * (f->degree + 1));
                 l->taylor.k = m->k;
                 l->taylor.features = (uint32_t)need.features;
                 l->taylor.fading = f->fading;
@@ -2675,7 +2753,7 @@ int based_model_init(based_model **out, void *memory, size_t memory_bytes, const
     multinomial = (float *)(m->layer + c->layers);
     for (uint32_t i = 0; i < c->layers; i++) {
         struct based_taylor *t = &m->layer[i].taylor;
-        if (m->layer[i].c->mixer != BASED_TAYLOR) continue;
+        if (m->layer[i].c->mixer != BASED_TAYLOR || t->c.kernel == BASED_HEDGEHOG) continue;
         fill_multinomials(multinomial, &t->c);
         t->multinomial = multinomial;
         multinomial += t->features;
@@ -3132,7 +3210,7 @@ int based_taylor_measure(based_taylor_sizes *out, const based_taylor_config *c, 
     struct based_taylor t = { .fading = BASED_NO_FADING };
     CHECK_FIELDS(BASED_EINVAL, "Taylor attention", 0, e,
         FIELD(c, head_dim_k, 1, BASED_MAX_HIDDEN), FIELD(c, head_dim_v, 1, BASED_MAX_HIDDEN),
-        FIELD(c, group, 1, BASED_MAX_HEADS));
+        FIELD(c, group, 1, BASED_MAX_HEADS), FIELD(c, kernel, 0, BASED_DIAGONAL));
     if (check_taylor(c, BASED_EINVAL, "Taylor attention", 0, e)) return BASED_EINVAL;
     d = count_features(c, cap);
     /* an attention: the struct, the coefficients (group, degree + 1), the multinomials (d) */

@@ -404,7 +404,12 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *            (rope_freq)               [rope_pairs] uint64     rope_pairs > 0; see rope below
  *            (key_mean)                [kv_heads, head_dim_k]  flag KEY_MEAN (taylor)
  *            (coefficients)            [heads, degree + 1]     taylor: of s^0, s^1, ...; 1/p! for
- *                                                              the Taylor series of exp
+ *                                                              the Taylor series of exp; not with
+ *                                                              kernel HEDGEHOG
+ *            (q_map)                   [heads, degree,         kernel HEDGEHOG
+ *                                       head_dim_k]
+ *            (k_map)                   as q_map                kernel HEDGEHOG
+ *            (mix)                     [heads]                 kernel HEDGEHOG
  *            (fade.weight)             [kv_heads, dim]         fading == GATED
  *            (fade.bias)               [kv_heads]              fading == GATED
  *            (fade.factor)             [kv_heads]              fading == FIXED
@@ -429,7 +434,8 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *            (head.bias)               [rows]                  flag HEAD_BIAS
  *
  * Vectors and tables are float32 (rope_freq: two uint32 each, low word first). A matrix has the
- * dtype that its header field names; fade.weight, gate.weight and input.weight are float32.
+ * dtype that its header field names; q_map, k_map, fade.weight, gate.weight and input.weight are
+ * float32.
  *
  * Q8 and Q4. Rows are padded with zeros to a multiple of 16, columns to a multiple of 32. The
  * columns of a row share a scale in groups of 64 (Q8; the last group may have 32) or 32 (Q4). Two
@@ -470,6 +476,7 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              kernel DOT:      w(q, k) = sum_p coefficients[p] s^p, with s = scale q.k
  *              kernel DIAGONAL: w(q, k) = coefficients[0]
  *                                         + sum_i sum_{p >= 1} coefficients[p] (scale q_i k_i)^p
+ *              kernel HEDGEHOG: see below
  *              N(z): ADD z + eps; CLAMP max(z, eps); RAW z, where 0/0 gives 0 and x/0 gives
  *              +-FLT_MAX; ONE 1, with eps = normalizer_eps
  *              KEY_MEAN: k - key_mean is used in place of k, after rope.
@@ -490,6 +497,12 @@ int based_to_native(void *bytes, size_t size, int flags, based_error *e);
  *              exp(m), where m = max_j scale q.k_j over the keys that are not in the sums, or 0 if
  *              that is larger and z > 0: their weight is exp(scale q.k_j - m), and what the sums
  *              contribute is multiplied by exp(-m).
+ *     hedgehog Taylor layers with kernel HEDGEHOG (LoLCATs; Zhang et al. 2024, arXiv 2410.10254).
+ *              Query head h has w(q, k) = phi(q_map[h] q).phi(k_map[h] k) for keys in the sums,
+ *              with phi(u) = softmax(u) followed by softmax(-u), each number at least 1e-12. Keys
+ *              that are not in the sums have w(q, k) = sigmoid(mix[h]) exp(scale q.k - m), with m =
+ *              max_j scale q.k_j over these keys, whatever the window, which may be 0. The sums are
+ *              used as they are. Only with normalizer ADD and eps 0, without fading and PREFIX.
  *     fading   GATED: w(q, k_j) is multiplied by the product of g_i over the tokens i after token
  *              j, up to the present one, with g = sigmoid(fade.weight x + fade.bias), x =
  *              norm1(x'), of its key/value head (x': see gates). With normalizer ADD and eps 0 the
@@ -588,7 +601,7 @@ struct based_config {                   /* offset */
 
 enum based_mixer { BASED_MIXER_NONE = 0, BASED_CONV = 1, BASED_TAYLOR = 2, BASED_WINDOW = 3 };
 enum based_mlp { BASED_MLP_NONE = 0, BASED_SWIGLU = 1, BASED_GELU = 2, BASED_GELU_TANH = 3 };
-enum based_kernel { BASED_DOT = 0, BASED_DIAGONAL = 1 };
+enum based_kernel { BASED_DOT = 0, BASED_DIAGONAL = 1, BASED_HEDGEHOG = 2 };
 enum based_normalizer { BASED_ADD = 0, BASED_CLAMP = 1, BASED_RAW = 2, BASED_ONE = 3 };
 enum based_fading { BASED_NO_FADING = 0, BASED_GATED = 1, BASED_FIXED = 2 };
 
@@ -614,7 +627,7 @@ struct based_layer {                    /* offset; fields that a mixer does not 
     uint32_t window;                    /*  44  window: visible keys, the present one included;
                                                 taylor: newest keys with exact weights, 0: none */
     uint32_t chunk;                     /*  48  taylor: keys that are flushed together */
-    uint32_t degree;                    /*  52  taylor: highest power */
+    uint32_t degree;                    /*  52  taylor: highest power; HEDGEHOG: rows of a map */
     uint32_t kernel;                    /*  56  taylor: based_kernel */
     uint32_t normalizer;                /*  60  taylor: based_normalizer */
     float    normalizer_eps;            /*  64 */

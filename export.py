@@ -188,7 +188,11 @@ def tensors(config, layers):
             add(l.flags & QK_NORM, "k_norm.weight", l.head_dim_k)
             add(l.rope_pairs, "rope_freq", l.rope_pairs, dtype=U64)
             add(l.flags & KEY_MEAN, "key_mean", l.kv_heads, l.head_dim_k)
-            add(l.mixer == TAYLOR, "coefficients", l.heads, l.degree + 1)
+            hedgehog = l.mixer == TAYLOR and l.kernel == HEDGEHOG
+            add(l.mixer == TAYLOR and not hedgehog, "coefficients", l.heads, l.degree + 1)
+            add(hedgehog, "q_map", l.heads, l.degree, l.head_dim_k)
+            add(hedgehog, "k_map", l.heads, l.degree, l.head_dim_k)
+            add(hedgehog, "mix", l.heads)
             add(l.fading == GATED, "fade.weight", l.kv_heads, dim)
             add(l.fading == GATED, "fade.bias", l.kv_heads)
             add(l.fading == FIXED, "fade.factor", l.kv_heads)
@@ -632,6 +636,9 @@ def open_directory(path, options, note):
         if (path / name).exists():
             source = reader(path / name, settings)
             other = any(tensor.endswith("embed_tokens.weight") for tensor in source.shapes)
+            if options.lolcats:
+                more = [open_torch(Path(folder) / "model.pt") for folder in options.lolcats]
+                source = huggingface.with_lolcats(source, *more)
             return (huggingface if other else hazyresearch).read(source, options, note)
     raise Refused(f"{path} holds config.json but neither {' nor '.join(WEIGHTS)}")
 
@@ -639,6 +646,7 @@ def open_directory(path, options, note):
 def inputs(options):
     """The files that this command reads, as far as they are known before anything is read."""
     yield from filter(None, (options.source, options.random, options.tokenizer, options.calibrate))
+    yield from (Path(folder) / "model.pt" for folder in options.lolcats or ())
     yield GPT2_MERGES
     path = Path(options.source or "")
     if options.source and (path.is_dir() or path.name in ("config.json", *WEIGHTS)):
@@ -690,6 +698,8 @@ SHAPES = {**hazyresearch.SHAPES, **huggingface.SHAPES}
 EXAMPLES = """examples:
   export.py based-360m/ based-360m.bin                   a HazyResearch/based download
   export.py SmolLM2-135M/ smollm2.bin --dtype q8         a download of Hugging Face transformers
+  export.py Meta-Llama-3.1-8B/ out.bin --lolcats lolcats-llama-3.1-8b-distill/ \
+            lolcats-llama-3.1-8b-ft-lora/                Llama with linear attention
   export.py stories15M.bin out.bin --tokenizer tokenizer.bin    a llama2.c model
   export.py layer.pt layer.bin --heads 8 --mode causal --no-shift
                                                 a layer of taylor-series-linear-attention
@@ -750,6 +760,8 @@ def convert(options, temporary, note):
         if getattr(options, name) and not bare:
             raise Refused(f"--{name} belongs to layers of taylor-series-linear-attention and "
                           f"Edifice models, which {path} is not")
+    if options.lolcats and not any(l.kernel == HEDGEHOG for l in layers):
+        raise Refused(f"--lolcats belongs to a model of the Llama family, which {path} is not")
 
     # What the origin does not tell: dtypes, name, tokenizer.
     dtype = options.dtype or "f32"
@@ -843,6 +855,8 @@ def arguments(argv):
     add("--decay", "--forget", type=between(0, 1 - 2.0 ** -24, float), metavar="F",
         help="taylor layers: the part that the sums lose each time a chunk is flushed into them "
         "(0, or as the origin says). A checkpoint of based.c can be given both")
+    add("--lolcats", nargs=2, metavar="DIR", help="of a Llama with linear attention: the two "
+        "downloads that change the base model SOURCE (distill and ft-lora)")
     add("--name", metavar="TEXT", help="what the checkpoint calls itself (default: from SOURCE)")
     add("--random", metavar="SHAPE",
         help=f"write random weights: {', '.join(SHAPES)}, or a config.json")

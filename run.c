@@ -1246,8 +1246,9 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
         snprintf(shape, sizeof shape, "%u channels, width %u", (unsigned)l->head_dim_v,
                  (unsigned)l->conv_width);
     } else if (l->mixer == BASED_TAYLOR) {
-        n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, degree %u", heads,
-                     (unsigned)l->head_dim_k, (unsigned)l->head_dim_v, (unsigned)l->degree);
+        n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, %s %u", heads,
+                     (unsigned)l->head_dim_k, (unsigned)l->head_dim_v,
+                     l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree", (unsigned)l->degree);
         if (l->window) {
             snprintf(shape + n, sizeof shape - (size_t)n, ", last %u tokens exact",
                      (unsigned)l->window);

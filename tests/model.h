@@ -50,6 +50,7 @@ struct wish {
     uint32_t input;                     /* 0, or the width of vectors */
     uint32_t dtype;                     /* of all matrices */
     uint32_t window;                    /* of the last layer, whose keys then have a mean */
+    uint32_t kernel;                    /* of the last layer; HEDGEHOG needs a window */
 };
 
 /* Random bits make good weights, but no good scales. */
@@ -83,6 +84,7 @@ static inline based_model *make_model(struct wish wish) {
     }
     if (wish.window)
         l[3].window = wish.window, l[3].normalizer_eps = 0.0f, l[3].flags |= BASED_KEY_MEAN;
+    l[3].kernel = wish.kernel;
     if (wish.input) c->input = wish.input, c->flags = BASED_INPUT_PROJECTION;
     m->c = c;
     m->k = choose_kernels(0);
@@ -98,7 +100,7 @@ static inline based_model *make_model(struct wish wish) {
         const struct matrix *all[] = { &m->layer[i].in, &m->layer[i].out, &m->layer[i].up,
                                        &m->layer[i].down };
         for (size_t a = 0; a < COUNT(all); a++) set_scales(bytes, all[a]);
-        for (size_t h = 0; layers[i].mixer == BASED_TAYLOR && h < layers[i].heads; h++) {
+        for (size_t h = 0; m->layer[i].taylor.c.coefficients && h < layers[i].heads; h++) {
             float series[] = { wish.constant, 1.0f, 0.5f, 0.1666667f };
             size_t n = layers[i].degree + 1,
                 at = (size_t)((const unsigned char *)m->layer[i].taylor.c.coefficients - bytes);

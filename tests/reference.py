@@ -135,7 +135,10 @@ def read(path):
             l.rope_freq = np.frombuffer(section(8 * l.rope_pairs), "<u8")
         if l.flags & 512:
             l.key_mean = vector(l.kv_heads, l.head_dim_k)
-        if l.mixer == 2:
+        if l.kernel == 2:
+            l.q_map, l.k_map = (vector(l.heads, l.degree, l.head_dim_k) for _ in range(2))
+            l.mix = vector(l.heads)
+        elif l.mixer == 2:
             l.coefficients = vector(l.heads, l.degree + 1)
         if l.fading == 1:
             l.fade_weight, l.fade_bias = vector(l.kv_heads, m.dim), vector(l.kv_heads)
@@ -251,6 +254,13 @@ def with_window(score, w, past, flushed):
     return old * np.exp(-top) + np.where(past & ~flushed, np.exp(np.minimum(score - top, 0)), 0)
 
 
+def hedgehog(x, weights):
+    """The features of x [n, head_dim_k]: softmax of u and of -u."""
+    u = x @ weights.T
+    both = [np.exp(s - s.max(1, keepdims=True)) for s in (u, -u)]
+    return np.maximum(np.concatenate([e / e.sum(1, keepdims=True) for e in both], 1), 1e-12)
+
+
 def attention(l, x, q, k, v, first, k_enc=None, v_enc=None):
     """Taylor or window; q [n, heads*head_dim_k], k, v likewise for the kv heads; x [n, dim], of
     which they were computed. k_enc, v_enc: of the prefix. Returns [n, heads, head_dim_v]."""
@@ -275,16 +285,22 @@ def attention(l, x, q, k, v, first, k_enc=None, v_enc=None):
                          0)
             y[:, h] = w @ vh / w.sum(1, keepdims=True)
         else:
-            a = l.coefficients[h]
-            if l.kernel == 0:
-                score = l.scale * qh @ kh.T
+            a = l.coefficients[h] if l.kernel < 2 else None
+            score = l.scale * qh @ kh.T
+            if l.kernel == 2:
+                w = hedgehog(qh, l.q_map[h]) @ hedgehog(kh, l.k_map[h]).T
+            elif l.kernel == 0:
                 w = sum(a[p] * score ** p for p in range(l.degree + 1))
             else:
                 score = l.scale * qh[:, None, :] * kh[None, :, :]
                 w = a[0] + sum(a[p] * (score ** p).sum(-1) for p in range(1, l.degree + 1))
             since = flushed_chunks(l, n)
             w = np.where(past, w * (1 - l.decay) ** np.maximum(since, 0), 0)
-            if l.window and not l.fading:
+            if l.kernel == 2:
+                exact = np.where(past & (since < 0), score, -np.inf)
+                exact = np.exp(exact - exact.max(1, keepdims=True))
+                w = np.where(since >= 0, w, 0) + sigmoid(l.mix[h]) * exact
+            elif l.window and not l.fading:
                 w = with_window(score, w, past, since >= 0)
             of_values = w
             if l.fading:
@@ -366,7 +382,9 @@ def state_floats(m, l):
     much of each is left, if they fade; a ring of keys and values; the token before, if channels are
     shifted."""
     token, features = l.kv_heads * (l.head_dim_k + l.head_dim_v), 1 + l.degree * l.head_dim_k
-    if l.kernel == 0:
+    if l.kernel == 2:
+        features = l.heads // l.kv_heads * 2 * l.degree
+    elif l.kernel == 0:
         features = math.comb(l.degree + l.head_dim_k, l.degree)
     of_sums = l.head_dim_v + 2 + (0 if l.decay or l.fading else (l.head_dim_v + 1) // 2)
     room = l.sinks + l.window + l.chunk
@@ -500,8 +518,12 @@ def later_choices(rng, config, layers, fixed):
             l.flags |= export.QK_NORM if rng.random() < 0.3 else 0
             if l.flags & export.VALUE_GATES and rng.random() < 0.4:
                 l.flags ^= export.VALUE_GATES | export.VALUE_FACTORS
-        if (l.mixer == export.TAYLOR and not l.kernel and l.window != 1 and not fixed
-                and rng.random() < 0.5):
+        if l.mixer == export.TAYLOR and l.kernel and not fixed and rng.random() < 0.5:
+            l.kernel, l.degree = export.HEDGEHOG, int(rng.integers(1, 12))
+            l.normalizer, l.normalizer_eps = export.ADD, 0.0
+            l.scale, l.window = 1 / math.sqrt(l.head_dim_k), int(rng.integers(0, 3)) * 9
+        elif (l.mixer == export.TAYLOR and not l.kernel and l.window != 1 and not fixed
+              and rng.random() < 0.5):
             l.sinks = l.decay = 0
             l.fading = int(rng.integers(1 if config.input or l.window else 0, 3))
             if not l.fading:

@@ -34,7 +34,7 @@ for dtype in f32 q8 q4; do
     fi
 done
 # Random models of single kinds of memory: windows beside sums, sinks and decay; sums that fade by gates beside newest keys, and by
-# fixed factors; a prefix; norms of queries and keys.
+# fixed factors; a prefix; norms of queries and keys; hedgehog features.
 "$python" - "$work" <<'END' >"$work/log" 2>&1
 import sys
 sys.path += ["tests", "."]
@@ -46,12 +46,13 @@ for seed, name, mixers, layer, config in (
         (40, "gates", [2, 2], {**sums, "fading": 1, "window": 11, "heads": 6, "kv_heads": 2}, {}),
         (41, "factors", [2, 2], {**sums, "fading": 2, "flags": 4096}, {}),
         (42, "prefix", [2, 2], {**sums, "flags": 2048, "mlp": 3, "hidden_dim": 40}, {"prefix": 64}),
-        (43, "norms", [3, 2], {"flags": 1024}, {})):
+        (43, "norms", [3, 2], {"flags": 1024}, {}),
+        (44, "hedgehog", [2, 2], {**sums, "kernel": 2, "degree": 6, "window": 11, "heads": 6, "kv_heads": 2}, {})):
     rng = numpy.random.default_rng(seed)
     reference.random_checkpoint(rng, f"{sys.argv[1]}/{name}.bin", mixers=mixers, layer=layer, dim=48, input=0, rows=64, vocab=64,
                                 flags=1, **config)
 END
-for name in beside gates factors prefix norms; do
+for name in beside gates factors prefix norms hedgehog; do
     if [ -f "$work/$name.bin" ]; then models="$models $work/$name.bin"; else absent="$absent $name"; fi
 done
 

@@ -315,7 +315,7 @@ int main(void) {
     based_model *m[3],
         *sighted = make_model((struct wish){ .seed = 4, .constant = 1, .input = INPUT });
     for (uint32_t dtype = 0; dtype < 3; dtype++)
-        m[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5 });
+        m[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5, 0 });
     for (size_t i = 0; i < TOKENS; i++) text[i] = (int32_t)(random_u32() % VOCAB);
     for (size_t i = 0; i < COUNT(vectors); i++)
         vectors[i] = (float)random_u32() / 2147483648.0f - 0.5f;

@@ -300,6 +300,62 @@ def test_window_of_sums_refused(capsys, tmp_path):
           tmp_path / "out.bin")
 
 
+LOLCATS = [
+    ("distill", {"layers.1.self_attn.window_factors": None}, "no known layer.*layers.1"),
+    ("distill", {"layers.0.self_attn.feature_map_k.mlp.layer": (4, 16, 7)}, "feature_map_k.*shape"),
+    ("distill", {"layers.0.self_attn.window_factors": (4,)}, "window_factors has shape"),
+    ("distill", {"layers.0.mlp.up_proj.weight": (2, 2)}, "up_proj.weight, which is in"),
+    ("distill", {"layers.7.self_attn.window_factors": (1, 4, 1, 1)}, "no known layer.*layers.7"),
+    ("ft-lora", {"layers.0.self_attn.q_proj.lora_B.default.weight": None}, "lacks .*lora_B.weight"),
+    ("ft-lora", {"layers.0.self_attn.q_proj.lora_A.default.weight": None}, "but no .*lora_A"),
+    ("ft-lora", {"layers.0.self_attn.q_proj.lora_A.default.weight": (3, 64)}, "lora_B.*shape"),
+    ("ft-lora", {"layers.9.self_attn.q_proj.lora_A.default.weight": (2, 64)}, "lacks .*layers.9")]
+
+
+def lolcats(tmp_path, changes={}, file="distill"):
+    """--lolcats and copies of its two folders. changes: of a file, name without what stands before
+    "layers" -> None, to leave the tensor out, or the shape of a new one."""
+    torch = pytest.importorskip("torch")
+    folders = [tmp_path / name for name in ("distill", "ft-lora")]
+    for folder in folders:
+        shutil.copytree(DATA.parent / "lolcats-tiny" / folder.name, folder)
+        state = torch.load(folder / "model.pt")
+        begin = next(iter(state)).split("layers.")[0]
+        for name, shape in changes.items() if folder.name == file else ():
+            state.pop(begin + name, None)
+            if shape:
+                state[begin + name] = torch.zeros(shape)
+        torch.save({"model_state_dict": state}, folder / "model.pt")
+    return ["--lolcats", *folders]
+
+
+@pytest.mark.parametrize("file, changes, pattern", LOLCATS, ids=repr)
+def test_lolcats_refused(capsys, tmp_path, file, changes, pattern):
+    given = lolcats(tmp_path, changes, file)
+    fails(capsys, pattern, *given, DATA.parent / "lolcats-tiny", tmp_path / "out.bin")
+
+
+def test_lolcats_of_another_model_refused(capsys, tmp_path):
+    given = lolcats(tmp_path)
+    fails(capsys, "--lolcats belongs to", *given, Path(export.__file__).parent / "models" /
+          "stories260K.bin", "--sinks", 1, tmp_path / "out.bin")
+    fails(capsys, "o_proj.*shape", *given, DATA / "qwen3", tmp_path / "out.bin")
+
+
+def test_lolcats_by_default(capsys, tmp_path):
+    """The released windows, in any order of the two folders; what --info says."""
+    option, *folders = lolcats(tmp_path)
+    for name, order in (("a", folders), ("b", folders[::-1])):
+        model, _ = exported(capsys, DATA.parent / "lolcats-tiny", tmp_path / f"{name}.bin", option,
+                            *order)
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+    done = subprocess.run([Path(export.__file__).parent / "run", tmp_path / "a.bin", "--info"],
+                          capture_output=True, text=True, check=True)
+    assert "hedgehog 8, last 64 tokens exact" in done.stdout
+    assert [(l.window, l.chunk) for l in export.Checkpoint(tmp_path / "a.bin").layers] == [
+        (64, 64)] * 2
+
+
 @pytest.mark.parametrize("option", ["--sinks", "--decay"])
 def test_sinks_and_decay_refused(capsys, tmp_path, option):
     fails(capsys, f"{option} is not for .*fade by themselves", option, 0, DATA / "powercoder",

@@ -111,6 +111,21 @@ def test_variants_of_based(variant):
             assert np.abs(got - golden).max() < TOLERANCE, file.name
 
 
+@pytest.mark.parametrize("window, logits", [((7, 1), "logits"), ((8, 8), "logits_terraced")])
+def test_lolcats(tmp_path, window, logits):
+    """A Llama, its feature maps and its LoRA, with both kinds of window of the original."""
+    pytest.importorskip("torch")
+    folder, out = DATA / "lolcats-tiny", tmp_path / "out.bin"
+    assert export.main([str(folder), str(out), "--lolcats", str(folder / "distill"),
+                        str(folder / "ft-lora"), "--window", str(window[0]),
+                        "--chunk", str(window[1])]) == 0
+    tokens = np.fromfile(folder / "tokens.i32", "<i4")
+    golden = np.fromfile(folder / f"{logits}.f32", "<f4").reshape(len(tokens), -1)
+    assert np.abs(reference.run(reference.read(out), tokens) - golden).max() < 1e-6
+    for block in (1, 7, 64):
+        assert np.abs(through_c(out, tokens, block) - golden).max() < TOLERANCE
+
+
 STORIES = Path(export.__file__).resolve().parent / "models" / "stories260K.bin"
 
 

@@ -137,6 +137,19 @@ def test_sinks_and_decay(random_model, sinks, decay, window):
         assert off("sinks", sinks + 1) > 100 and off("chunk", 5) > 100
 
 
+@pytest.mark.parametrize("window, chunk, heads, sinks, decay",
+                         [(0, 1, 1, 0, 0.0), (63, 1, 2, 0, 0.0), (16, 16, 6, 0, 0.0),
+                          (5, 40, 6, 3, 0.2)])
+def test_hedgehog(random_model, window, chunk, heads, sinks, decay):
+    """Features of each query head, beside exact keys whose part is a number of the head."""
+    off = alone(random_model, window, {
+        "kernel": export.HEDGEHOG, "window": window, "chunk": chunk, "heads": heads, "degree": 5,
+        "kv_heads": 1 + (heads > 2), "sinks": sinks, "decay": decay})
+    assert off("window", window + 1) > 100 and off("chunk", chunk + 1) > 100
+    assert off("mix", np.zeros(heads)) > 100 and off("q_map", np.ones((heads, 5, 8))) > 100
+    assert off("decay", decay + 0.05) > 100
+
+
 def test_generator_covers_the_format(tmp_path):
     """What the random models of this file contain, all in all; so that no choice can get lost
     unnoticed."""
@@ -171,7 +184,7 @@ def test_generator_covers_the_format(tmp_path):
     wanted |= {(mixer, "flag", bit) for mixer in ("conv", "taylor", "window")
                for bit in (0, 1, 3, 4, 6, 7, 8)} | {("conv", "flag", 2)}
     wanted |= {(mixer, "flag", 5) for mixer in ("taylor", "window")}
-    wanted |= {("kernel", 0), ("kernel", 1)}
+    wanted |= {("kernel", i) for i in range(3)}
     wanted |= {(mixer, "rope_pairs", i) for mixer in ("taylor", "window")
                for i in range(3)} | {("conv_width", i) for i in range(1, 6)}
     wanted |= {(mixer, "grouped", yes) for mixer in ("taylor", "window") for yes in (True, False)}
@@ -186,13 +199,16 @@ def test_generator_covers_the_format(tmp_path):
 
 
 # ---- The same tokens in any way give the same bits. Seven models with all mixers, three of them
-# quantized; then fading by gates and by a fixed factor, and a prefix that is not used.
+# quantized; then fading by gates and by a fixed factor, a prefix that is not used, and hedgehog
+# features beside a window.
 
 ALL = [export.CONV, export.TAYLOR, export.WINDOW, export.TAYLOR]
 FADING = [export.TAYLOR, export.TAYLOR]
 PLAIN_SUMS = {"kernel": 0, "window": 0, "sinks": 0, "decay": 0.0, "degree": 2, "chunk": 9,
               "normalizer": export.ADD, "normalizer_eps": 0.0}
 WITH_PREFIX = {**PLAIN_SUMS, "flags": export.PREFIX, "rope_pairs": 0, "fading": 0}
+HEDGEHOG = {**PLAIN_SUMS, "kernel": export.HEDGEHOG, "degree": 6, "heads": 6, "kv_heads": 2,
+            "head_dim_k": 8, "rope_pairs": 4, "window": 10, "fading": 0}
 TOKENS = {"input": 0, "rows": 50, "vocab": 47, "flags": export.TIED}
 MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **TOKENS}),
           (102, {"mixers": ALL, "layer": {"chunk": 5, "window": 7, "conv_width": 4}, **TOKENS}),
@@ -203,7 +219,8 @@ MODELS = [(100, {"mixers": ALL, **TOKENS}), (101, {"mixers": ALL, "dim": 48, **T
           (107, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 1, "window": 11}, **TOKENS}),
           (108, {"mixers": FADING, "layer": {**PLAIN_SUMS, "fading": 2, "flags": export.QK_NORM},
                  **TOKENS}),
-          (109, {"mixers": FADING, "layer": WITH_PREFIX, "prefix": 24, **TOKENS})]
+          (109, {"mixers": FADING, "layer": WITH_PREFIX, "prefix": 24, **TOKENS}),
+          (110, {"mixers": FADING, "layer": HEDGEHOG, **TOKENS})]
 BUDGET = settings(max_examples=10, deadline=None, derandomize=True,
                   suppress_health_check=list(hypothesis.HealthCheck))
 EVERY_MODEL = pytest.mark.parametrize("index", range(len(MODELS)))

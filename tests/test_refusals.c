@@ -100,7 +100,7 @@ static const struct { const char *name; size_t at; struct range range[4]; } laye
     LAYER(window,     { 0, 0 }, { 0, 0 },        { 0, WINDOW },           { 1, WINDOW }),
     LAYER(chunk,      { 0, 0 }, { 0, 0 },        { 1, BASED_MAX_CHUNK },  { 0, 0 }),
     LAYER(degree,     { 0, 0 }, { 0, 0 },        { 1, BASED_MAX_DEGREE }, { 0, 0 }),
-    LAYER(kernel,     { 0, 0 }, { 0, 0 },        { 0, BASED_DIAGONAL },   { 0, 0 }),
+    LAYER(kernel,     { 0, 0 }, { 0, 0 },        { 0, BASED_HEDGEHOG },   { 0, 0 }),
     LAYER(normalizer, { 0, 0 }, { 0, 0 },        { 0, BASED_ONE },        { 0, 0 }),
     LAYER(rope_pairs, { 0, 0 }, { 0, 0 },        { 0, 1 },                { 0, 2 }),
     LAYER(mlp,        SAME(BASED_GELU_TANH)),
@@ -228,6 +228,17 @@ static void test_other_words(void) {
         reserved[i] = 0;
     }
     CHECK(opens(bytes, n) == 0);
+    based_layer *taylor = (based_layer *)(void *)(bytes + last);
+    taylor->kernel = BASED_HEDGEHOG, taylor->degree = 0;
+    REFUSED(opens(bytes, n), BASED_EFORMAT, "degree is 0, expected 1 to");
+    taylor->degree = BASED_MAX_HIDDEN + 1;
+    REFUSED(opens(bytes, n), BASED_EFORMAT, "degree is 1048577, expected 0 to");
+    taylor->degree = 1, taylor->normalizer = BASED_CLAMP;
+    REFUSED(opens(bytes, n), BASED_EFORMAT, "normalizer 0");
+    taylor->normalizer = BASED_ADD, taylor->normalizer_eps = 1.0f;
+    REFUSED(opens(bytes, n), BASED_EFORMAT, "normalizer_eps 0");
+    taylor->normalizer_eps = 0.0f, taylor->fading = BASED_GATED;
+    REFUSED(opens(bytes, n), BASED_EFORMAT, "another kernel");
 }
 
 /* Files as long as their header says, but not as it means: cut at every byte, and longer; a section
@@ -434,6 +445,8 @@ static void test_attentions(void) {
     REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "head_dim_k is 0, expected 1 to");
     k.head_dim_k = BASED_MAX_HIDDEN + 1;
     REFUSED(based_taylor_init(&t, &k, NULL, 0, &e), BASED_EINVAL, "head_dim_k is 1048577");
+    k = good, k.kernel = BASED_HEDGEHOG;
+    REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "kernel is 2, expected 0 to 1");
     k = good, k.scale = NAN;
     REFUSED(based_taylor_measure(&sizes, &k, &e), BASED_EINVAL, "not a number");
     k = good, k.normalizer_eps = INFINITY;

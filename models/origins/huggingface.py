@@ -1,6 +1,7 @@
 """Decoders in the form of Hugging Face transformers: https://github.com/huggingface/transformers
 (the families of Llama, Mistral, Qwen2 and Qwen3), and two models of the same form with power
-retention in place of attention: PowerCoder and Brumby of https://huggingface.co/manifestai.
+retention in place of attention: PowerCoder and Brumby of https://huggingface.co/manifestai; and a
+Llama with what https://github.com/HazyResearch/lolcats makes of it.
 
 A directory with config.json and model.safetensors or pytorch_model.bin (or the parts that an index
 of either lists). FAMILIES has the fields of config.json that are read, with the original's own
@@ -14,6 +15,8 @@ defaults; model_type is the family. All sizes follow from them, and the tensors 
                                                     and there
       self_attn.q_norm, k_norm                      q_norm, k_norm (Qwen3, Brumby)
       self_attn.g_proj (power retention)            fade: sigmoid of it is what the sums keep
+      self_attn.feature_map_q.mlp.layer (LoLCATs)   q_map, each head transposed; so k_map
+      self_attn.window_factors (LoLCATs)            mix
     model.layers.I.post_attention_layernorm         norm2
       mlp.gate_proj, up_proj, down_proj             up (gate, value), down: SWIGLU
       mlp.c_fc, c_proj (PowerCoder)                 up, down: GELU_TANH
@@ -21,14 +24,17 @@ defaults; model_type is the family. All sizes follow from them, and the tensors 
 
 Attention over all tokens becomes a window: a session has a fixed size, and a ring for the whole
 context of such a model would often not fit into memory. Power retention is Taylor attention with
-the weight (scale q.k)^2, whose sums fade by a gate of each token.
+the weight (scale q.k)^2, whose sums fade by a gate of each token. A Llama of LoLCATs sees the
+newest tokens exactly and all others by hedgehog features; its downloads are two files model.pt, one
+with feature maps and factors, one with a LoRA of the projections W, which become W + 2 B A.
 """
 import json
 import math
+import re
 
 import numpy as np
 
-from . import (ADD, DOT, DOWN_BIAS, GATED, GELU_TANH, IN_BIAS, NORM_LAYER, NORM_RMS,
+from . import (ADD, DOT, DOWN_BIAS, GATED, GELU_TANH, HEDGEHOG, IN_BIAS, NORM_LAYER, NORM_RMS,
                OUT_BIAS, QK_NORM, SWIGLU, TAYLOR, TIED, UP_BIAS, WINDOW, Model, Refused, Settings,
                Source, equal, fractions_of_a_turn, frequencies, random_rows)
 
@@ -72,6 +78,10 @@ KEPT = 4096
 # beside them at least. Reading a key takes 1/4000 of the time of reading the sums, so a prompt of
 # 512 tokens, which needs no sums, is read 3 times as fast; for 12 % more state.
 FLUSHED, RECENT = 64, 448
+FACTORS = "self_attn.window_factors"
+# Of LoLCATs, whose files do not say it: newest tokens that are exact, at least, and tokens that are
+# flushed together; lora_alpha / r.
+TERRACE, LORA_SCALE = 64, 2
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -106,6 +116,40 @@ def clean_name(name):
     return None if name.endswith("rotary_emb.inv_freq") else name
 
 
+def with_lolcats(source, *files):
+    """The tensors of a Llama with those of the two files of LoLCATs: feature maps and factors
+    beside its own, and the LoRA added to its projections."""
+    def clean(name):
+        return re.sub(r"^(base_model\.)?(model\.)+", "model.", name).replace(".default.", ".")
+
+    shapes, maps, lora = dict(source.shapes), {}, {}
+    for file in (file.renamed(clean) for file in files):
+        for name in sorted(file.shapes):
+            stem, _, part = name.partition(".lora_")
+            if part == "A.weight":
+                rows, cols = source.shape(stem + ".weight", None, None)
+                rank, _ = file.shape(name, None, cols)
+                lora[stem + ".weight"] = (file.take(stem + ".lora_B.weight", rows, rank),
+                                          file.take(name, rank, cols))
+            elif not part:
+                if name in shapes:
+                    raise Refused(f"{file.where} holds {name}, which is in {source.where} too")
+                shapes[name] = file.shapes[name]
+                maps[name] = file.take(name, *shapes[name])
+            elif stem + ".lora_A.weight" not in file:
+                raise Refused(f"{file.where} holds {name}, but no {stem}.lora_A.weight")
+
+    def load(name, begin, end):
+        if name in maps:
+            return maps[name][begin:end]
+        rows = source.load(name, begin, end)
+        if name in lora:
+            b, a = lora[name]
+            rows = rows + np.float32(LORA_SCALE) * (b[begin:end] @ a())
+        return rows
+    return Source(shapes, load, source.where, source.settings, source.unusable)
+
+
 def read(source, options, note):
     """See __init__.py. options: window (visible keys, or None for the default), chunk."""
     given = source.settings
@@ -136,7 +180,10 @@ def read(source, options, note):
         l.heads, l.kv_heads, l.head_dim_k, l.head_dim_v = heads, kv, width, width
         l.scale, l.rope_pairs = width ** -0.5, width // 2
         m.norm("norm1", "input_layernorm", norm)
-        if family in RETENTION:
+        if family == "llama" and FACTORS in m:
+            l.mixer, l.kernel, l.window = TAYLOR, HEDGEHOG, options.window or TERRACE
+            l.chunk = options.chunk or TERRACE
+        elif family in RETENTION:
             l.mixer, l.window, l.chunk = TAYLOR, RECENT, options.chunk or FLUSHED
         else:
             l.mixer, l.window = WINDOW, visible(c, i, options.window)
@@ -183,7 +230,15 @@ def read_mixer(m, l):
         for name in ("q_norm", "k_norm"):
             m.put(f"{name}.weight", m.load(f"self_attn.{name}.weight", width))
     m.put("rope_freq", lambda: m.table)
-    if l.mixer == TAYLOR:
+    if l.kernel == HEDGEHOG:
+        l.normalizer, maps = ADD, "self_attn.feature_map_{}.mlp.layer"
+        _, _, l.degree = m.shape(maps.format("q"), heads, width, None)
+        for ours in "qk":
+            rows = m.load(maps.format(ours), heads, width, l.degree)
+            m.put(f"{ours}_map", lambda rows=rows: rows().transpose(0, 2, 1))
+        mix = m.load(FACTORS, 1, heads, 1, 1)
+        m.put("mix", lambda: mix().reshape(heads))
+    elif l.mixer == TAYLOR:
         l.degree, l.kernel, l.normalizer, l.fading = 2, DOT, ADD, GATED
         m.taylor(l, [0, 0, 1])
         gate = [("self_attn.g_proj", kv)]
@@ -230,7 +285,7 @@ def visible(c, i, given):
 def tell_window(m, options, note):
     """Says what windows cost, and what they forget."""
     layers = [l for l in m.layers if l.mixer == WINDOW]
-    if options.window and not layers:
+    if options.window and not layers and not m.layers[0].kernel:
         raise Refused("--window is about layers that keep keys, and this model has sums alone")
     cut = [l for i, l in enumerate(layers)
            if l.window < (sliding(m.settings, i) or m.config.context)]

@@ -232,9 +232,10 @@ static size_t put_tokenizer(unsigned char *to) {
 static void write_seeds(void) {
     static _Alignas(64) unsigned char p[WORK];
     static const struct { const char *name; struct wish wish; } seeds[] = {
-        { "f32", { 7, 1.0f, 0, BASED_F32, 0 } }, { "q8", { 7, 1.0f, 0, BASED_Q8, 0 } },
-        { "q4", { 8, 0.0f, 0, BASED_Q4, 0 } },
-        { "vectors", { 9, 1.0f, 6, BASED_F32, 0 } }, { "window", { 7, 1.0f, 0, BASED_F32, 5 } }
+        { "f32", { 7, 1.0f, 0, BASED_F32, 0, 0 } }, { "q8", { 7, 1.0f, 0, BASED_Q8, 0, 0 } },
+        { "q4", { 8, 0.0f, 0, BASED_Q4, 0, 0 } }, { "vectors", { 9, 1.0f, 6, BASED_F32, 0, 0 } },
+        { "window", { 7, 1.0f, 0, BASED_F32, 5, 0 } },
+        { "hedgehog", { 7, 1.0f, 0, BASED_F32, 5, BASED_HEDGEHOG } }
     };
     for (size_t i = 0; i < COUNT(seeds); i++) {
         const unsigned char *bytes
