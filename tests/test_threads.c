@@ -132,7 +132,7 @@ static void test_all_thread_counts(void) {}
 
 int main(void) {
     for (uint32_t dtype = 0; dtype < 3; dtype++)
-        models[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5 });
+        models[dtype] = make_model((struct wish){ dtype + 1, 1, 0, dtype, 5, 0 });
     models[3] = make_model((struct wish){ .seed = 4, .constant = 1, .input = INPUT });
     for (size_t i = 0; i < COUNT(text); i++) text[i] = (int32_t)(random_u32() % VOCAB);
     for (size_t i = 0; i < COUNT(vectors); i++)
