@@ -220,6 +220,7 @@ def measure(options, runtimes):
         pipe, theirs = multiprocessing.Pipe()
         multiprocessing.Process(target=serve, args=(theirs, kind, options, path),
                                 daemon=True).start()
+        theirs.close()                  # so that reading fails if the process ends
         served.append((pipe, path, pipe.recv()))
     tests = [(f"pp{n}", n + 8, n, n, 1) for n in options.prompts]
     for texts in options.texts:
