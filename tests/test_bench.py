@@ -28,7 +28,8 @@ def test_table_and_plots(random_model, tmp_path):
 
 
 def test_peers_measures_one_and_many_texts(random_model):
-    model = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=512, vocab=512, flags=1, dtype=1)
+    model = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=512, vocab=512, flags=1,
+                         dtype=1)
     out = subprocess.run([sys.executable, HERE / "peers.py", "--based", model, "--prompts", "8",
                           "--depths", "0,5", "--texts", "1,3", "--repeats", "2"], check=True,
                          stdout=subprocess.PIPE, text=True).stdout
