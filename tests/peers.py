@@ -14,11 +14,13 @@ The columns are those of `./run -b --csv`.
         the PyPI package gguf), of a Llama also .bin for llama2.c and export.py; DTYPE is f32, q8 or
         q4
     options: -j THREADS (1), --prompts 128,512,...  --depths 0,1024,...  --repeats N (3)
+             --texts 1,64,...  so many texts are written at once behind each depth (1)
              --cpu-time  seconds of processor time instead of a clock: for one thread on a machine
                          that others use
 
-Flash attention is off in llama.cpp: on processors that is its faster setting. If several models are
-given, each test runs them one after the other.
+Flash attention is off in llama.cpp: on processors that is its faster setting. So is a cache that is
+divided among many texts (kv_unified off). If several models are given, each test runs them one
+after the other.
 """
 import argparse
 import csv
@@ -41,19 +43,21 @@ SHAPES = {
     "llama-15m": {"dim": 288, "layers": 6, "heads": 6, "hidden": 768, "vocab": 32000},
     "llama-110m": {"dim": 768, "layers": 12, "heads": 12, "hidden": 2048, "vocab": 32000},
     "llama-360m": {"dim": 1024, "layers": 24, "heads": 16, "hidden": 2816, "vocab": 50304},
+    "llama-smollm2-135m": {"dim": 576, "layers": 30, "heads": 9, "kv_heads": 3, "hidden": 1536,
+                           "vocab": 49152, "theta": 1e5},
     "mamba-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 16, "rank": 64,
                    "vocab": 50280},
     "mamba2-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 128, "heads": 32,
                     "vocab": 50288},
     "rwkv7-0.4b": {"dim": 1024, "layers": 24, "head": 64, "hidden": 4096, "vocab": 65536,
                    "ranks": {"w": 64, "a": 64, "v": 32, "g": 128}}}
-DECODED = 128
+DECODED, DECODED_TOGETHER = 128, 32
 
 
-def row(options, path, name, memory, test, speeds):
+def row(options, path, name, memory, test, speeds, texts=1):
     size, mean = os.path.getsize(path), statistics.mean(speeds)
     spread = statistics.stdev(speeds) if len(speeds) > 1 else 0
-    bandwidth = f"{mean * size * 1e-9:.3f}" if test.startswith("tg") else ""
+    bandwidth = f"{mean / texts * size * 1e-9:.3f}" if test.startswith("tg") else ""
     csv.writer(sys.stdout, lineterminator="\n").writerow(
         [name, "", options.threads, size, "", memory, "", test, f"{mean:.2f}", f"{spread:.2f}",
          bandwidth, ""])
@@ -82,15 +86,28 @@ class Based:
         self.based, self.threads, self.name = based, options.threads, os.path.basename(path)
         self.model = based.Model(path, 0, based.build("-O3", "-fopenmp"))
 
-    def begin(self, length):
-        self.session = None                             # never two of them in memory
-        self.session = self.based.Session(self.model, 128, self.threads)
+    def begin(self, length, texts):
+        self.sessions = None                            # never two of them in memory
+        self.sessions = [self.based.Session(self.model, 1 if i else 128, self.threads)
+                         for i in range(texts)]
+        self.handles = (ctypes.c_void_p * texts)(*[s.handle for s in self.sessions])
 
     def clear(self):
-        self.session.reset()
+        self.sessions[0].reset()
 
     def feed(self, ids):
-        self.session.feed_last(ids)
+        self.sessions[0].feed_last(ids)
+
+    def share(self):
+        """Gives the past of the first text to the others."""
+        for session in self.sessions[1:]:
+            session.copy_from(self.sessions[0])
+
+    def step(self, ids):
+        """One token for each text."""
+        tokens, error = (ctypes.c_int32 * len(ids))(*ids), self.based.Error()
+        self.based.check(self.model.lib.based_step_many(self.handles, tokens, len(ids),
+                                                        ctypes.byref(error)), error)
 
 
 class Llama:
@@ -114,14 +131,15 @@ class Llama:
         lib.llama_init_from_model.argtypes = ctypes.c_void_p, Words
         lib.llama_get_memory.argtypes = lib.llama_free.argtypes = (ctypes.c_void_p,)
         lib.llama_memory_clear.argtypes = ctypes.c_void_p, ctypes.c_bool
+        lib.llama_memory_seq_cp.argtypes = (ctypes.c_void_p, *[ctypes.c_int32] * 4)
         self.threads, self.context = options.threads, None
         self.name = f"llama.cpp, {os.path.basename(path)}"
         self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
         if not self.model:
             sys.exit(f"llama.cpp cannot open {path}")
 
-    def begin(self, length):
-        """A new context for so many tokens."""
+    def begin(self, length, texts):
+        """A new context for texts of so many tokens."""
         if self.context:
             self.lib.llama_free(self.context)
         p = self.lib.llama_context_default_params()
@@ -130,18 +148,40 @@ class Llama:
         # of four parameters that are -1, "automatic".
         threads = next(i for i in range(4, 16) if default[i:i + 2] == [4, 4])
         flash = max(i for i in range(threads, 16) if default[i] == 0xffffffff)
-        p.word[0], p.word[flash] = length, 0
+        # The cache is divided evenly; a text's part is a multiple of 256 tokens.
+        self.texts, p.word[3], p.word[flash] = texts, texts, 0
+        p.word[0] = texts * (length + 255 & ~255) if texts > 1 else length
         p.word[threads] = p.word[threads + 1] = self.threads
         self.context = self.lib.llama_init_from_model(self.model, p)
+        if not self.context:
+            sys.exit(f"llama.cpp has no memory for {texts} texts of {length} tokens")
 
     def clear(self):
         self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
 
+    def decode(self, batch):
+        if self.lib.llama_decode(self.context, batch):
+            sys.exit("llama.cpp could not decode")
+
     def feed(self, ids):
         for at in range(0, len(ids), 2048):
             part = (ctypes.c_int32 * len(ids[at:at + 2048]))(*ids[at:at + 2048])
-            if self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(part, len(part))):
-                sys.exit("llama.cpp could not decode")
+            self.decode(self.lib.llama_batch_get_one(part, len(part)))
+
+    def share(self):
+        """Copies the past of the first text to the others."""
+        memory = self.lib.llama_get_memory(self.context)
+        for text in range(1, self.texts):
+            self.lib.llama_memory_seq_cp(memory, 0, text, -1, -1)
+
+    def step(self, ids):
+        """One token for each text; the logits of all are wanted."""
+        n = len(ids)
+        tokens, one = (ctypes.c_int32 * n)(*ids), (ctypes.c_int32 * n)(*[1] * n)
+        texts, wanted = (ctypes.c_int32 * n)(*range(n)), (ctypes.c_int8 * n)(*[1] * n)
+        each = (ctypes.c_void_p * n)(*[ctypes.addressof(texts) + 4 * i for i in range(n)])
+        pointers = [ctypes.addressof(array) for array in (one, each, wanted)]
+        self.decode(Batch(n, ctypes.addressof(tokens), None, None, *pointers))
 
 
 def serve(pipe, kind, options, path):
@@ -152,18 +192,24 @@ def serve(pipe, kind, options, path):
     runtime = kind(options, path)
     pipe.send(runtime.name)
     while True:
-        length, n, at_once, repeat = pipe.recv()
+        length, n, at_once, texts, repeat = pipe.recv()
         if not repeat:
             # A new context, with all of its past but the last n, at least one token.
-            runtime.begin(length + 1)
+            runtime.begin(length + 1, texts)
             runtime.feed([1] * max(length - n, 1))
-        elif at_once > 1 or length == options.repeats * n:
+            if texts > 1:
+                runtime.share()
+                runtime.step([1] * texts)       # llama.cpp copies only now
+        elif at_once > 1 or texts == 1 and length == options.repeats * n:
             # A prompt, or writing from the very beginning.
             runtime.clear()
-        ids, begun = [i * 7919 % 500 for i in range(n)], options.now()
+        ids, begun = [i * 7919 % 500 for i in range(n + texts)], options.now()
         for at in range(0, n if repeat else 0, at_once):
-            runtime.feed(ids[at:at + at_once])
-        speed = n / max(options.now() - begun, 1e-9)
+            if texts > 1:
+                runtime.step(ids[at:at + texts])
+            else:
+                runtime.feed(ids[at:at + at_once])
+        speed = n * texts / max(options.now() - begun, 1e-9)
         pipe.send((speed, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
 
 
@@ -174,20 +220,23 @@ def measure(options, runtimes):
         pipe, theirs = multiprocessing.Pipe()
         multiprocessing.Process(target=serve, args=(theirs, kind, options, path),
                                 daemon=True).start()
+        theirs.close()                  # so that reading fails if the process ends
         served.append((pipe, path, pipe.recv()))
-    tests = [(f"pp{n}", n + 8, n, n) for n in options.prompts]
-    tests += [(f"tg{DECODED} @ {depth}", depth + options.repeats * DECODED, DECODED, 1)
-              for depth in options.depths]
-    for test, length, n, at_once in tests:
+    tests = [(f"pp{n}", n + 8, n, n, 1) for n in options.prompts]
+    for texts in options.texts:
+        n, many = (DECODED_TOGETHER, f" x {texts}") if texts > 1 else (DECODED, "")
+        tests += [(f"tg{n}{many} @ {depth}", depth + options.repeats * n, n, 1, texts)
+                  for depth in options.depths]
+    for test, length, n, at_once, texts in tests:
         speeds, memory = [[] for _ in served], [0] * len(served)
         for repeat in range(options.repeats + 1):
             for i, (pipe, _, _) in enumerate(served):
                 first = n if at_once > 1 else options.repeats * n
-                pipe.send((length, n if repeat else first, at_once, repeat))
+                pipe.send((length, n if repeat else first, at_once, texts, repeat))
                 speed, memory[i] = pipe.recv()
                 speeds[i] += [speed] * (repeat > 0)
         for i, (_, path, name) in enumerate(served):
-            row(options, path, name, memory[i], test, speeds[i])
+            row(options, path, name, memory[i], test, speeds[i], texts)
 
 
 def measure_llama2c(options, path):
@@ -224,8 +273,8 @@ def settings(kind, shape):
             "feed_forward_length": shape.get("hidden", 0),
             "head_count": heads if kind == "llama" else 0}
     if kind == "llama":
-        told |= {"head_count_kv": heads, "layer_norm_rms_eps": 1e-5,
-                 "rope_dimension_count": dim // heads}
+        told |= {"head_count_kv": shape.get("kv_heads", heads), "layer_norm_rms_eps": 1e-5,
+                 "rope_dimension_count": dim // heads, "rope_freq_base": shape.get("theta", 1e4)}
     elif kind == "rwkv7":
         told |= {"layer_norm_eps": 1e-5, "wkv_head_size": shape["head"]}
         for name, letter in (("decay", "w"), ("iclr", "a"), ("value_residual_mix", "v"),
@@ -256,8 +305,9 @@ def layer_tensors(kind, shape, layer):
     dim, hidden, inner, state = (shape.get(name) for name in ("dim", "hidden", "inner", "state"))
     square, vector = (dim, dim), (dim,)
     if kind == "llama":
+        keys = (dim // shape["heads"] * shape.get("kv_heads", shape["heads"]), dim)
         return {"attn_norm.weight": vector, "ffn_norm.weight": vector, "attn_q.weight": square,
-                "attn_k.weight": square, "attn_v.weight": square, "attn_output.weight": square,
+                "attn_k.weight": keys, "attn_v.weight": keys, "attn_output.weight": square,
                 "ffn_gate.weight": (hidden, dim), "ffn_down.weight": (dim, hidden),
                 "ffn_up.weight": (hidden, dim)}
     if kind == "mamba":
@@ -306,7 +356,8 @@ def write_random(name, dtype, out):
                  if len(size) == 2}
         norms = [np.ones(layers * dim, np.float32).tobytes()] * 2
         norms.append(np.ones(dim, np.float32).tobytes())
-        header = struct.pack("<7i", dim, hidden, layers, heads, heads, vocab, 1024)
+        header = struct.pack("<7i", dim, hidden, layers, heads, shape.get("kv_heads", heads), vocab,
+                             1024)
         if dtype == "q8":
             header = struct.pack("<2i", 0x616b3432, 2) + header + b"\1" + struct.pack("<i", 64)
             header = header.ljust(256, b"\0") + b"".join(norms)
@@ -365,6 +416,7 @@ def main():
     parser.add_argument("-j", dest="threads", type=int, default=1)
     parser.add_argument("--prompts", type=numbers, default=[128, 512, 2048])
     parser.add_argument("--depths", type=numbers, default=[0, 1024, 16384])
+    parser.add_argument("--texts", type=numbers, default=[1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true")
     options = parser.parse_args()

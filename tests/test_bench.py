@@ -25,3 +25,16 @@ def test_table_and_plots(random_model, tmp_path):
     for name in ("bench_speed.png", "bench_memory.png"):
         picture = (tmp_path / name).read_bytes()
         assert picture.startswith(b"\x89PNG") and 5000 < len(picture) < 150000
+
+
+def test_peers_measures_one_and_many_texts(random_model):
+    model = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=512, vocab=512, flags=1,
+                         dtype=1)
+    out = subprocess.run([sys.executable, HERE / "peers.py", "--based", model, "--prompts", "8",
+                          "--depths", "0,5", "--texts", "1,3", "--repeats", "2"], check=True,
+                         stdout=subprocess.PIPE, text=True).stdout
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [row["test"] for row in rows] == ["pp8", "tg128 @ 0", "tg128 @ 5", "tg32 x 3 @ 0",
+                                             "tg32 x 3 @ 5"]
+    for row in rows:
+        assert row["model"] == Path(model).name and float(row["tokens/s"]) > 0
