@@ -62,8 +62,10 @@ class Done:
 
 
 def hear_interrupts():
-    """A test run in the background of a script ignores Ctrl-C, and its children would too."""
+    """A test run in the background of a script ignores Ctrl-C, or under nohup the end of its
+    terminal, and its children would too."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run(*args, stdin=b"", **more):
