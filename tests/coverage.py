@@ -37,6 +37,9 @@ def measure(cc, openmp):
     for source in sorted(HERE.glob("test_*.c")):
         compile(cc, source.stem, *openmp, f"tests/{source.name}")
         subprocess.run([PLACE / source.stem], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    # The kernels of machines without vectors and without floats, beside those of this one.
+    compile(cc, "narrow", *openmp, "-DBASED_NARROW", "-DBASED_SOFT_FLOAT", "tests/test_based.c")
+    subprocess.run([PLACE / "narrow"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     # A compiler for the library, each build of which stores its counters under another name.
     compiler = PLACE / "cc"
     compiler.write_text(f'#!/bin/sh\nexec {shlex.join(cc)} "$@" {shlex.join(COUNTING)} '

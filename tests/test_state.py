@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import based
 import export
 import numpy as np
 import pytest
@@ -110,6 +111,22 @@ def test_every_split_of_a_model_with_every_mixer(hybrid, tmp_path):
         assert [int(i) for i in rest.split()] == whole[len(IDS) + split:], split
         got = np.fromfile(dump, "<f4").reshape(-1, 47)
         assert np.array_equal(got.view("u4"), rows[split:].view("u4")), split
+
+
+def test_a_prefix_of_a_wrong_length_is_refused(random_model, tmp_path):
+    """The number of its tokens is the last of the state, and the note comes behind it."""
+    seed, overrides = KINDS["prefix"]
+    model, state = str(random_model(seed, **overrides)), tmp_path / "s"
+    saved(state, model, "--tokens", " ".join(map(str, IDS)), "-n", 0)
+    data = bytearray(state.read_bytes())
+    at = len(data) - int.from_bytes(data[72:80], "little") - 4
+    assert np.frombuffer(data, "<f4", 1, at)[0] == len(IDS)
+    for wrong in (25.0, -1.0, 2.5, np.nan, np.inf):
+        data[at:at + 4] = np.float32(wrong).tobytes()
+        data[24:32] = based.library().based_checksum(bytes(data[32:]), len(data) - 32).to_bytes(
+            8, "little")
+        state.write_bytes(data)
+        run(model, "--load", state, "-n", 1).error(1, "prefix of another number of tokens")
 
 
 def test_a_character_may_begin_before_the_file_and_end_after_it(tmp_path):
