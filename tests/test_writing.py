@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from test_cli import hear_interrupts
 
 np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
@@ -137,7 +138,7 @@ def test_signals_leave_nothing(tmp_path, shape, number):
     (tmp_path / "out.bin").write_bytes(b"old")
     p = subprocess.Popen([sys.executable, ROOT / "export.py", "--random", shape,
                           tmp_path / "out.bin"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+                         preexec_fn=hear_interrupts)
     limit = time.time() + 60
     while not list(tmp_path.glob("*.part")) and p.poll() is None and time.time() < limit:
         time.sleep(0.01)
