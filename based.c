@@ -421,13 +421,12 @@ static void update_state(struct head_state *s, const struct based_taylor *t, con
 /* If there is no room for a token, flushes the oldest chunk into the sums (but not the sinks, a
  * refinement); drop_oldest then sets `flushed`. phi: scratch memory, (D, columns_of). */
 static void make_room(struct head_state *s, const struct based_taylor *t, float *phi) {
-    size_t capacity = kv_capacity(&t->c), chunk = t->c.chunk, most = columns_of(&t->c);
-    if (s->n_recent < capacity) return;
+    size_t chunk = t->c.chunk, most = columns_of(&t->c);
+    if (s->n_recent < kv_capacity(&t->c)) return;
     for (size_t at = 0, n; at < chunk; at += n) {
-        size_t oldest = t->c.sinks + at;
         n = chunk - at < most ? chunk - at : most;
         key_features(phi, s, t, at, n);
-        update_state(s, t, phi, s->v + oldest * t->c.head_dim_v, n);
+        update_state(s, t, phi, s->v + (t->c.sinks + at) * t->c.head_dim_v, n);
     }
     drop_oldest(s, t);
 }
@@ -482,17 +481,16 @@ static void taylor_mixer(const struct layer *l, const struct thread *th, size_t 
     const struct based_taylor *t = &l->taylor;
     based_session *s = th->s;
     size_t group = t->c.group, dk = c->head_dim_k, dv = c->head_dim_v;
-    FOR_MY_PART(head, c->kv_heads) for (size_t r = 0, many; r < n; r += many) {
+    FOR_MY_PART(head, c->kv_heads) for (size_t r = 0; r < n;) {
         float *scratch = scratch_of(s, head), *row = s->proj + r * in_rows(c);
         struct head_state state = head_state_of(&s->row[r], l, head);
         make_room(&state, t, scratch);
         struct queries u = queries_of(l, s, head, r, n, &state);
         if (state.flushed) read_sums(&u, &state, t, scratch);
-        many = u.n;
-        for (size_t i = 0; i < many; i++, row += in_rows(c)) {
+        for (size_t i = 0; i < u.n; i++, r++, row += in_rows(c)) {
             const float *k = row + q_dim(c) + head * dk, *v = row + q_dim(c) + k_dim(c) + head * dv;
             append_kv(&state, t, k, v, scratch);
-            if (t->fading) fade_state(&state, l, head, s->x_norm + (r + i) * s->m->c->dim);
+            if (t->fading) fade_state(&state, l, head, s->x_norm + r * s->m->c->dim);
             for (size_t h = 0; h < group; h++) read_recent(&u, i, h, &state, t, scratch);
         }
     }
