@@ -1,6 +1,7 @@
 """Makes export.py and the helpers in this directory importable, and gives every test one compiled
 library."""
 import os
+import shutil
 import sys
 
 import pytest
@@ -10,6 +11,14 @@ for path in (HERE, os.path.dirname(HERE)):
     if path not in sys.path:
         sys.path.insert(0, path)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def need(switch, *tools):
+    """Skips the test if a tool is missing; fails if the environment says switch=required."""
+    missing = [tool for tool in tools if not shutil.which(tool)]
+    if missing:
+        fail = os.environ.get(switch) == "required"
+        (pytest.fail if fail else pytest.skip)(f"{', '.join(missing)} not here")
 
 
 @pytest.fixture(scope="session")

@@ -4,15 +4,14 @@
         FIRMWARE=required makes a missing compiler or emulator a failure
 """
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import need
 
 ROOT = Path(__file__).resolve().parent.parent
 ARDUINO = ROOT / "tests" / "arduino"
@@ -24,11 +23,7 @@ import boards                                                       # noqa: E402
 @pytest.fixture(scope="module")
 def libraries(tmp_path_factory):
     """A folder of libraries, with what `make arduino` packs."""
-    missing = [t for t in ("arm-none-eabi-gcc", "qemu-system-arm", "arduino-builder")
-               if not shutil.which(t)]
-    if missing:
-        fail = os.environ.get("FIRMWARE") == "required"
-        (pytest.fail if fail else pytest.skip)(f"{', '.join(missing)} not here")
+    need("FIRMWARE", "arm-none-eabi-gcc", "qemu-system-arm", "arduino-builder")
     place = tmp_path_factory.mktemp("libraries")
     subprocess.run(["make", "-s", "-C", ROOT, "run"], check=True)
     subprocess.run(["make", "-s", "-C", ROOT, f"BUILD={place}", f"PYTHON={sys.executable}",

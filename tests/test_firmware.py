@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import need
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "stories260K.bin"
@@ -23,10 +24,7 @@ import boards                                                       # noqa: E402
 
 @pytest.fixture(scope="module")
 def tools():
-    missing = [t for t in ("arm-none-eabi-gcc", "qemu-system-arm") if not shutil.which(t)]
-    if missing:
-        fail = os.environ.get("FIRMWARE") == "required"
-        (pytest.fail if fail else pytest.skip)(f"{', '.join(missing)} not here")
+    need("FIRMWARE", "arm-none-eabi-gcc", "qemu-system-arm")
     assert subprocess.run(["make", "-C", str(ROOT), "run"], capture_output=True).returncode == 0
 
 
@@ -115,9 +113,7 @@ def test_a_raspberry_pi_pico_2(tools, tmp_path):
 
 def test_64_kilobytes(tools):
     """The model in 8 bits and a window of 32 tokens: what an ESP8266 could hold, on its core."""
-    if not shutil.which("xtensa-lx106-elf-gcc"):
-        fail = os.environ.get("FIRMWARE") == "required"
-        (pytest.fail if fail else pytest.skip)("xtensa-lx106-elf-gcc not here")
+    need("FIRMWARE", "xtensa-lx106-elf-gcc")
     done = firmware(SMALL, "--window", 32, "--boards", "lx106", "--tokens", 8, "--ram", 64)
     assert done.returncode == 0 and "little girl" in done.stdout, done.stderr
 

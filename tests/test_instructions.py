@@ -74,10 +74,8 @@ def rows():
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    missing = [tool for tool in ("gcc", "valgrind") if not shutil.which(tool)]
-    if missing:
-        fail = os.environ.get("INSTRUCTIONS") == "required"
-        (pytest.fail if fail else pytest.skip)(f"{', '.join(missing)} not here")
+    from conftest import need           # this file also runs as a program
+    need("INSTRUCTIONS", "gcc", "valgrind")
     if compiler() not in KNOWN.read_text():
         pytest.skip(f"{KNOWN.name} was counted with another compiler than {compiler()}")
     directory = tmp_path_factory.mktemp("instructions")
