@@ -28,7 +28,9 @@ help:
 	@echo 'make coverage  how much of the code the tests reach (-v in COVERAGE_FLAGS: what they do not)'
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
 	@echo 'make bench     speed and memory of the shipped models and of random ones: a table and two plots in $(BUILD)'
-	@echo 'make install   install run as based, the library and its header under PREFIX=$(PREFIX) (DESTDIR honoured)'
+	@echo 'make install   the program as based, the library, man pages and completions go under PREFIX=$(PREFIX)'
+	@echo '               (DESTDIR is obeyed); make uninstall removes them'
+	@echo 'make dist      the sources as $(BUILD)/based-$(VERSION).tar.gz'
 	@echo 'make amalgamation  the library as one file and its header: $(BUILD)/based_all.c, $(BUILD)/based_all.h'
 	@echo 'make firmware  run a story on nine emulated microcontroller cores: memory, instructions, the same bits'
 	@echo 'make size      bytes of code on each microcontroller core'
@@ -116,15 +118,6 @@ reproduce: run $(BUILD)/venv/ready
 endless: $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/endless.py --plot $(BUILD)/endless.png
 
-$(BUILD)/based.o: based.c based.h
-	@mkdir -p $(BUILD)
-	$(CC) $(FLAGS) -c -o $@ $<
-$(BUILD)/tokenizer.o: tokenizer.c based.h
-	@mkdir -p $(BUILD)
-	$(CC) $(FLAGS) -c -o $@ $<
-$(BUILD)/libbased.a: $(BUILD)/based.o $(BUILD)/tokenizer.o
-	$(AR) rcs $@ $^
-
 # The library as one C file and its header, to be dropped into any build.
 .PHONY: amalgamation
 amalgamation: $(BUILD)/based_all.c
@@ -134,11 +127,64 @@ $(BUILD)/based_all.c: based.c tokenizer.c based.h LICENSE
 	  sed 's/#include "based.h"/#include "based_all.h"/' based.c; sed '/#include "based.h"/d' tokenizer.c; } > $@
 	cp based.h $(BUILD)/based_all.h
 
-install: run $(BUILD)/libbased.a
-	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/lib" "$(DESTDIR)$(PREFIX)/include"
-	install -m 755 run "$(DESTDIR)$(PREFIX)/bin/based"
-	install -m 644 $(BUILD)/libbased.a "$(DESTDIR)$(PREFIX)/lib"
-	install -m 644 based.h "$(DESTDIR)$(PREFIX)/include"
+# ---- As a package ------------------------------------------------------------------------------------------------------
+# What is installed is built in $(STAGE), where it lies as below PREFIX. Until 1.0 the second number of the version is part of
+# the shared library's name, since what programs rely on may change with it.
+VERSION := $(shell sed -n 's/^.define BASED_VERSION "\(.*\)".*/\1/p' based.h)
+STAGE   := $(BUILD)/package
+SYSTEM  ?= $(shell uname -s)
+ifeq ($(SYSTEM),Darwin)
+SHARED  := libbased.$(basename $(VERSION)).dylib
+LINK    := libbased.dylib
+SHARING  = -dynamiclib -install_name @rpath/$(SHARED)
+else
+SHARED  := libbased.so.$(basename $(VERSION))
+LINK    := libbased.so
+SHARING  = -shared -Wl,-soname,$(SHARED)
+endif
+PAGES   := share/man/man1/based.1 share/man/man3/based.3 share/bash-completion/completions/based share/zsh/site-functions/_based \
+           share/fish/vendor_completions.d/based.fish lib/pkgconfig/based.pc lib/cmake/based/based-config.cmake \
+           lib/cmake/based/based-config-version.cmake
+FILES   := bin/based lib/$(SHARED) lib/libbased.a include/based.h share/based/based.py $(PAGES)
+DEST     = $(DESTDIR)$(PREFIX)
+
+$(STAGE)/%:
+	@mkdir -p $(@D)
+	cp $< $@
+$(STAGE)/bin/based: run
+$(STAGE)/include/based.h: based.h
+$(STAGE)/share/based/based.py: tests/based.py
+# Without OpenMP, so that nothing but libm need be linked with it.
+$(BUILD)/%.o: %.c based.h
+	@mkdir -p $(BUILD)
+	$(CC) $(STRICT) $(CFLAGS) $(WARN) -fPIC -c -o $@ $<
+$(STAGE)/lib/libbased.a: $(BUILD)/based.o $(BUILD)/tokenizer.o
+	@mkdir -p $(@D)
+	$(AR) rcs $@ $^
+$(STAGE)/lib/$(SHARED): based.c tokenizer.c based.h
+	@mkdir -p $(@D)
+	$(CC) $(FLAGS) -fPIC $(SHARING) -o $@ based.c tokenizer.c $(LDFLAGS) -lm
+$(STAGE)/pages: run based.h tests/package/generate.sh
+	tests/package/generate.sh $(STAGE)
+	@touch $@
+
+.PHONY: uninstall dist
+install: $(addprefix $(STAGE)/,$(filter-out $(PAGES),$(FILES))) $(STAGE)/pages
+	for f in $(FILES); do \
+	    install -d "$(DEST)/$${f%/*}" && install -m 644 "$(STAGE)/$$f" "$(DEST)/$$f" || exit 1; done
+	chmod 755 "$(DEST)/bin/based"
+	ln -sf $(SHARED) "$(DEST)/lib/$(LINK)"
+uninstall:
+	cd "$(DEST)" && rm -f $(FILES) lib/$(LINK)
+	-cd "$(DEST)" && rmdir lib/cmake/based share/based
+
+# The sources of the last commit, without what only tests need and all models but the smallest: a C compiler and make build
+# and install them. The same commit gives the same bytes.
+dist:
+	@mkdir -p $(BUILD)
+	git archive --prefix=based-$(VERSION)/ HEAD . ':!.ci' ':!tests/data' ':!tests/golden' ':!*.png' ':!*.xz' \
+	    ':!models/based-*.bin' ':!models/stories260K.bin' | gzip -9n > $(BUILD)/based-$(VERSION).tar.gz
+# ---- End of the package ------------------------------------------------------------------------------------------------
 
 # ---- Small devices ---------------------------------------------------------------------------------------------------
 # MODEL is any checkpoint; WINDOW (empty: as it is) lets its window layers see at most so many keys, to save RAM.
