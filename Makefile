@@ -178,11 +178,12 @@ uninstall:
 	cd "$(DEST)" && rm -f $(FILES) lib/$(LINK)
 	-cd "$(DEST)" && rmdir lib/cmake/based share/based
 
-# The sources of the last commit, without what only tests need and all models but the smallest: a C compiler and make build
+# The sources of COMMIT, without what only tests need and all models but the smallest: a C compiler and make build
 # and install them. The same commit gives the same bytes.
+COMMIT  ?= HEAD
 dist:
 	@mkdir -p $(BUILD)
-	git archive --prefix=based-$(VERSION)/ HEAD . ':!.ci' ':!tests/data' ':!tests/golden' ':!*.png' ':!*.xz' \
+	git archive --prefix=based-$(VERSION)/ $(COMMIT) . ':!.ci' ':!tests/data' ':!tests/golden' ':!*.png' ':!*.xz' \
 	    ':!models/based-*.bin' ':!models/stories260K.bin' | gzip -9n > $(BUILD)/based-$(VERSION).tar.gz
 # ---- End of the package ------------------------------------------------------------------------------------------------
 

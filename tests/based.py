@@ -1,19 +1,33 @@
-"""based.h for Python tests: builds based.c and tokenizer.c into a shared library and calls it
-through ctypes.
+"""Based language models in Python: based.h through ctypes, in this one file. based.h documents what
+the functions do; numpy is used if it is there.
 
-    model = Model(path)
-    session = Session(model, block=32)
-    logits = session.feed(tokens)            # [tokens, width], float32
+    import based
+    model = based.Model("models/stories260K-q8.bin")
+    session = based.Session(model)
+    for text in session.write("One day, a cat", 40, temperature=0.8, seed=7):
+        print(text, end="", flush=True)
+    print()
+
+    past = session.save()                       # bytes; session.load(past) goes back to here
+    logits = session.feed(model.encode(" and", 0))      # a row of float32 for each token
+
+Installed, it loads the library that was installed with it; beside the sources, it compiles them.
 """
 import ctypes as C
+import ctypes.util
 import os
 import shlex
+import struct
 import subprocess
 import tempfile
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError:
+    np = None                                             # rows are lists, and only ids can be fed
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
 FLAGS = "-O2 -std=c99 -ffp-contract=off -fPIC -shared"
 
 
@@ -27,11 +41,19 @@ class Error(C.Structure):
     _fields_ = [("status", C.c_int), ("text", C.c_char * 252)]
 
 
+class Sampler(C.Structure):
+    _fields_ = [("temperature", C.c_float), ("top_p", C.c_float), ("top_k", C.c_uint32),
+                ("min_p", C.c_float), ("repeat_penalty", C.c_float), ("repeat_last_n", C.c_uint32),
+                ("seed", C.c_uint64), ("vocab", C.c_uint32), ("state", C.c_uint64),
+                ("seen", C.c_uint64), ("memory", C.c_void_p)]
+
+
 FLOATS, IDS = C.POINTER(C.c_float), C.POINTER(C.c_int32)
 PROTOTYPES = {                                            # name: (result, arguments)
     "based_open": (C.c_void_p, [C.c_char_p, C.c_int, C.POINTER(Error)]),
     "based_close": (None, [C.c_void_p]),
     "based_width": (C.c_size_t, [C.c_void_p]),
+    "based_model_config": (C.c_void_p, [C.c_void_p]),
     "based_model_parameters": (C.c_uint64, [C.c_void_p]),
     "based_state_bytes": (C.c_size_t, [C.c_void_p]),
     "based_session_new": (C.c_void_p, [C.c_void_p, C.c_uint32, C.POINTER(Error)]),
@@ -47,6 +69,11 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_count": (C.c_uint64, [C.c_void_p]),
     "based_reset": (None, [C.c_void_p]),
     "based_copy": (C.c_int, [C.c_void_p, C.c_void_p, C.POINTER(Error)]),
+    "based_saved_bytes": (C.c_size_t, [C.c_void_p, C.c_size_t]),
+    "based_save": (C.c_int, [C.c_void_p, C.c_char_p, C.c_size_t, C.c_char_p, C.c_size_t,
+                             C.POINTER(Error)]),
+    "based_load": (C.c_int, [C.c_void_p, C.c_char_p, C.c_size_t, C.c_void_p, C.c_void_p,
+                             C.POINTER(Error)]),
     "based_set_threads": (None, [C.c_void_p, C.c_int]),
     "based_hash": (C.c_uint32, [C.c_uint32, FLOATS, C.c_size_t]),
     "based_checksum": (C.c_uint64, [C.c_char_p, C.c_size_t]),
@@ -55,31 +82,54 @@ PROTOTYPES = {                                            # name: (result, argum
     "based_encode_scratch": (C.c_size_t, [C.c_void_p, C.c_size_t]),
     "based_encode": (C.c_int64, [C.c_void_p, C.c_char_p, C.c_size_t, C.c_int, IDS, C.c_char_p,
                                  C.POINTER(Error)]),
+    "based_is_stop": (C.c_int, [C.c_void_p, C.c_int32]),
     "based_token_bytes": (C.c_void_p, [C.c_void_p, C.c_int32, C.POINTER(C.c_size_t)]),
+    "based_decode": (C.c_size_t, [C.c_void_p, C.c_char_p, C.c_int32, C.c_char_p]),
+    "based_decode_flush": (C.c_size_t, [C.c_char_p, C.c_char_p]),
+    "based_decode_bound": (C.c_size_t, [C.c_void_p]),
+    "based_sampler_bytes": (C.c_size_t, [C.POINTER(Sampler)]),
+    "based_sampler_init":
+        (C.c_int, [C.POINTER(Sampler), C.c_char_p, C.c_size_t, C.POINTER(Error)]),
+    "based_sampler_accept": (None, [C.POINTER(Sampler), C.c_int32]),
+    "based_sample": (C.c_int32, [C.POINTER(Sampler), FLOATS]),
 }
 _library = None
 
 
-def build(*extra):
-    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags into a temporary
-    directory; loads and returns it."""
-    with tempfile.TemporaryDirectory(prefix="based-test-") as directory:
-        out = os.path.join(directory, "based.so")
-        sources = [os.path.join(ROOT, name) for name in ("based.c", "tokenizer.c")]
-        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(),
-                   *shlex.split(os.environ.get("CFLAGS", "")), *extra]
-        subprocess.run([*command, "-o", out, *sources, "-lm"], check=True)
-        lib = C.CDLL(out)                                 # stays loaded when the file is gone
+def load(path):
+    """The library in this file, with the prototypes above."""
+    lib = C.CDLL(path)
     for name, (result, arguments) in PROTOTYPES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
 
 
+def build(*extra):
+    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags into a temporary
+    directory; loads and returns it."""
+    with tempfile.TemporaryDirectory(prefix="based-") as directory:
+        out = os.path.join(directory, "based.so")
+        sources = [os.path.join(ROOT, name) for name in ("based.c", "tokenizer.c")]
+        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(),
+                   *shlex.split(os.environ.get("CFLAGS", "")), *extra]
+        subprocess.run([*command, "-o", out, *sources, "-lm"], check=True)
+        return load(out)                                  # stays loaded when the file is gone
+
+
 def library():
+    """The library that all models share which are opened without one."""
     global _library
-    if _library is None:
+    if _library is None and os.path.exists(os.path.join(ROOT, "based.c")):
         _library = build()
+    if _library is None:
+        names = [os.path.join(directory, "libbased" + end) for end in (".so", ".dylib")
+                 for directory in (HERE, os.path.join(ROOT, "..", "lib"))]
+        found = [*filter(os.path.exists, names), C.util.find_library("based")]
+        if not found[0]:
+            raise OSError(f"found no libbased beside {__file__}, nor where the system looks for "
+                          "libraries; `make install` installs it")
+        _library = load(found[0])
     return _library
 
 
@@ -93,7 +143,14 @@ def floats(array):
 
 
 def ids(array):
-    return array.ctypes.data_as(IDS)
+    return array if np is None else array.ctypes.data_as(IDS)
+
+
+def as_ids(tokens):
+    """Something that ids() takes."""
+    if np is None:
+        return (C.c_int32 * len(tokens))(*tokens)
+    return np.ascontiguousarray(tokens, np.int32)
 
 
 class Model:
@@ -113,7 +170,6 @@ class Model:
         if getattr(self, "handle", None):
             self.lib.based_close(self.handle)
 
-
     def tokenizer(self):
         """A struct based_tokenizer over this model, as an opaque block that is large enough."""
         tok, error = C.create_string_buffer(512), Error()
@@ -121,13 +177,22 @@ class Model:
         return tok
 
     def encode(self, text, flags=1):
-        """The ids of text (bytes), with bos first if there is one."""
+        """The ids of text (str or bytes), with bos first if there is one; flags are those of
+        based_encode."""
+        text = text.encode() if isinstance(text, str) else text
         tok, error = self.tokenizer(), Error()
-        out = np.zeros(self.lib.based_encode_bound(tok, len(text)), np.int32)
+        out = as_ids([0] * self.lib.based_encode_bound(tok, len(text)))
         scratch = C.create_string_buffer(self.lib.based_encode_scratch(tok, len(text)))
         n = self.lib.based_encode(tok, text, len(text), flags, ids(out), scratch, C.byref(error))
         check(min(n, 0), error)
         return out[:n]
+
+    def sampling(self):
+        """The settings of a Sampler that the checkpoint recommends, else those of `run`."""
+        config = C.string_at(self.lib.based_model_config(self.handle), 256)
+        recommended = struct.unpack_from("ffIffI", config, 148)
+        values = recommended if any(recommended) else (1.0, 0.9, 0, 0.0, 1.0, 64)
+        return dict(zip((name for name, _ in Sampler._fields_), values))
 
     def text_bytes(self, tokens):
         """How many bytes of text these ids stand for."""
@@ -138,6 +203,8 @@ class Model:
 
 
 class Session:
+    """One text over a model, which is read in blocks of so many tokens."""
+
     def __init__(self, model, block=32, threads=1):
         self.model, self.lib, error = model, model.lib, Error()
         self.handle = self.lib.based_session_new(model.handle, block, C.byref(error))
@@ -158,14 +225,20 @@ class Session:
     def feed(self, tokens):
         """Feeds tokens (ids, or rows of float32 for a model of vectors); returns the output after
         each."""
-        tokens, error = np.asarray(tokens), Error()
-        out = np.full((len(tokens), self.model.width), np.nan, np.float32)
+        error, width = Error(), self.model.width
+        if np is None:
+            out = (C.c_float * (len(tokens) * width))()
+            check(self.lib.based_feed(self.handle, as_ids(tokens), len(tokens), out,
+                                      C.byref(error)), error)
+            return [out[i * width:(i + 1) * width] for i in range(len(tokens))]
+        tokens = np.asarray(tokens)
+        out = np.full((len(tokens), width), np.nan, np.float32)
         if tokens.ndim == 2:
             x = np.ascontiguousarray(tokens, np.float32)
             status = self.lib.based_feed_vectors(self.handle, floats(x), len(x), floats(out),
                                                  C.byref(error))
         else:
-            x = np.ascontiguousarray(tokens, np.int32)
+            x = as_ids(tokens)
             status = self.lib.based_feed(self.handle, ids(x), len(x), floats(out), C.byref(error))
         check(status, error)
         return out
@@ -189,14 +262,54 @@ class Session:
 
     def feed_last(self, tokens):
         """Feeds ids without asking for the logits in between; returns those after the last."""
-        x, error = np.ascontiguousarray(tokens, np.int32), Error()
+        x, error = as_ids(tokens), Error()
         check(self.lib.based_feed(self.handle, ids(x), len(x), None, C.byref(error)), error)
         return self.logits()
 
     def logits(self):
         """A copy of the output after the last token, None before the first."""
         pointer = self.lib.based_logits(self.handle)
-        return np.ctypeslib.as_array(pointer, (self.model.width,)).copy() if pointer else None
+        if np is None or not pointer:
+            return pointer[:self.model.width] if pointer else None
+        return np.ctypeslib.as_array(pointer, (self.model.width,)).copy()
+
+    def write(self, prompt="", count=256, **settings):
+        """Feeds the prompt and yields what follows, piece by piece: at most so many tokens, or up
+        to the end of the text. settings: fields of Sampler; those that are left out are as in
+        model.sampling(), and the seed is 0. `run -i PROMPT -n COUNT -s SEED` writes the same."""
+        lib, tok, error = self.lib, self.model.tokenizer(), Error()
+        sampler = Sampler(vocab=self.model.width, **{**self.model.sampling(), **settings})
+        memory = C.create_string_buffer(lib.based_sampler_bytes(sampler))
+        check(lib.based_sampler_init(sampler, memory, len(memory), C.byref(error)), error)
+        tokens = self.model.encode(prompt, self.count() == 0)
+        if self.count() + len(tokens) == 0:
+            raise ValueError("the prompt is empty, and the model has no token to begin a text with")
+        self.feed_last(tokens)
+        decoder = C.create_string_buffer(6)
+        text = C.create_string_buffer(lib.based_decode_bound(tok) + 12)
+        for token in tokens:
+            lib.based_sampler_accept(sampler, int(token))
+            lib.based_decode(tok, decoder, int(token), text)
+        for _ in range(count):
+            token = lib.based_sample(sampler, lib.based_logits(self.handle))
+            if lib.based_is_stop(tok, token):
+                break
+            lib.based_sampler_accept(sampler, token)
+            check(lib.based_step(self.handle, token, C.byref(error)), error)
+            yield text[:lib.based_decode(tok, decoder, token, text)].decode()
+        yield text[:lib.based_decode_flush(decoder, text)].decode()
+
+    def save(self):
+        """The past as bytes, which load takes, on any machine."""
+        error = Error()
+        out = C.create_string_buffer(self.lib.based_saved_bytes(self.model.handle, 0))
+        check(self.lib.based_save(self.handle, None, 0, out, len(out), C.byref(error)), error)
+        return out.raw
+
+    def load(self, saved):
+        error = Error()
+        check(self.lib.based_load(self.handle, saved, len(saved), None, None, C.byref(error)),
+              error)
 
     def count(self):
         return self.lib.based_count(self.handle)

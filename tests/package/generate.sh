@@ -189,9 +189,9 @@ libdir=\${prefix}/lib
 Name: based
 Description: Based language models from plain C
 Version: $version
-Libs: -L"\${libdir}" -lbased
+Libs: -L\${libdir} -lbased
 Libs.private: -lm
-Cflags: -I"\${includedir}"
+Cflags: -I\${includedir}
 END
 
 to lib/cmake/based/based-config.cmake <<'END'
