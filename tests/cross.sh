@@ -8,12 +8,11 @@
 # Ends with `N passed, N failed`.
 set -u
 cd "$(dirname "$0")/.."
-work=$(mktemp -d)
+export work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-passed=0 failed=0
-zig=$PWD/build/zig/ziglang/zig
-export ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DIR:-$work/cache} ZIG_LOCAL_CACHE_DIR=$work/cache WINEPREFIX=$work/wine WINEDEBUG=-all
-strict="-std=c99 -O2 -ffp-contract=off -Wall -Wextra -Wconversion -Wshadow -pedantic -Werror"
+export zig=$PWD/build/zig/ziglang/zig ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DIR:-$work/cache} ZIG_LOCAL_CACHE_DIR=$work/cache
+export WINEPREFIX=$work/wine WINEDEBUG=-all
+export strict="-std=c99 -O2 -ffp-contract=off -Wall -Wextra -Wconversion -Wshadow -pedantic -Werror"
 
 # Targets, and what runs their programs: "-" links without running, "" only compiles, since building a C library takes a minute.
 # reproduce.sh runs more processors, with gcc's compilers.
@@ -42,33 +41,45 @@ powerpc64-linux-musl qemu-ppc64
 powerpc64le-linux-musl qemu-ppc64le
 loongarch64-linux-musl qemu-loongarch64'
 
-# values PROGRAM...: what a short text computes, and the past after it.
+# values DIRECTORY PROGRAM...: what a short text computes, the text, and the past after it.
 values() {
-    "$@" models/stories260K-q8.bin -i "Once upon a time" -s 1 -n 30 -v --save "$work/past" 2>&1 >"$work/text" |
+    local at=$1
+    shift
+    "$@" models/stories260K-q8.bin -i "Once upon a time" -s 1 -n 30 -v --save "$at/past" 2>&1 >"$at/text" |
         grep -o '^logits #[0-9a-f]*'
-    cksum <"$work/text"
-    cksum <"$work/past"
+    cksum <"$at/text"
+    cksum <"$at/past"
 }
-# A program for Windows writes CR LF nowhere, and takes the same paths; wine is not in every PATH.
-wine() { "$(command -v wine64 || echo /usr/lib/wine/wine64)" "$@"; }
+wine() { "$(command -v wine64 || echo /usr/lib/wine/wine64)" "$@"; }      # Debian has it outside of PATH
 
-# try TARGET RUNNER
+# try TARGET [RUNNER]
 try() {
-    local out=(-c) source
-    for source in run.c based.c tokenizer.c; do
-        "$zig" cc -target "$1" $strict -c "$source" -o "$work/${source%.c}.o" || return
+    local at=$work/$1 source
+    mkdir "$at"
+    for source in run based tokenizer; do
+        "$zig" cc -target "$1" $strict -c $source.c -o "$at/$source.o" || return
     done
-    [ -n "$2" ] || { echo compiled; return; }
-    "$zig" cc -target "$1" -o "$work/program.exe" "$work"/{run,based,tokenizer}.o -lm || return
+    [ -n "${2:-}" ] || { echo compiled; return; }
+    "$zig" cc -target "$1" -o "$at/program.exe" "$at"/{run,based,tokenizer}.o -lm || return
     [ "$2" != - ] || { echo linked; return; }
-    values $2 "$work/program.exe" | diff "$work/want" - && echo "same bits"
+    values "$at" $2 "$at/program.exe" | diff "$work/want" - && echo "same bits"
 }
+one() {
+    local result status
+    result=$(try "$@" 2>&1 </dev/null)
+    status=$?
+    [ $status = 0 ] || echo "$1" >>"$work/failed"
+    printf '%-32s %s\n' "$1" "$result"
+    echo "$1" >>"$work/tried"
+}
+export -f values wine try one
 
-make -s run && values ./run >"$work/want" || exit 1
+make -s run && values "$work" ./run >"$work/want" || exit 1
+: >"$work/failed" >"$work/tried"
 while read -r target runner; do
     [ $# = 0 ] || [[ " $* " = *" $target "* ]] || continue
-    if result=$(try "$target" "$runner" 2>&1 </dev/null); then passed=$((passed + 1)); else failed=$((failed + 1)); fi
-    printf '%-32s %s\n' "$target" "$result"
-done <<<"$targets"
-echo "$passed passed, $failed failed"
-[ $failed = 0 ]
+    echo "$target $runner"
+done <<<"$targets" | xargs -P 2 -L 1 bash -c 'one "$@"' one
+tried=$(wc -l <"$work/tried") failed=$(wc -l <"$work/failed")
+echo "$((tried - failed)) passed, $failed failed"
+[ "$tried" -gt 0 ] && [ "$failed" = 0 ]
