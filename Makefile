@@ -132,7 +132,7 @@ $(BUILD)/based_all.c: based.c tokenizer.c based.h LICENSE
 # the shared library's name, since what programs rely on may change with it.
 VERSION := $(shell sed -n 's/^.define BASED_VERSION "\(.*\)".*/\1/p' based.h)
 STAGE   := $(BUILD)/package
-SYSTEM  ?= $(shell uname -s)
+SYSTEM  := $(shell uname -s)
 ifeq ($(SYSTEM),Darwin)
 SHARED  := libbased.$(basename $(VERSION)).dylib
 LINK    := libbased.dylib
@@ -180,7 +180,7 @@ uninstall:
 
 # The sources of COMMIT, without what only tests need and all models but the smallest: a C compiler and make build
 # and install them. The same commit gives the same bytes.
-COMMIT  ?= HEAD
+COMMIT  := HEAD
 dist:
 	@mkdir -p $(BUILD)
 	git archive --prefix=based-$(VERSION)/ $(COMMIT) . ':!.ci' ':!tests/data' ':!tests/golden' ':!*.png' ':!*.xz' \

@@ -60,7 +60,7 @@ try() {
         "$zig" cc -target "$1" $strict -c $source.c -o "$at/$source.o" || return
     done
     [ -n "${2:-}" ] || { echo compiled; return; }
-    "$zig" cc -target "$1" -o "$at/program.exe" "$at"/{run,based,tokenizer}.o -lm || return
+    "$zig" cc -target "$1" -O2 -o "$at/program.exe" "$at"/{run,based,tokenizer}.o -lm || return
     [ "$2" != - ] || { echo linked; return; }
     values "$at" $2 "$at/program.exe" | diff "$work/want" - && echo "same bits"
 }

@@ -4,8 +4,8 @@
 #
 #     tests/package/generate.sh DIRECTORY     in which everything lies as it will lie below PREFIX
 #
-# based(1) and the completions are made from what `./run --help` prints, based(3) from based.h; so they say the same. Where
-# ./run is for another machine, RUN is a command that stands for it: make install CC=... RUN="qemu-aarch64 ./run".
+# based(1) and the completions are made from what `./run --help` prints, based(3) from based.h; so they say the same. EMULATOR
+# runs a ./run that is for another machine: make install CC=aarch64-linux-gnu-gcc EMULATOR=qemu-aarch64.
 set -eu
 cd "$(dirname "$0")/../.."
 version=$(sed -n 's/^#define BASED_VERSION "\(.*\)".*/\1/p' based.h)
@@ -13,7 +13,7 @@ date=$(sed -n 's/^#define BASED_VERSION .* of \([0-9-]*\).*/\1/p' based.h)
 
 # to FILE: standard input becomes FILE in DIRECTORY.
 directory=$1
-help=$(${RUN:-./run} --help)
+help=$(${EMULATOR:-} ./run --help)
 to() {
     mkdir -p "$directory/${1%/*}"
     cat > "$directory/$1"
