@@ -2014,7 +2014,7 @@ static enum way way_to_write(const char *path, struct stat *there) {
 
 static void end_renaming(void) {
     renaming = 0;
-    if (waiting) raise(waiting);
+    if (waiting) raise((int)waiting);
 }
 
 /* Creates a file beside f->target (the file itself where `path` is a link) with a name that no file
