@@ -35,11 +35,11 @@ riscv64-linux-musl
 s390x-linux-musl
 mips-linux-musleabihf
 mips64el-linux-muslabi64
-powerpc-linux-musleabihf
+loongarch64-linux-musl
+powerpc-linux-musleabihf qemu-ppc
 riscv32-linux-musl qemu-riscv32
 powerpc64-linux-musl qemu-ppc64
 powerpc64le-linux-musl qemu-ppc64le
-loongarch64-linux-musl qemu-loongarch64'
 
 # values DIRECTORY PROGRAM...: what a short text computes, the text, and the past after it.
 values() {
