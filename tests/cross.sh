@@ -14,32 +14,32 @@ export zig=$PWD/build/zig/ziglang/zig ZIG_GLOBAL_CACHE_DIR=${ZIG_GLOBAL_CACHE_DI
 export WINEPREFIX=$work/wine WINEDEBUG=-all
 export strict="-std=c99 -O2 -ffp-contract=off -Wall -Wextra -Wconversion -Wshadow -pedantic -Werror"
 
-# Targets, and what runs their programs: "-" links without running, "" only compiles, since building a C library takes a minute.
-# reproduce.sh runs more processors, with gcc's compilers.
-targets='x86_64-macos -
-aarch64-macos -
+# Targets, and how far each goes: to an object file, since building a C library takes a minute; to a program; or to a run by
+# an emulator. reproduce.sh runs more processors, with gcc's compilers.
+targets="x86_64-macos link
+aarch64-macos link
 x86_64-windows-gnu wine
-x86-windows-gnu -
-aarch64-windows-gnu -
-x86_64-freebsd -
-aarch64-freebsd -
-x86_64-netbsd -
-aarch64-netbsd -
-x86_64-openbsd -
-aarch64-openbsd -
-x86_64-linux-musl
-x86-linux-musl
-aarch64-linux-musl
-arm-linux-musleabihf
-riscv64-linux-musl
-s390x-linux-musl
-mips-linux-musleabihf
-mips64el-linux-muslabi64
-loongarch64-linux-musl
+x86-windows-gnu link
+aarch64-windows-gnu link
+x86_64-freebsd link
+aarch64-freebsd link
+x86_64-netbsd link
+aarch64-netbsd link
+x86_64-openbsd link
+aarch64-openbsd link
+x86_64-linux-musl compile
+x86-linux-musl compile
+aarch64-linux-musl compile
+arm-linux-musleabihf compile
+riscv64-linux-musl compile
+s390x-linux-musl compile
+mips-linux-musleabihf compile
+mips64el-linux-muslabi64 compile
+loongarch64-linux-musl compile
 powerpc-linux-musleabihf qemu-ppc
 riscv32-linux-musl qemu-riscv32
 powerpc64-linux-musl qemu-ppc64
-powerpc64le-linux-musl qemu-ppc64le
+powerpc64le-linux-musl qemu-ppc64le"
 
 # values DIRECTORY PROGRAM...: what a short text computes, the text, and the past after it.
 values() {
@@ -52,16 +52,16 @@ values() {
 }
 wine() { "$(command -v wine64 || echo /usr/lib/wine/wine64)" "$@"; }      # Debian has it outside of PATH
 
-# try TARGET [RUNNER]
+# try TARGET HOW
 try() {
     local at=$work/$1 source
     mkdir "$at"
     for source in run based tokenizer; do
         "$zig" cc -target "$1" $strict -c $source.c -o "$at/$source.o" || return
     done
-    [ -n "${2:-}" ] || { echo compiled; return; }
+    [ "$2" != compile ] || { echo compiled; return; }
     "$zig" cc -target "$1" -O2 -o "$at/program.exe" "$at"/{run,based,tokenizer}.o -lm || return
-    [ "$2" != - ] || { echo linked; return; }
+    [ "$2" != link ] || { echo linked; return; }
     values "$at" $2 "$at/program.exe" | diff "$work/want" - && echo "same bits"
 }
 one() {
@@ -76,9 +76,9 @@ export -f values wine try one
 
 make -s run && values "$work" ./run >"$work/want" || exit 1
 : >"$work/failed" >"$work/tried"
-while read -r target runner; do
+while read -r target how; do
     [ $# = 0 ] || [[ " $* " = *" $target "* ]] || continue
-    echo "$target $runner"
+    echo "$target $how"
 done <<<"$targets" | xargs -P 2 -L 1 bash -c 'one "$@"' one
 tried=$(wc -l <"$work/tried") failed=$(wc -l <"$work/failed")
 echo "$((tried - failed)) passed, $failed failed"
