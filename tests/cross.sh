@@ -34,7 +34,7 @@ arm-linux-musleabihf compile
 riscv64-linux-musl compile
 s390x-linux-musl compile
 mips-linux-musleabihf compile
-mips64el-linux-muslabi64 compile
+mipsel-linux-musleabihf compile
 loongarch64-linux-musl compile
 powerpc-linux-musleabihf qemu-ppc
 riscv32-linux-musl qemu-riscv32
