@@ -69,9 +69,10 @@ def page():
         subprocess.run([shutil.which("chromium") or "google-chrome", "--headless=new",
                         "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                         f"--user-data-dir={place}/profile", "--window-size=800,900",
-                        "--virtual-time-budget=20000", f"--screenshot={HERE / 'page.png'}", copy.as_uri()],
-                       check=True, stderr=subprocess.DEVNULL)
-    Image.open(HERE / "page.png").convert("RGB").quantize(24).save(HERE / "page.png", optimize=True)
+                        "--virtual-time-budget=20000", f"--screenshot={HERE / 'page.png'}",
+                        copy.as_uri()], check=True, stderr=subprocess.DEVNULL)
+    image = Image.open(HERE / "page.png").convert("RGB")
+    image.quantize(24).save(HERE / "page.png", optimize=True)
 
 
 if __name__ == "__main__":
