@@ -213,7 +213,8 @@ def anchors(text):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_it_names_exists(page):
-    for name, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", TEXT[page]):
+    prose = re.sub(r"^```.*?^```$", "", TEXT[page], flags=re.S | re.M)
+    for name, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", prose):
         target = (ROOT / page).parent / name if name else ROOT / page
         assert target.exists(), name
         assert not anchor or anchor in anchors(target.read_text()), anchor
