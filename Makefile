@@ -45,7 +45,7 @@ demo: run
 
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 
-# A unit test includes the source it tests, so that it reaches what is static there. -O3 would take twice as long to compile.
+# A unit test includes the source it tests, so that it reaches what is static there. -O3 takes twice as long to compile.
 $(BUILD)/test_%: tests/test_%.c tests/test.h tests/model.h based.c tokenizer.c based.h
 	@mkdir -p $(BUILD)
 	$(CC) $(FLAGS) -O2 -g -pthread -I. -o $@ $< -lm
