@@ -12,6 +12,9 @@ for path in (HERE, os.path.dirname(HERE)):
         sys.path.insert(0, path)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# How many rounds of the same: FULL=yes, as .ci/run has it, takes as many as tests/README.md says.
+FULL = os.environ.get("FULL") == "yes"
+
 
 def need(switch, *tools):
     """Skips the test if a tool is missing; fails if the environment says switch=required."""

@@ -1,10 +1,11 @@
-"""Runs the C tests given as arguments and then all Python tests.
+"""Runs the C tests given as arguments, then all Python tests on all processors (at most 8).
 
-Ends with one line, `N passed, N failed`.
+Shows how far it is, and ends with one line, `N passed, N failed`.
 """
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -27,8 +28,14 @@ def counts(command):
     return passed, failed
 
 
-totals = [counts([unit]) for unit in sys.argv[1:]]
-totals.append(counts([sys.executable, "-m", "pytest", "-q", "-ra", str(HERE)]))
+totals, start = [], time.monotonic()
+for i, unit in enumerate(sys.argv[1:], 1):
+    print(f"[{i}/{len(sys.argv)}] {Path(unit).name}: ", end="", flush=True)
+    totals.append(counts([unit]))
+print(f"[{len(sys.argv)}/{len(sys.argv)}] Python tests; each dot is one, s: a tool is not here")
+totals.append(counts([sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8",
+                      "--dist", "worksteal", "-ra", str(HERE)]))
 passed, failed = map(sum, zip(*totals))
+print(f"{(time.monotonic() - start) / 60:.0f} minutes")
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed != 0)

@@ -34,7 +34,7 @@ BASE = {"vocab_size": 29, "n_embd": 24, "n_head": 4, "n_layer": 4, "n_inner": 64
         "rotary_emb_fraction": 1, "pad_vocab_size_multiple": 8, "mlp_fc1_bias": False,
         "mlp_fc2_bias": False, "qkv_proj_bias": False, "out_proj_bias": False, "n_positions": 0}
 TOKENS = np.random.default_rng(3).integers(0, 25, 40)
-ABSENT = object()
+ABSENT = ...
 
 
 def changed(changes):

@@ -23,7 +23,7 @@ GOLDEN = [("llama3", "logits", 2e-5), ("mistral", "logits", 2e-5), ("qwen2", "lo
           ("qwen3", "logits", 2e-5), ("powercoder", "logits", 5e-5),
           ("powercoder", "logits_noeps", 2e-5), ("brumby", "logits", 5e-5),
           ("brumby", "logits_noeps", 2e-5)]
-ABSENT = object()
+ABSENT = ...
 TOKENS = np.random.default_rng(3).integers(0, 29, 40)
 BASE = {"vocab_size": 29, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import FULL
 from test_cli import hear_interrupts, MODEL, run, seal, start
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def restored(path, text):
 # --------------------------------------------------------------------------------------------------
 # A. Writing a file.
 
-ROUNDS = 1000
+ROUNDS = 1000 if FULL else 200
 
 
 def test_writers_and_readers_of_one_name(tmp_path):

@@ -24,7 +24,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUILD = ROOT / "build"
 MODEL = ROOT / "models" / "stories260K.bin"
 # What the WebDriver standard calls a reference to an element.
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
@@ -105,13 +104,15 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def built():
+def built(tmp_path_factory):
+    """The page, in a folder of its own: other processes may run tests of this file, too."""
     need("clang for WebAssembly",
          shutil.which(os.environ.get("WASM_CC", "clang-14")) and shutil.which("wasm-ld"))
-    done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}"],
-                          capture_output=True, text=True)
+    build = tmp_path_factory.mktemp("build")
+    done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}",
+                           f"BUILD={build}"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return BUILD
+    return build
 
 
 @pytest.fixture(scope="module")
