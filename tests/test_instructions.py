@@ -24,7 +24,8 @@ KNOWN = HERE / "instructions.txt"
 GROWTH = 1.02
 FLAGS = ["-std=c99", "-O3", "-ffp-contract=off", "-fno-trapping-math"]
 MODELS = "stories260K", "tiny-f32", "tiny-q8", "tiny-q4"
-ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}   # processors that have them
+# processors that have each
+ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
 KERNELS = "plain", "avx2", *ARM
 
 
@@ -37,8 +38,8 @@ def build(directory):
     """The program without threads, and the models."""
     sources = [ROOT / f for f in ("run.c", "based.c", "tokenizer.c")]
     subprocess.run(["gcc", *FLAGS, "-o", directory / "run", *sources, "-lm"], check=True)
-    subprocess.run(["aarch64-linux-gnu-gcc", *FLAGS, "-static", "-o", directory / "run-arm", *sources,
-                    "-lm"], check=True, capture_output=True)
+    subprocess.run(["aarch64-linux-gnu-gcc", *FLAGS, "-static", "-o", directory / "run-arm",
+                    *sources, "-lm"], check=True, capture_output=True)
     subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", directory / "count.so",
                     HERE / "insncount.c"], check=True)
     config = HERE / "data" / "hazyresearch-tiny" / "config.json"
