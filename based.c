@@ -158,7 +158,7 @@ struct thread {                 /* all threads run forward() together, section 1
 /* The tools, defined in part two. Those in struct kernels have one version per instruction set, and
  * all versions give the same bits. */
 struct kernels {
-    const char *name; const struct matmul_kernels *mm; /* of matmul, section 10 */
+    const char *name; const struct matmul_kernels *mm; /* matmul, checksum: 10 */
     /* out (width) = sum_i w[i] rows[i], i ascending; the n rows lie `stride` floats apart */
     void (*weighted_sum)(float *out, const float *w, const float *rows, size_t n, size_t width,
                          size_t stride);
@@ -188,7 +188,7 @@ static void barrier(const struct thread *th);
 static size_t partition(size_t n, const struct thread *th, size_t end);
 static float *scratch_of(based_session *s, size_t head); /* (m->scratch) for one head at a time */
 static void run_threads(based_session *s, size_t n, size_t n_logits);
-#define FOR_MY_PART(i, n) \
+#define FOR_MY_PART(i, n)                                                                          \
     for (size_t i = partition(n, th, 0), end_##i = partition(n, th, 1); i < end_##i; i++)
 static float dot(const float *a, const float *b, size_t n), sum(const float *a, size_t n);
 static float gelu(float x), gelu_tanh(float x);
@@ -1326,14 +1326,14 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 
 /* Machines without vector registers have too few registers for sixteen sums; gcc would keep them in
  * memory. "Walled off I" at the end of the file has other versions of the long loops for them. */
-#if !defined(BASED_NARROW) && (defined(__arm__) || defined(__riscv) || defined(__XTENSA__)) \
+#if !defined(BASED_NARROW) && (defined(__arm__) || defined(__riscv) || defined(__XTENSA__))        \
     && !defined(__ARM_NEON) && !defined(__riscv_vector)
 #define BASED_NARROW 1
 #endif
 /* Nor do some have floats: their compilers call functions. "Walled off I" has a shorter mul_add;
  * only for a Cortex-M3 the compiler's are as short. */
-#if !defined(BASED_SOFT_FLOAT) && defined(BASED_NARROW) \
-    && (defined(__ARM_ARCH_6M__) || (defined(__riscv) && !defined(__riscv_flen)) \
+#if !defined(BASED_SOFT_FLOAT) && defined(BASED_NARROW)                                            \
+    && (defined(__ARM_ARCH_6M__) || (defined(__riscv) && !defined(__riscv_flen))                   \
         || defined(__XTENSA_SOFT_FLOAT__))
 #define BASED_SOFT_FLOAT 1
 #endif
@@ -1496,7 +1496,7 @@ struct activations {
     int bits;                   /* of the weights that they are multiplied with */
 };
 
-#define TILE float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, \
+#define TILE float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,             \
              const struct activations *x, size_t from, size_t to
 struct matmul_kernels {
     /* called by each thread before and after its work on a block of n vectors; may be NULL */
@@ -1510,6 +1510,7 @@ struct matmul_kernels {
     void (*tile[2])(TILE);
     /* groups from .. to - 1 of all vectors become int8 numbers with a scale */
     void (*quantize)(const struct activations *x, size_t from, size_t to);
+    uint64_t (*checksum)(const unsigned char *p, size_t n);     /* based_checksum */
 };
 static const struct kernels *choose_kernels(int flags);
 
@@ -1855,6 +1856,33 @@ INLINE void dot_columns_body(float *out, size_t m, const float *a, const float *
     }
 }
 
+/* ---- The checksum: five times as fast with AVX2 -------------------------------------------- */
+INLINE uint64_t checksum_body(const unsigned char *p, size_t n) {
+    uint32_t lane[16];
+    uint64_t g = n;
+    size_t i = 0;
+    /* sixteen lanes, each a hash of every sixteenth word, so that they can run side by side */
+    for (uint32_t l = 0; l < 16; l++) lane[l] = l + 1;
+    for (; n - i >= 64; i += 64)
+        for (int l = 0; l < 16; l++) {
+            const unsigned char *b = p + i + 4 * l;
+            uint32_t w = (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16
+                         | (uint32_t)b[3] << 24;
+            lane[l] = lane[l] * 0x9e3779b1u + w;
+        }
+    /* the rest, the last word padded with zeros */
+    for (int l = 0; i < n; l++) {
+        uint32_t w = 0;
+        for (int byte = 0; byte < 4 && i < n; byte++) w |= (uint32_t)p[i++] << (8 * byte);
+        lane[l] = lane[l] * 0x9e3779b1u + w;
+    }
+    for (int l = 0; l < 16; l++) {
+        g = (g ^ lane[l]) * 0x9e3779b97f4a7c15u;
+        g ^= g >> 32;
+    }
+    return g;
+}
+
 /* ---- Sets of kernels: `target` is the attribute that selects the instruction set ------------- */
 #define ROWS_KERNEL(set, target, prefetch)                                                         \
     target static void rows_f32_##set(float *out, size_t out_stride, const float *w, size_t rows,  \
@@ -1892,13 +1920,17 @@ INLINE void dot_columns_body(float *out, size_t m, const float *a, const float *
     target static void quantize_##set(const struct activations *a, size_t from, size_t to) {       \
         if (a->bits == 8) quantize_body(a, from, to, 8);                                           \
         else quantize_body(a, from, to, 4);                                                        \
+    }                                                                                              \
+    target static uint64_t checksum_##set(const unsigned char *p, size_t n) {                      \
+        return checksum_body(p, n);                                                                \
     }
 #define TILE_KERNELS(set, target)                                                                  \
     target static void q8_##set(TILE) { tile_##set(out, out_stride, scales, w, x, from, to, 8); }  \
     target static void q4_##set(TILE) { tile_##set(out, out_stride, scales, w, x, from, to, 4); }
 #define KERNELS(set, name, begin, end, rows, tile, floats)                                         \
     static const struct matmul_kernels set##_matmul = {                                            \
-        begin, end, rows_f32_##rows, { q8_##tile, q4_##tile }, quantize_##floats                   \
+        begin, end, rows_f32_##rows, { q8_##tile, q4_##tile }, quantize_##floats,                  \
+        checksum_##floats                                                                          \
     };                                                                                             \
     static const struct kernels set##_kernels = {                                                  \
         name, &set##_matmul, weighted_sum_##floats, weighted_sums_##floats, dot_columns_##floats,  \
@@ -2614,30 +2646,7 @@ static int check_sum(const void *bytes, size_t size, uint64_t stored, based_erro
 }
 
 uint64_t based_checksum(const void *bytes, size_t n) {
-    const unsigned char *p = bytes;
-    uint32_t lane[16];
-    uint64_t g = n;
-    size_t i = 0;
-    /* sixteen lanes, each a hash of every sixteenth word, so that they can run side by side */
-    for (uint32_t l = 0; l < 16; l++) lane[l] = l + 1;
-    for (; n - i >= 64; i += 64)
-        for (int l = 0; l < 16; l++) {
-            const unsigned char *b = p + i + 4 * l;
-            uint32_t w = (uint32_t)b[0] | (uint32_t)b[1] << 8 | (uint32_t)b[2] << 16
-                         | (uint32_t)b[3] << 24;
-            lane[l] = lane[l] * 0x9e3779b1u + w;
-        }
-    /* the rest, the last word padded with zeros */
-    for (int l = 0; i < n; l++) {
-        uint32_t w = 0;
-        for (int byte = 0; byte < 4 && i < n; byte++) w |= (uint32_t)p[i++] << (8 * byte);
-        lane[l] = lane[l] * 0x9e3779b1u + w;
-    }
-    for (int l = 0; l < 16; l++) {
-        g = (g ^ lane[l]) * 0x9e3779b97f4a7c15u;
-        g ^= g >> 32;
-    }
-    return g;
+    return choose_kernels(0)->mm->checksum(bytes, n);
 }
 
 /* ---- Byte order: files are little-endian ----------------------------------------------------- */
@@ -3856,6 +3865,16 @@ INLINE void tile_generic(TILE, const int bits) {
  *
  * Tests: tests/test_based.c compares every set that the machine supports with the generic one.
  */
+/* The same weights for `many` vectors from t on, all of one pack. */
+#define VECTORS                                                                                    \
+    float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,                      \
+    const struct activations *x, size_t t, const size_t many
+/* Calls function for the vectors from t on, `many` at a time, as long as a pack has so many. */
+#define IN_STEPS(many, function, ...)                                                              \
+    for (; (many) <= x->pack && t % (many) == 0 && t + (many) <= to;                               \
+         t += (many), out += (many) * out_stride)                                                  \
+        function(out, out_stride, scales, w, x, t, many, __VA_ARGS__);
+
 #if defined(__GNUC__) && defined(__x86_64__) && !defined(BASED_FREESTANDING)
 #define BASED_X86 1
 #include <cpuid.h>
@@ -3910,15 +3929,6 @@ AVX2 INLINE void sum_group(__m256i s[2][4], const __m256i *word, const four_byte
         s[1][i] = _mm256_madd_epi16(s[1][i], one);
     }
 }
-
-/* The same weights for `many` vectors from t on, all of one pack. */
-#define VECTORS                                                                                    \
-    float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,                      \
-    const struct activations *x, size_t t, const size_t many
-/* Calls function for the vectors from t on, `many` at a time, as long as there are so many. */
-#define IN_STEPS(many, function, ...)                                                              \
-    for (; t % (many) == 0 && t + (many) <= to; t += (many), out += (many) * out_stride)           \
-        function(out, out_stride, scales, w, x, t, many, __VA_ARGS__);
 
 AVX2 INLINE void tile_ymm(VECTORS, const int bits) {
     size_t at = group_at(x, t, 0), words = group_words(bits);
@@ -4168,43 +4178,152 @@ static int may_use_amx(void) {
 }
 #endif
 
-#elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
-/* ---- ARM with dot products: four rows in a register, both factors signed --------------------- */
-#define BASED_DOTPROD 1
+#elif defined(__GNUC__) && defined(__ARM_NEON) && !defined(__ARM_BIG_ENDIAN)
+/* ---- ARM: four rows in a register, both factors signed -----------------------------------------
+ * With gcc on Linux the program asks the processor for dot products; other compilers use them where
+ * they are told that it has them. */
+#define BASED_NEON 1
 #include <arm_neon.h>
 
-INLINE void tile_dotprod(TILE, const int bits) {
-    const uint8x16_t flip = vdupq_n_u8(128), low = vdupq_n_u8(15);
-    for (size_t t = from; t < to; t++, out += out_stride) {
-        float32x4_t y[4] = { vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0), vdupq_n_f32(0) };
-        for (size_t g = 0; g < x->groups; g++) {
-            size_t at = group_at(x, t, g), quads = group_columns(x, g, bits) / 4;
-            int32x4_t s[4];
-            s[0] = s[1] = s[2] = s[3] = vdupq_n_s32(bits == 8 ? 0 : x->offset[at] - ROUND_MAGIC);
-            for (size_t c = 0; c < quads; c++) {
-                const uint32_t *word = w + g * group_words(bits) + 16 * (bits == 8 ? c : c / 2);
-                int32_t four;
-                memcpy(&four, x->q + at * group_width(bits) + 4 * c, 4);
-                int8x16_t q = vreinterpretq_s8_s32(vdupq_n_s32(four));
-                for (size_t h = 0; h < 4; h++) {
-                    uint8x16_t v = vreinterpretq_u8_u32(vld1q_u32(word + 4 * h));
-                    if (bits == 8) v = veorq_u8(v, flip);
-                    else v = c % 2 ? vshrq_n_u8(v, 4) : vandq_u8(v, low);
-                    s[h] = vdotq_s32(s[h], vreinterpretq_s8_u8(v), q);
-                }
-            }
-            for (size_t h = 0; h < 4; h++) {
-                uint16x4_t half = vreinterpret_u16_u32(vld1_u32(scales + g * 8 + 2 * h));
-                float32x4_t ws = vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(half), 16));
-                y[h] = vfmaq_n_f32(y[h], vmulq_f32(vcvtq_f32_s32(s[h]), ws), x->scale[at]);
-            }
-        }
-        for (size_t h = 0; h < 4; h++) vst1q_f32(out + 4 * h, y[h]);
+/* v[h]: columns 4c .. 4c+3 of rows 4h .. 4h+3; flip: 8 bits become signed */
+INLINE void load_quad(uint8x16_t v[4], const uint32_t *w, size_t c, const int bits,
+                      const int flip) {
+    for (size_t h = 0; h < 4; h++) {
+        v[h] = vreinterpretq_u8_u32(vld1q_u32(w + 16 * (bits == 8 ? c : c / 2) + 4 * h));
+        if (bits == 4) v[h] = c % 2 ? vshrq_n_u8(v[h], 4) : vandq_u8(v[h], vdupq_n_u8(15));
+        else if (flip) v[h] = veorq_u8(v[h], vdupq_n_u8(128));
     }
 }
 
-TILE_KERNELS(dotprod, )
-KERNELS(dotprod, "dotprod", NULL, NULL, generic, dotprod, generic)
+INLINE int32_t four_columns(const int8_t *q) {
+    int32_t four;
+    memcpy(&four, q, 4);
+    return four;
+}
+
+/* s[i][h] += rows 4h .. 4h+3 of one group times vector i. Two products fit 16 bits: 2 * 128 * 127 <
+ * 32768. */
+INLINE void sum_group_neon(int32x4_t s[4][4], const uint32_t *w, const int8_t *q, size_t columns,
+                           const size_t many, const int bits) {
+    int32x4_t low[2][4], high[2][4];        /* two sums of each of two rows */
+    for (size_t i = 0; i < many; i++)
+        for (size_t h = 0; h < 4; h++) low[i][h] = high[i][h] = vdupq_n_s32(0);
+    for (size_t c = 0; c < columns / 4; c += 2) {
+        uint8x16_t v[2][4];
+        load_quad(v[0], w, c, bits, 1);
+        load_quad(v[1], w, c + 1, bits, 1);
+        for (size_t i = 0; i < many; i++) {
+            const int8_t *x = q + i * group_width(bits) + 4 * c;
+            int8x8_t x0 = vreinterpret_s8_s32(vdup_n_s32(four_columns(x)));
+            int8x8_t x1 = vreinterpret_s8_s32(vdup_n_s32(four_columns(x + 4)));
+            for (size_t h = 0; h < 4; h++) {
+                int8x16_t v0 = vreinterpretq_s8_u8(v[0][h]), v1 = vreinterpretq_s8_u8(v[1][h]);
+                int16x8_t a = vmull_s8(vget_low_s8(v0), x0), b = vmull_s8(vget_high_s8(v0), x0);
+                low[i][h] = vpadalq_s16(low[i][h], vmlal_s8(a, vget_low_s8(v1), x1));
+                high[i][h] = vpadalq_s16(high[i][h], vmlal_s8(b, vget_high_s8(v1), x1));
+            }
+        }
+    }
+    for (size_t i = 0; i < many; i++)
+        for (size_t h = 0; h < 4; h++) {
+            int32x2_t a = vpadd_s32(vget_low_s32(low[i][h]), vget_high_s32(low[i][h]));
+            int32x2_t b = vpadd_s32(vget_low_s32(high[i][h]), vget_high_s32(high[i][h]));
+            s[i][h] = vaddq_s32(s[i][h], vcombine_s32(a, b));
+        }
+}
+
+/* y += (float)s * scale of sixteen rows * scale of x. In 32 bits NEON takes the smallest floats for
+ * zero, so the floats are left to the compiler. */
+INLINE void add_scaled(float *y, const int32x4_t *s, const uint32_t *scales, float x_scale) {
+    for (size_t h = 0; h < 4; h++) {
+#ifdef __aarch64__
+        uint32x4_t half = vmovl_u16(vreinterpret_u16_u32(vld1_u32(scales + 2 * h)));
+        float32x4_t ws = vreinterpretq_f32_u32(vshlq_n_u32(half, 16));
+        vst1q_f32(y + 4 * h, vfmaq_n_f32(vld1q_f32(y + 4 * h), vmulq_f32(vcvtq_f32_s32(s[h]), ws),
+                                         x_scale));
+#else
+        int32_t n[4];
+        vst1q_s32(n, s[h]);
+        for (size_t r = 4 * h; r < 4 * h + 4; r++)
+            y[r] += (float)n[r % 4] * bf16_to_f32(scales[r / 2] << (r % 2 ? 0 : 16)) * x_scale;
+#endif
+    }
+}
+
+/* tile_rows_SET: `many` vectors, two or four of which fit the registers. tile_SET: all. */
+#define ARM_KERNELS(set, target, most, flip)                                                       \
+    target INLINE void tile_rows_##set(VECTORS, const int bits) {                                  \
+        size_t at = group_at(x, t, 0);                                                             \
+        float y[4][16] = { { 0 } };                                                                \
+        for (size_t g = 0; g < x->groups; g++, at += x->pack) {                                    \
+            const int8_t *q = x->q + at * group_width(bits);                                       \
+            int32x4_t s[4][4];                                                                     \
+            for (size_t i = 0; i < many; i++)                                                      \
+                s[i][0] = s[i][1] = s[i][2] = s[i][3] =                                            \
+                    vdupq_n_s32(bits == 8 && (flip) ? 0 : x->offset[at + i] - ROUND_MAGIC);        \
+            sum_group_##set(s, w + g * group_words(bits), q, group_columns(x, g, bits), many,      \
+                            bits);                                                                 \
+            for (size_t i = 0; i < many; i++)                                                      \
+                add_scaled(y[i], s[i], scales + g * 8, x->scale[at + i]);                          \
+        }                                                                                          \
+        for (size_t i = 0; i < many; i++) memcpy(out + i * out_stride, y[i], sizeof y[i]);         \
+    }                                                                                              \
+    target INLINE void tile_##set(TILE, const int bits) {                                          \
+        size_t t = from;                                                                           \
+        IN_STEPS(most, tile_rows_##set, bits)                                                      \
+        IN_STEPS(1, tile_rows_##set, bits)                                                         \
+    }                                                                                              \
+    TILE_KERNELS(set, target)                                                                      \
+    KERNELS(set, #set, NULL, NULL, generic, set, generic)
+
+ARM_KERNELS(neon, , 2, 1)
+
+/* Columns 4 (c + lane) .. + 3; the lane of x must be a number for the compiler. */
+#define DOT_QUAD(product, flip, lane)                                                              \
+    load_quad(v, w, c + (lane), bits, (flip));                                                     \
+    for (size_t i = 0; i < many; i++)                                                              \
+        for (size_t h = 0; h < 4; h++) s[i][h] = product(s[i][h], v[h], x[i], lane);
+#define DOT_GROUP(set, target, product, flip)                                                      \
+    target INLINE void sum_group_##set(int32x4_t s[4][4], const uint32_t *w, const int8_t *q,      \
+                                       size_t columns, const size_t many, const int bits) {        \
+        for (size_t c = 0; c < columns / 4; c += 4) {                                              \
+            uint8x16_t v[4];                                                                       \
+            int8x16_t x[4];                                                                        \
+            for (size_t i = 0; i < many; i++) x[i] = vld1q_s8(q + i * group_width(bits) + 4 * c);  \
+            DOT_QUAD(product, flip, 0)                                                             \
+            DOT_QUAD(product, flip, 1)                                                             \
+            DOT_QUAD(product, flip, 2)                                                             \
+            DOT_QUAD(product, flip, 3)                                                             \
+        }                                                                                          \
+    }
+#define SIGNED_DOT(s, v, x, lane) vdotq_laneq_s32(s, vreinterpretq_s8_u8(v), x, lane)
+
+#if defined(__ARM_FEATURE_DOTPROD) && defined(__ARM_FEATURE_MATMUL_INT8)
+#define BASED_DOTPROD 1
+#define BASED_I8MM 1
+#define DOTPROD
+#define I8MM
+#elif defined(__ARM_FEATURE_DOTPROD)
+#define BASED_DOTPROD 1
+#define DOTPROD
+#elif defined(__aarch64__) && defined(__linux__) && !defined(__clang__)                            \
+    && !defined(BASED_FREESTANDING)
+#include <sys/auxv.h>
+#define BASED_DOTPROD (getauxval(AT_HWCAP) >> 20 & 1)
+#define BASED_I8MM (getauxval(AT_HWCAP2) >> 13 & 1)
+#define DOTPROD __attribute__((target("arch=armv8.2-a+dotprod")))
+#define I8MM __attribute__((target("arch=armv8.2-a+dotprod+i8mm")))
+#endif
+
+#ifdef BASED_DOTPROD
+DOT_GROUP(dotprod, DOTPROD, SIGNED_DOT, 1)
+ARM_KERNELS(dotprod, DOTPROD, 4, 1)
+#endif
+/* One factor is unsigned, as weights are stored. */
+#ifdef BASED_I8MM
+DOT_GROUP(i8mm, I8MM, vusdotq_laneq_s32, 0)
+ARM_KERNELS(i8mm, I8MM, 4, 0)
+#endif
 #endif
 
 /* The best set that the processor has and that `flags` (BASED_PLAIN, ...) allow. */
@@ -4219,8 +4338,15 @@ static const struct kernels *choose_kernels(int flags) {
 #endif
         return &avx512_kernels;
     }
-#elif defined(BASED_DOTPROD)
-    if (!(flags & BASED_PLAIN)) return &dotprod_kernels;
+#elif defined(BASED_NEON)
+    if (flags & BASED_PLAIN) return &generic_kernels;
+#ifdef BASED_I8MM
+    if (BASED_I8MM) return &i8mm_kernels;
+#endif
+#ifdef BASED_DOTPROD
+    if (BASED_DOTPROD) return &dotprod_kernels;
+#endif
+    return &neon_kernels;
 #endif
     (void)flags;
     return &generic_kernels;

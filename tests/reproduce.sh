@@ -164,10 +164,14 @@ machine "$here, musl" musl-tools - musl-gcc -O2 -static
 # ---- Other machines.
 probe=1
 [ "$here" = x86_64 ] && machine "i686" gcc-12-multilib - gcc -O2 -m32 -msse2 -mfpmath=sse -idirafter /usr/include/x86_64-linux-gnu
-machine "aarch64" "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" qemu-aarch64 aarch64-linux-gnu-gcc -O2 -static
-machine "aarch64 with dot products" "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" qemu-aarch64 \
-    aarch64-linux-gnu-gcc -O2 -static -march=armv8.2-a+dotprod
-machine "armhf" "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user" qemu-arm arm-linux-gnueabihf-gcc -O2 -static
+for cpu in "cortex-a72, NEON" "neoverse-n1, dot products" "max, i8mm"; do
+    machine "aarch64, ${cpu#*, }" "gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user" "qemu-aarch64 -cpu ${cpu%,*}" \
+        aarch64-linux-gnu-gcc -O2 -static
+done
+for fpu in vfpv3-d16 neon; do
+    machine "armhf, $fpu" "gcc-arm-linux-gnueabihf libc6-dev-armhf-cross qemu-user" qemu-arm \
+        arm-linux-gnueabihf-gcc -O2 -static -mfpu=$fpu
+done
 machine "riscv64" "gcc-riscv64-linux-gnu libc6-dev-riscv64-cross qemu-user" qemu-riscv64 riscv64-linux-gnu-gcc -O2 -static
 machine "s390x (big-endian)" "gcc-s390x-linux-gnu libc6-dev-s390x-cross qemu-user" qemu-s390x s390x-linux-gnu-gcc -O2 \
     -static -fexcess-precision=fast

@@ -221,6 +221,28 @@ static void test_quantised_definition(int bits) {
 
 /* A NaN stays one, whatever its bits are, which no standard says; an infinity counts as a large
  * number. */
+/* The definition in based.h, a word at a time, against the loop that compilers vectorize. */
+static void test_checksum(const struct kernels *k) {
+    unsigned char bytes[300];
+    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)(i * i * 37 >> 3);
+    for (size_t n = 0; n <= sizeof bytes; n++) {
+        uint32_t lane[16];
+        uint64_t sum = n;
+        for (uint32_t l = 0; l < 16; l++) lane[l] = l + 1;
+        for (size_t at = 0; at < n; at += 4) {
+            uint32_t word = 0;
+            for (size_t i = at; i < n && i < at + 4; i++)
+                word |= (uint32_t)bytes[i] << 8 * (i - at);
+            lane[at / 4 % 16] = lane[at / 4 % 16] * 0x9e3779b1u + word;
+        }
+        for (size_t l = 0; l < 16; l++) {
+            sum = (sum ^ lane[l]) * 0x9e3779b97f4a7c15u;
+            sum ^= sum >> 32;
+        }
+        CHECK(k->mm->checksum(bytes, n) == sum);
+    }
+}
+
 static void test_quantised_nan(const struct kernels *k) {
     static float x[128], y[16];
     static int8_t q[128];
@@ -650,7 +672,10 @@ int main(void) {
         for (size_t n = 3; n <= 43; n += 4)
             test_kernels_agree(choose_kernels(sets[i]), n, 1180),
                 test_kernels_agree(choose_kernels(sets[i]), n, 1150);
-    for (size_t i = 0; i < COUNT(sets); i++) test_quantised_nan(choose_kernels(sets[i]));
+    for (size_t i = 0; i < COUNT(sets); i++) {
+        test_quantised_nan(choose_kernels(sets[i]));
+        test_checksum(choose_kernels(sets[i]));
+    }
     for (size_t i = 0; i < COUNT(sets); i++)
         for (size_t j = 0; j < 16; j++)
             test_extreme_scales(choose_kernels(sets[i]), j & 1 ? 0x497fu : 0x1680u,

@@ -1,7 +1,7 @@
 """Instructions per token, which are the same in every run, must not grow by more than 2 %.
 
-The known counts are in instructions.txt, taken by callgrind with the compiler named there; under
-another compiler there is nothing to compare with.
+The known counts are in instructions.txt, taken by callgrind, and for ARM by QEMU, with the compiler
+named there; under another compiler there is nothing to compare with.
 
     python3 -m pytest tests/test_instructions.py
         INSTRUCTIONS=required makes a missing tool a failure
@@ -24,7 +24,9 @@ KNOWN = HERE / "instructions.txt"
 GROWTH = 1.02
 FLAGS = ["-std=c99", "-O3", "-ffp-contract=off", "-fno-trapping-math"]
 MODELS = "stories260K", "tiny-f32", "tiny-q8", "tiny-q4"
-KERNELS = "plain", "avx2"
+# processors that have each
+ARM = {"neon": "cortex-a72", "dotprod": "neoverse-n1", "i8mm": "max"}
+KERNELS = "plain", "avx2", *ARM
 
 
 def compiler():
@@ -36,6 +38,10 @@ def build(directory):
     """The program without threads, and the models."""
     sources = [ROOT / f for f in ("run.c", "based.c", "tokenizer.c")]
     subprocess.run(["gcc", *FLAGS, "-o", directory / "run", *sources, "-lm"], check=True)
+    subprocess.run(["aarch64-linux-gnu-gcc", *FLAGS, "-static", "-o", directory / "run-arm",
+                    *sources, "-lm"], check=True, capture_output=True)
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", "-o", directory / "count.so",
+                    HERE / "insncount.c"], check=True)
     config = HERE / "data" / "hazyresearch-tiny" / "config.json"
     for name in MODELS[1:]:
         subprocess.run([sys.executable, ROOT / "export.py", "--random", config,
@@ -46,11 +52,18 @@ def build(directory):
 
 def instructions(directory, model, kernels, prompt, new):
     tokens = " ".join(str(i * 7 % 47) for i in range(prompt))
-    run = subprocess.run(["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null",
-                          directory / "run", directory / f"{model}.bin", "--tokens", tokens,
-                          "-t", "0", "-n", str(new), "--ignore-eos"],
-                         env={**os.environ, "BASED_KERNELS": kernels}, capture_output=True)
+    counts = directory / "counts"
+    program = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", directory / "run"]
+    if kernels in ARM:
+        program = ["qemu-aarch64", "-cpu", ARM[kernels], "-plugin",
+                   f"file={directory / 'count.so'},out={counts}", directory / "run-arm"]
+    run = subprocess.run([*program, directory / f"{model}.bin", "--tokens", tokens, "-t", "0",
+                          "-n", str(new), "--ignore-eos"],
+                         env={**os.environ, "BASED_KERNELS": "" if kernels in ARM else kernels},
+                         capture_output=True)
     assert run.returncode == 0, run.stderr
+    if kernels in ARM:
+        return int(counts.read_text().split()[-1])
     return int(re.search(rb"Collected : (\d+)", run.stderr).group(1))
 
 
@@ -75,7 +88,7 @@ def rows():
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
     from conftest import need           # this file also runs as a program
-    need("INSTRUCTIONS", "gcc", "valgrind")
+    need("INSTRUCTIONS", "gcc", "valgrind", "aarch64-linux-gnu-gcc", "qemu-aarch64")
     if compiler() not in KNOWN.read_text():
         pytest.skip(f"{KNOWN.name} was counted with another compiler than {compiler()}")
     directory = tmp_path_factory.mktemp("instructions")
