@@ -27,8 +27,7 @@ over document ends without a reset, as a stream does at run time.
     torchrun --nproc_per_node 2 train.py --out general --tokenizer tok8192.json \\
         --data children='corpus/children-*.xz' --data wiki='corpus/wiki*.xz' \\
         --mix children=1,wiki=4 --anneal 0.2 --anneal-mix children=1,wiki=1 \\
-        --length 2048 --anneal-length 8192 --valid
-        eval/*_valid.txt
+        --length 2048 --anneal-length 4096 --valid eval/*_valid.txt --minutes 25
 
   A small model in 4 bits, taught by a large one with the same tokenizer; the last half of the steps
   computes with rounded weights, and the average of late weights is kept if it is better:
@@ -413,7 +412,9 @@ def save_model(model, tokenizer, folder):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: p.detach().float().cpu().contiguous()
                for name, p in model.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    # under its name the file is always whole, so it can be exported while training goes on
+    save_file(tensors, folder / "model.partial", metadata={"format": "pt"})
+    os.replace(folder / "model.partial", folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save(str(folder / "tokenizer.json"))
@@ -768,15 +769,15 @@ class Workers:
         return value / self.world
 
 
-def rate_at(step, steps, warm_up, decay):
-    """Rises to 1, stays, and falls in a straight line to 0 over the last part."""
-    return min(1.0, (step + 1) / max(1, warm_up), (steps - step) / max(1.0, steps * decay))
+def rate_at(step, progress, warm_up, decay):
+    """Rises to 1 in warm_up steps, stays, and falls in a straight line to 0 over the last part."""
+    return min(1.0, (step + 1) / max(1, warm_up), (1 - progress) / max(1e-9, decay))
 
 
 def train(args):
     from tokenizers import Tokenizer
     from tqdm import tqdm
-    workers, out = Workers(), Path(args.out)
+    began, workers, out = time.time(), Workers(), Path(args.out)
     device, chief = workers.device, workers.rank == 0
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)                        # Sampler has its own generator
@@ -808,7 +809,7 @@ def train(args):
     sampler = Sampler(sources, args.seed, device)
     mix = parse_mix(args.mix, sampler.names, sampler)
     anneal_mix = parse_mix(args.anneal_mix, sampler.names, sampler) if args.anneal_mix else mix
-    steps = int(float(args.tokens) // args.batch_tokens)
+    steps = None if args.minutes else int(float(args.tokens) // args.batch_tokens)
     if steps == 0:
         return print(f"encoded {({n: sampler.size(n) for n in sampler.names})}")
 
@@ -855,7 +856,8 @@ def train(args):
         return scores
 
     # Everything a later process needs to go on as if nothing had happened.
-    step, best, history = 0, float("inf"), []
+    # progress is the part of the tokens, or of the time, that is used.
+    step, progress, best, history, slowest = 0, 0.0, float("inf"), [], 0.0
     saved = out / "checkpoint.pt"
     if args.resume and saved.exists():
         old = torch.load(saved, map_location=device, weights_only=True)
@@ -866,28 +868,30 @@ def train(args):
             average = old["average"]
         sampler.load_state_dict(old["sampler"])
         step, best, history = old["step"], old["best"], old["history"]
+        progress = old.get("progress", step / steps if steps else 0.0)
+        began -= progress * 60 * args.minutes
 
     if chief:
         count = sum(p.numel() for p in parameters)
-        note = dict(asdict(config), parameters=count, state_bytes=config.state_bytes(), steps=steps,
-                    mix=mix,
+        note = dict(asdict(config), parameters=count, state_bytes=config.state_bytes(), mix=mix,
                     anneal_mix=anneal_mix,
                     source_tokens={n: sampler.size(n) for n in sampler.names}, world=workers.world,
                     options=vars(args))
         (out / "run.json").write_text(json.dumps(note, indent=1) + "\n")
         sizes = ", ".join(f"{n} {sampler.size(n) / 1e6:.1f}M" for n in sampler.names)
-        print(f"{count:,} parameters, {config.state_bytes():,} bytes of state, {steps:,} steps of "
+        plan = f"{steps:,} steps" if steps else f"{args.minutes:g} minutes of steps"
+        print(f"{count:,} parameters, {config.state_bytes():,} bytes of state, {plan} of "
               f"{args.batch_tokens:,} tokens; {sizes}", flush=True)
 
     model.train()
     bar = tqdm(total=steps, initial=step, disable=not chief, mininterval=5, unit="step")
-    began, mark, pending = time.time(), (time.time(), step), []
-    while step < steps:
-        annealing = step >= steps * (1 - args.anneal)
+    mark, pending = (time.time(), step), []
+    while progress < 1:
+        annealing = progress >= 1 - args.anneal
         length = args.anneal_length if annealing and args.anneal_length else args.length
         x, y = sampler.batch(anneal_mix if annealing else mix, args.batch_tokens // length, length,
                              workers.rank, workers.world)
-        rounds = rounding and step >= steps * (1 - args.bits_part)
+        rounds = rounding and progress >= 1 - args.bits_part
         with rounding() if rounds else nullcontext():
             for part_x, part_y in zip(x.chunk(args.accumulate), y.chunk(args.accumulate)):
                 if teach:
@@ -901,28 +905,34 @@ def train(args):
         torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         for o in optimizers:
             for group in o.param_groups:
-                group["lr"] = args.lr * rate_at(step, steps, args.warm_up, args.decay)
+                group["lr"] = args.lr * rate_at(step, progress, args.warm_up, args.decay)
             o.step()
             o.zero_grad(set_to_none=True)
         step += 1
         bar.update()
+        if steps:
+            progress = step / steps
         # The mean of all weights so far, and later of about the last part of the steps.
         if average:
             torch._foreach_lerp_(average, [p.detach() for p in parameters],
-                                 max(1 / step, 1 / (args.average * steps)))
+                                 min(1.0, max(1 / step, progress / (args.average * step))))
 
         # Reading a number waits for the GPU, so it is done now and then.
-        if step % args.log_every == 0 or step == steps:
+        if step % args.log_every == 0 or progress >= 1:
             now = workers.average(torch.stack(pending).mean()).item()
             if not math.isfinite(now):
                 raise SystemExit(f"the loss became {now} at step {step}; lower --lr")
             speed = (step - mark[1]) * args.batch_tokens / (time.time() - mark[0])
-            seconds = round(time.time() - began, 1)
+            seconds = workers.average(time.time() - began).item()
+            if args.minutes:
+                # the last evaluation needs time too
+                progress = min(1.0, (seconds + slowest) / (60 * args.minutes))
             history.append(dict(step=step, loss=now, length=length, speed=round(speed),
-                                seconds=seconds))
+                                seconds=round(seconds, 1), progress=round(progress, 4)))
             bar.set_postfix_str(f"loss {now:.3f}, {speed / 1e3:.0f}k tok/s", refresh=False)
             mark, pending = (time.time(), step), []
-        if step % args.eval_every == 0 or step == steps:
+        if step % args.eval_every == 0 or progress >= 1:
+            mark = (time.time(), step)
             # With --bits, both are judged as they will be stored; what is saved is not rounded.
             for name, values in dict(weights=parameters, average=average).items():
                 if not values:
@@ -943,9 +953,11 @@ def train(args):
             if chief and (args.checkpoint or args.resume):
                 torch.save(dict(model=model.state_dict(), average=average,
                                 optimizers=[o.state_dict() for o in optimizers], step=step,
-                                sampler=sampler.state_dict(), best=best, history=history), saved)
+                                progress=progress, sampler=sampler.state_dict(), best=best,
+                                history=history), saved)
             if chief:
                 (out / "log.jsonl").write_text("".join(json.dumps(h) + "\n" for h in history))
+            slowest = workers.average(max(slowest, time.time() - mark[0])).item()
             mark = (time.time(), step)
     bar.close()
     if chief:
@@ -1025,6 +1037,9 @@ def parse():
     how = p.add_argument_group("training")
     how.add_argument("--tokens", default="500e6",
                      help="how many to train on (0: only encode), or ids for --logits")
+    how.add_argument("--minutes", type=float, default=0.0,
+                     help="train for so long, from reading the data to the last evaluation, "
+                     "instead of for --tokens; every part of the steps is then a part of the time")
     how.add_argument("--batch-tokens", type=int, default=65536,
                      help="tokens per step, over all GPUs")
     how.add_argument("--length", type=int, default=2048, help="tokens per window")

@@ -1,8 +1,11 @@
 """models/train.py, end to end: it learns, and what it saves says the same in PyTorch and in C."""
+import itertools
+import json
 import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -137,6 +140,28 @@ def test_gradients_of_borrowed_values():
     with train.borrowed([p], [torch.tensor([3.0, 5.0])]):
         p.square().sum().backward()
     assert p.tolist() == [1, 2] and p.grad.tolist() == [6, 10]
+
+
+def test_minutes(smoke, tmp_path, monkeypatch):
+    """By a clock that goes 0.1 s at every look: each part of the time has its steps, the rate falls
+    with it, and the last evaluation is not late."""
+    ticks = itertools.count()
+    monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(ticks) / 10))
+    monkeypatch.setattr(sys, "argv", list(map(str, (
+        TRAIN, "--out", tmp_path, "--tokenizer", smoke[0] / "tokenizer.json", "--data",
+        f"self={TRAIN}", "--valid", TRAIN, *SHAPE, "--length", 64, "--anneal-length", 128,
+        "--anneal", 0.4, "--batch-tokens", 512, "--log-every", 1, "--eval-every", 7,
+        "--minutes", 0.1))))
+    train.main()
+    history = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = [h for h in history if "loss" in h]
+    assert 10 < len(losses) < 20 and losses[-1]["progress"] == 1 and history[-1]["of"] == "weights"
+    assert next(ticks) / 10 < 6.7
+    for before, entry in zip(losses, losses[1:]):
+        assert entry["length"] == (128 if before["progress"] >= 0.6 else 64)
+    assert {entry["length"] for entry in losses} == {64, 128}
+    rates = [train.rate_at(500, part, 10, 0.5) for part in (0.25, 0.75, 1)]
+    assert rates == [1, 0.5, 0]
 
 
 def test_teacher_of_another_language(smoke, tmp_path):
