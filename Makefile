@@ -53,7 +53,7 @@ $(BUILD)/test_%: tests/test_%.c tests/test.h tests/model.h based.c tokenizer.c b
 unit: $(UNITS)
 	@for t in $(UNITS); do ./$$t || exit 1; done
 
-$(BUILD)/venv/ready: tests/requirements.txt
+$(BUILD)/venv/ready: tests/requirements.txt models/requirements.txt
 	@mkdir -p $(BUILD)
 	tests/make_venv.sh "$(PYTHON)" $(BUILD)/venv
 	$(BUILD)/venv/bin/python -m pip install -q --disable-pip-version-check -r tests/requirements.txt

@@ -303,6 +303,7 @@ static int     can_be_written(const char *path);                    /* 12: if no
 static FILE   *open_place(output *f);                               /* 12                         */
 static int     give_name(output *f);                                /* 12: to a complete file     */
 static void    drop_temporary(output *f);                           /* 12                         */
+static void    print_settings(const run *r, FILE *to);              /* 13: of the sampler         */
 static int     write_branches(run *r);                              /* 14: --branches             */
 
 /* ==== 2. Continue a text =========================================================================
@@ -518,15 +519,11 @@ static int prepare(run *r) {
     return reset_sampler(r) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", r->error.text);
 }
 
-/* For -v: the seed, and if the checkpoint recommends settings, those that are used. */
+/* For -v: the seed and the settings. */
 static void tell_sampling(const run *r) {
-    const based_sampler *s = &r->sampler;
     if (!r->o->verbose) return;
-    fprintf(stderr, "seed:   %llu\n", (unsigned long long)s->seed);
-    if (!(based_model_config(r->model)->flags & BASED_SAMPLING)) return;
-    fprintf(stderr, "sample: -t %g -p %g -k %u --min-p %g --repeat-penalty %g --repeat-last-n %u\n",
-            s->temperature, s->top_p, (unsigned)s->top_k, s->min_p, s->repeat_penalty,
-            (unsigned)s->repeat_last_n);
+    fprintf(stderr, "seed:   %llu\nsample:", (unsigned long long)r->sampler.seed);
+    print_settings(r, stderr);
 }
 
 static int generate(run *r) {
@@ -1326,10 +1323,9 @@ static int print_info(run *r) {
         puts("tokenizer    none");
     }
 
-    if (c->flags & BASED_SAMPLING) {
-        printf("%-12s -t %g -p %g -k %u --min-p %g --repeat-penalty %g --repeat-last-n %u\n",
-               "recommended", c->temperature, c->top_p, (unsigned)c->top_k, c->min_p,
-               c->repeat_penalty, (unsigned)c->repeat_last_n);
+    if (c->rows > 0) {
+        printf("%-12s", "sampling");
+        print_settings(r, stdout);
     }
 
     /* one letter for each layer shows the order of the mixers; then a line for each run of layers
@@ -2595,6 +2591,26 @@ static void take_recommended(options *o, const based_config *c) {
         if (f->kind == REAL) *(double *)to = (double)*(const float *)from;
         else *(int64_t *)to = *(const uint32_t *)from;
     }
+}
+
+/* The settings of the sampler as they would be typed, and who chose them. */
+static void print_settings(const run *r, FILE *to) {
+    static const char *const by[] = { "by default", "as the checkpoint says", "as given" };
+    int recommends = (based_model_config(r->model)->flags & BASED_SAMPLING) != 0, last = 3;
+    for (int who = 2; who >= 0; who--) {
+        for (int i = 0; i < FLAGS; i++) {
+            const flag *f = &flags[i];
+            const void *field = (const char *)r->o + f->offset;
+            if (!f->config || who != (r->o->given >> i & 1 ? 2 : recommends)) continue;
+            if (last < 3 && last != who) fprintf(to, " %s,", by[last]);
+            last = who;
+            if (f->letter) fprintf(to, " -%c", f->letter);
+            else fprintf(to, " --%s", f->name);
+            if (f->kind == REAL) fprintf(to, " %g", *(const double *)field);
+            else fprintf(to, " %lld", (long long)*(const int64_t *)field);
+        }
+    }
+    fprintf(to, " %s\n", by[last]);
 }
 
 /* Fills *o from the command line. o->stops must have room for argc texts. */

@@ -833,7 +833,7 @@ def test_verbose():
         rb"model:  .*stories260K.*, 260,032 parameters\n"
         rb"state:  [\d,]+ bytes, however long the text\n"
         rb"prompt: \d+ tokens\n"
-        rb"seed:   9\n"
+        rb"seed:   9\nsample: -t 1 .* by default\n"
         rb"prompt eval time = +[\d.]+ ms / +\d+ tokens +" + speeds +
         rb" +eval time = +[\d.]+ ms / +19 runs +" + speeds +
         rb"logits #[0-9a-f]{8}\n" + SPEED, done.err), done.err
