@@ -52,6 +52,9 @@
 
 #include "based.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #if !defined(__wasi__)
 #include <signal.h>
 #endif
@@ -77,6 +80,7 @@ enum { ROWS_BYTES = 1 << 24 };          /* memory for the logits of a block, at 
 enum { NUMBER_BYTES = 24 };             /* a 64-bit number with its sign, a space and a zero      */
 enum { NOTE_HEADER = 28 };              /* bytes of a saved note before the recent tokens         */
 enum { UNDO = 8 };                      /* turns of a conversation that can be taken back         */
+enum { SHORT_BYTES = 80 };              /* what the user typed, shortened for a line              */
 
 typedef struct {                        /* the command line; section 13 fills it                  */
     const char *checkpoint;
@@ -85,7 +89,7 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
     const char *jsonl;                  /* requests, one a line                                   */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
-    char       *turn, *stop;            /* the plain template; what ends a reply there            */
+    char       *turn, *stop, *own;      /* the plain template; what ends a reply there            */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
     int64_t     predict, top_k, repeat_last_n, threads, branches, parallel;
@@ -108,6 +112,7 @@ typedef struct {                        /* text on its way to stdout            
     char   *held;                       /* (n_held) the end that may be the start of a stop text  */
     size_t  n_held, room;               /* room of held                                           */
     int     wrote, stopped;             /* something was printed; a stop text was found           */
+    int     trims;                      /* spaces at the beginning are not printed                */
 } text_out;
 
 typedef struct {                        /* a file that is being written; section 11               */
@@ -120,6 +125,7 @@ typedef struct {                        /* a file that is being written; section
 typedef struct {                        /* what based_save wrote, in memory                       */
     unsigned char *bytes;
     size_t n;
+    char   said[SHORT_BYTES];           /* of a conversation: what came then, in quotes           */
 } saved_state;
 
 typedef struct {                        /* of a conversation                                      */
@@ -128,6 +134,7 @@ typedef struct {                        /* of a conversation                    
     const char *text[4];                /* what it looks like, by based_chat_text                 */
     char    *begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
+    char    *file;                      /* of the last /save                                      */
     based_session *snapshot;            /* before the token in which the held text begins         */
     char    *raw;                       /* (n_raw) the text generated since the snapshot          */
     size_t   n_raw, room;
@@ -180,15 +187,19 @@ static const char *model_name(const run *r, char name[65]) {
     return name[0] ? name : "a model without a name";
 }
 
+/* What the program was started as; set once, by main. */
+static const char *program = "run";
+
 /* Prints one error line and returns `status`. */
 static int fail(int status, const char *format, ...) {
     char line[1024];
+    int n = snprintf(line, sizeof line / 4, "%s: ", program);
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
+    vsnprintf(line + n, sizeof line - (size_t)n, format, arguments);
     va_end(arguments);
     sanitize(line);
-    fprintf(stderr, "run: %s\n", line);
+    fprintf(stderr, "%s\n", line);
     return status;
 }
 
@@ -208,7 +219,6 @@ static int out_of_memory(const char *what) {
 /* 1234567 as 1,234,567. THOUSANDS(value) brings its own buffer, which lives as long as the block
  * around it. So do QUOTE(text), what the user typed in quotes and shortened, and AMOUNT(bytes),
  * 412 kB or 6.1 MB. */
-enum { SHORT_BYTES = 80 };
 #define THOUSANDS(value) thousands((char[SHORT_BYTES]){ 0 }, value)
 #define QUOTE(text) quote((char[SHORT_BYTES]){ 0 }, text)
 #define AMOUNT(bytes) amount((char[SHORT_BYTES]){ 0 }, (double)(bytes))
@@ -241,7 +251,7 @@ static double per_second(uint64_t count, double spent) {
     return spent > 0 ? (double)count / spent : 0;
 }
 
-/* The only variables that outlive a function: what a signal changes or needs. The number of the
+/* The other variables that outlive a function: what a signal changes or needs. The number of the
  * signal that ended the text is read between tokens. */
 #if defined(SIGINT)
 static volatile sig_atomic_t interrupted = 0;
@@ -284,7 +294,7 @@ static void    hash_logits(run *r, const float *logits);            /* 10: for -
 static int     dump_rows(run *r, const float *rows, size_t n);      /* 10: --dump-logits          */
 static void    clear_progress(run *r);                              /* 10: before an error line   */
 static void    describe(const run *r, const char *what);            /* 10: the lines of -v        */
-static void    report(const run *r, const char *feeding, uint64_t n, double spent);     /* 10     */
+static void    report(const run *r, const char *feeding, int reading);      /* 10                 */
 static size_t  drop_mark(char *text, size_t n);                     /* 11: at the beginning       */
 static size_t  drop_newline(char *text, size_t n);                  /* 11: at the end             */
 static int     read_input(const char *path, enum extent extent, char **bytes, size_t *n);   /* 11 */
@@ -297,6 +307,7 @@ static long    read_some(FILE *file, char *to, size_t n, int wait); /* 12: of wh
 static void    catch_signals(int all);                              /* 12: Ctrl-C ends the text   */
 static void    leave_signals(int all);                              /* 12: or the program         */
 static int     is_terminal(FILE *file);                             /* 12: is a person there?     */
+static int     input_comes(void);                                   /* 12: from a pipe or a file  */
 static int     sync_file(FILE *file);                               /* 12: to the disk            */
 static int     same_file(const char *path, const char *other);      /* 12: under two names?       */
 static int     can_be_written(const char *path);                    /* 12: if not, errno says why */
@@ -341,6 +352,7 @@ static int append(buffer *b, const void *bytes, size_t n) {
 }
 
 static int write_text(text_out *out, const char *text, size_t n) {
+    for (; out->trims && !out->wrote && n > 0 && *text == ' '; n--) text++;
     out->wrote |= n > 0;
     if (out->to) return append(out->to, text, n);
     return fwrite(text, 1, n, stdout) == n ? DONE : write_failed();
@@ -547,7 +559,7 @@ static int generate(run *r) {
     if (r->o->save) TRY(feed_newest(r));        /* its logits belong to the dump                  */
     TRY(close_output(&r->dump, DONE));
     if (r->o->save) TRY(save_to_file(r, r->o->save));
-    report(r, "prompt eval time", r->timed, r->generate_time);
+    report(r, "prompt eval time", r->o->predict == 0);
     return interrupted ? INTERRUPTED : DONE;
 }
 
@@ -561,11 +573,13 @@ static int generate(run *r) {
  * message is fed with that message. Before each turn the state is put on a ring of UNDO states.
  */
 
-/* Puts the state in r->saved on the ring. Only a turn that went well gets there. */
-static void push_undo(run *r) {
+/* Puts the state in r->saved on the ring, with what was said. Only a turn that went well gets
+ * there. */
+static void push_undo(run *r, const char *said) {
     conversation *c = &r->chat;
     saved_state *place = &c->turn[c->turns++ % UNDO], oldest = *place;
     *place = r->saved;
+    sanitize(memcpy(place->said, QUOTE(said), SHORT_BYTES));
     r->saved = oldest;
     c->n_undo += c->n_undo < UNDO;
 }
@@ -574,7 +588,10 @@ static int undo(run *r) {
     conversation *c = &r->chat;
     if (c->n_undo == 0) return fail(BAD_INPUT, "there is no turn to take back");
     c->n_undo--;
-    return load_state(r, &c->turn[--c->turns % UNDO], "the last turn");
+    saved_state *last = &c->turn[--c->turns % UNDO];
+    TRY(load_state(r, last, "the last turn"));
+    if (!r->o->quiet) fprintf(stderr, "took back %s\n", last->said);
+    return DONE;
 }
 
 /* Ends a reply. What was printed gets fed; what is held back does not, even if one token is partly
@@ -605,7 +622,6 @@ static int commit_reply(run *r) {
 /* One turn: a message of n bytes and the reply to it. */
 static int chat_turn(run *r, const char *message, size_t n) {
     const options *o = r->o;
-
     const conversation *c = &r->chat;
 
     /* the message in its template, then the beginning of a reply */
@@ -633,7 +649,7 @@ static int chat_turn(run *r, const char *message, size_t n) {
     TRY(rc);
     TRY(feed_prompt(r));
     if (interrupted) return load_state(r, &r->saved, "the last turn");
-    push_undo(r);
+    push_undo(r, message);
 
     /* the reply */
     r->chat.has_snapshot = 0;
@@ -643,24 +659,39 @@ static int chat_turn(run *r, const char *message, size_t n) {
     return rc != DONE ? rc : committed;
 }
 
+/* /save: to a file that is remembered, or without a name to the last one, else that of --save. */
+static void save_chat(run *r, const char *file) {
+    conversation *c = &r->chat;
+    if (!*file) file = c->file ? c->file : r->o->save;
+    if (!file) {
+        fail(BAD_INPUT, "/save needs the name of a file the first time");
+    } else if (save_to_file(r, file) == DONE && file != c->file) {
+        size_t n = strlen(file) + 1;
+        free(c->file);
+        c->file = malloc(n);
+        if (c->file) memcpy(c->file, file, n);
+    }
+}
+
 /* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
- * the chat goes on. */
-static void run_command(run *r, const char *line, size_t n) {
-    const char *file = line + strcspn(line, " ");
-    file += strspn(file, " ");
+ * the chat goes on. Returns 0 if it is to end. */
+static int run_command(run *r, const char *line, size_t n) {
+    size_t word = strcspn(line, " ");
+    const char *file = line + word + strspn(line + word, " ");
+    int named = word == 5 && (*file || line[word] == '\0');
     if (strlen(line) < n) {
         fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
-    } else if (strncmp(line, "/save ", 6) == 0 && *file) {
-        save_to_file(r, file);
-    } else if (strncmp(line, "/load ", 6) == 0 && *file) {
-        if (save_state(r, &r->saved) != DONE) return;
-        if (load_from_file(r, file) == DONE) push_undo(r);
+    } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
+        return 0;
+    } else if (named && strncmp(line, "/save", 5) == 0) {
+        save_chat(r, file);
+    } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
+        if (save_state(r, &r->saved) != DONE) return 1;
+        if ((*file ? load_from_file(r, file)
+                   : load_state(r, &r->chat.first, "the beginning")) == DONE) push_undo(r, line);
         else load_state(r, &r->saved, "what was there before");
     } else if (strcmp(line, "/undo") == 0) {
         undo(r);
-    } else if (strcmp(line, "/reset") == 0) {
-        if (save_state(r, &r->saved) != DONE) return;
-        if (load_state(r, &r->chat.first, "the beginning") == DONE) push_undo(r);
     } else if (strcmp(line, "/stats") == 0) {
         const char *size = AMOUNT(based_saved_bytes(r->model, NOTE_HEADER
                                                      + 4 * (size_t)r->o->repeat_last_n));
@@ -669,15 +700,19 @@ static void run_command(run *r, const char *line, size_t n) {
                 THOUSANDS(based_count(r->session)), size, (int)r->chat.n_undo, UNDO, size,
                 per_second(r->timed, r->generate_time));
     } else if (strcmp(line, "/help") == 0) {
-        fputs("/save FILE   write all that the model remembers to a file\n"
+        fputs("/save FILE   write all that the model remembers to a file; later without its name\n"
               "/load FILE   go on from such a file\n"
               "/undo        take back the last turn, /load or /reset\n"
               "/reset       begin anew\n"
               "/stats       what is remembered, and how fast\n"
-              "Ctrl-C ends a reply, Ctrl-D the conversation\n", stderr);
+              "/quit        end, as Ctrl-D does; Ctrl-C ends a reply\n"
+              "Started as \"rlwrap ", stderr);
+        fprintf(stderr, "%s ...\", lines can be edited and come back with the arrow keys\n",
+                program);
     } else {
         fail(BAD_INPUT, "%s is no command; /help lists them", QUOTE(line));
     }
+    return 1;
 }
 
 /* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
@@ -691,6 +726,7 @@ static void choose_template(run *r, options *o) {
     }
     memcpy(r->chat.text, plain, sizeof r->chat.text);
     o->stops[o->n_stops++] = o->stop;
+    if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
     if (o->chat_template || o->quiet) return;
     fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
             "two people might\n", model_name(r, name));
@@ -739,7 +775,8 @@ static int chat(run *r) {
     if (!c->raw) return out_of_memory("the conversation");
     catch_signals(saves);
 
-    r->out.decoder.started = 1;         /* a reply follows a text, so its first space is printed  */
+    r->out.decoder.started = 1;
+    r->out.trims = 1;
     TRY(begin_chat(r));
     tell_sampling(r);
     if (asking) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
@@ -763,7 +800,7 @@ static int chat(run *r) {
         catch_signals(saves);
         more = n > 0;
         n = drop_newline(text, first ? drop_mark(text, n) : n);
-        if (text[0] == '/') run_command(r, text, n);
+        if (text[0] == '/') more &= run_command(r, text, n);
         else if (n > 0) rc = chat_turn(r, text, n);
         free(text);
     }
@@ -774,7 +811,7 @@ static int chat(run *r) {
     int ended = rc == DONE || interrupted || ferror(stdin) || ferror(stdout);
     int saved = saves && ended ? save_to_file(r, o->save) : DONE;
     if (rc == DONE) rc = interrupted ? 128 + (int)interrupted : saved;
-    if (rc != BAD_INPUT) report(r, "prompt eval time", r->timed, r->generate_time);
+    if (rc != BAD_INPUT) report(r, "prompt eval time", o->predict == 0);
     return rc;
 }
 
@@ -908,17 +945,55 @@ static int save_to_file(run *r, const char *path) {
     return DONE;
 }
 
+/* The end of a text that was loaded: the tokens that its note tells. */
+static void show_recent(run *r) {
+    size_t n = based_sampler_recent(&r->sampler, r->recent), bytes;
+    for (size_t i = 0; i < n; i++) {
+        const char *text = based_token_bytes(&r->tokenizer, r->recent[i], &bytes);
+        fwrite(text, 1, bytes, stderr);
+    }
+    if (n > 0) fputc('\n', stderr);
+}
+
 static int load_from_file(run *r, const char *path) {
     char *bytes;
     size_t n;
     TRY(read_input(path, STATE, &bytes, &n));
-    int rc = load_state(r, &(saved_state){ (unsigned char *)bytes, n }, path);
+    int rc = load_state(r, &(saved_state){ .bytes = (unsigned char *)bytes, .n = n }, path);
     free(bytes);
     if (rc == DONE && !r->o->quiet) {
         fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
                 AMOUNT(n));
+        if (r->o->chat) show_recent(r);
     }
     return rc;
+}
+
+/* Does the prompt begin with the n saved tokens as a text, though not as tokens? */
+static int ends_inside(run *r, uint64_t n) {
+    size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes;
+    for (size_t k = 1; k <= recent && k <= n; k++) {
+        size_t same = (size_t)n - k;    /* tokens at the beginning, if the last k are others      */
+        const int32_t *last = r->recent + recent - k;
+        uint64_t h = same <= r->n_ids ? based_history_of(0, r->ids, same) : 0;
+        if (same > r->n_ids || based_history_of(h, last, k) != based_history(r->session)) continue;
+        buffer saved = { .n = 0 }, said = { .n = 0 };
+        int rc = DONE;
+        for (size_t i = 0; i < k; i++) {
+            const char *text = based_token_bytes(&r->tokenizer, last[i], &bytes);
+            rc |= append(&saved, text, bytes);
+        }
+        for (size_t i = same; i < r->n_ids; i++) {
+            const char *text = based_token_bytes(&r->tokenizer, r->ids[i], &bytes);
+            rc |= append(&said, text, bytes);
+        }
+        int inside = rc == DONE && saved.n > 0 && said.n > saved.n
+                  && memcmp(saved.bytes, said.bytes, saved.n) == 0;
+        free(saved.bytes);
+        free(said.bytes);
+        return inside;
+    }
+    return 0;
 }
 
 /* --load, before a text is continued. A prompt is the whole text: it must begin with the saved one.
@@ -937,6 +1012,10 @@ static int load_prompt(run *r) {
 
     /* the history is a hash of all tokens that were fed */
     if (n > r->n_ids || based_history_of(0, r->ids, (size_t)n) != based_history(r->session)) {
+        if (!o->tokens && ends_inside(r, n)) {
+            return fail(BAD_INPUT, "the text saved in %s ends inside a token of this prompt; give "
+                        "what follows it with --append, or save where a word ends", o->load);
+        }
         return fail(BAD_INPUT, "the prompt does not begin with the %s tokens saved in %s; to put "
                     "it behind them, use --append", THOUSANDS(n), o->load);
     }
@@ -1004,7 +1083,7 @@ static int measure(run *r) {
             fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n",
                     THOUSANDS(r->scored), perplexity);
         }
-        report(r, "eval time", r->fed, r->feed_time);
+        report(r, "eval time", 1);
         return INTERRUPTED;
     }
 
@@ -1023,7 +1102,7 @@ static int measure(run *r) {
            perplexity * sqrt(r->squares / tokens / (tokens - 1)),
            r->nats / log(2.0) / (double)predicted);
     TRY(flush_text());
-    report(r, "eval time", r->fed, r->feed_time);
+    report(r, "eval time", 1);
     return DONE;
 }
 
@@ -1586,6 +1665,14 @@ static int read_prompt(run *r) {
     if (o->tokens) return read_tokens(r, o->tokens);
     if (!r->has_tokenizer) return no_tokenizer(r);
     if (text && strcmp(text, "-") == 0) path = "-";
+    if (!text && !path) {
+        int comes = input_comes();
+        if (comes > 0) path = "-";
+        if (comes < 0 && !o->quiet) {
+            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
+                  "-i - waits for it\n", stderr);
+        }
+    }
     if (path) {
         TRY(read_input(path, ALL, &bytes, &n));
         n = drop_newline(bytes, drop_mark(bytes, n));
@@ -1750,14 +1837,17 @@ static void time_line(const char *what, double spent, uint64_t n, const char *un
             per_second(n, spent));
 }
 
-/* The statistics. Scripts written for llama2.c look for the last line, the speed of n tokens. */
-static void report(const run *r, const char *feeding, uint64_t n, double spent) {
+/* The statistics. Scripts written for llama2.c look for the last line, the speed: of reading, or of
+ * writing. */
+static void report(const run *r, const char *feeding, int reading) {
     if (r->o->verbose) {
         time_line(feeding, r->feed_time, r->fed, "tokens");
         if (r->timed > 0) time_line("eval time", r->generate_time, r->timed, "runs");
         fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
     }
-    if (!r->o->quiet) fprintf(stderr, "achieved tok/s: %f\n", per_second(n, spent));
+    if (r->o->quiet) return;
+    fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
+                                                    : per_second(r->timed, r->generate_time));
 }
 
 /* ==== 11. Files ==================================================================================
@@ -1828,6 +1918,43 @@ static int output_failed(const output *f) {
     return fail(BAD_INPUT, "cannot write %s to %s: %s", f->what, f->path, strerror(errno));
 }
 
+/* What is given as a checkpoint and is none: says what it is, if that can be seen. */
+static int no_checkpoint(const run *r) {
+    static const struct { size_t at; const char *begins, *is, *advice; } kinds[] = {
+        { 0, "GGUF", "a GGUF file of llama.cpp, which cannot be read; export the model that it was "
+                     "made from", NULL },
+        { 0, BASED_STATE_MAGIC, "a saved state; give a checkpoint, and this with --load", NULL },
+        { 0, "24ka", "a llama2.c file of a version that cannot be read; write version 0 of it",
+          NULL },
+        { 8, "{", "a safetensors file", "" }, { 0, "PK\3\4", "a PyTorch file", "" },
+        { 0, "\x80\2", "a PyTorch file", "" }
+    };
+    /* the first seven numbers of a llama2.c file are at most; the sixth may be negative */
+    static const int32_t most[7] = { 65536, 1 << 20, 1024, 4096, 4096, 1 << 22, 1 << 20 };
+    const char *path = r->o->checkpoint, *is = NULL, *advice = NULL;
+    unsigned char start[28] = { 0 };
+    FILE *file = fopen(path, "rb");
+    errno = 0;
+    int whole = file && fread(start, 1, sizeof start, file) == sizeof start;
+    if (errno == EISDIR) is = "a directory", advice = "";
+    if (file) fclose(file);
+    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+        if (memcmp(start + kinds[i].at, kinds[i].begins, strlen(kinds[i].begins)) == 0) {
+            is = kinds[i].is, advice = kinds[i].advice;
+        }
+    }
+    for (size_t i = 0; i < 7 && whole; i++) {
+        int64_t n = (int32_t)(uint32_t)get_little(start + 4 * i, 4);
+        if (i == 5 && n < 0) n = -n;
+        whole = n > 0 && n <= most[i];
+    }
+    if (whole) is = "a llama2.c file", advice = " --tokenizer tokenizer.bin";
+    if (!is) return fail(BAD_INPUT, "%s", r->error.text);
+    if (!advice) return fail(BAD_INPUT, "%s is %s", path, is);
+    return fail(BAD_INPUT, "%s is %s; python3 export.py %s OUT.bin%s makes a checkpoint of it",
+                path, is, path, advice);
+}
+
 /* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
  * is read completely before. */
 static int refuse_inputs(const run *r, const char *path, const char *what) {
@@ -1892,9 +2019,10 @@ static int close_output(output *f, int rc) {
 /* A checkpoint is mapped, not copied. If its file is cut off while it is in use, reading it raises
  * SIGBUS, and all that can be done is to say so. */
 static void on_lost_bytes(int number) {
-    static const char line[] = "run: the checkpoint cannot be read any more; was its file cut off "
+    static const char line[] = ": the checkpoint cannot be read any more; was its file cut off "
                                "while it was in use?\n";
-    ssize_t written = write(STDERR_FILENO, line, sizeof line - 1);
+    ssize_t written = write(STDERR_FILENO, program, strlen(program));
+    written += write(STDERR_FILENO, line, sizeof line - 1);
     (void)number, (void)written;
     if (unfinished) unlink(unfinished);
     _exit(BAD_INPUT);
@@ -1954,6 +2082,16 @@ static void leave_signals(int all) {
 }
 
 static int is_terminal(FILE *file) { return isatty(fileno(file)); }
+
+/* Is standard input a file, or a pipe through which something comes? -1: a pipe, but nothing came
+ * within a second; whoever started the program may just have left it open. */
+static int input_comes(void) {
+    struct pollfd input = { STDIN_FILENO, POLLIN, 0 };
+    struct stat there;
+    if (fstat(STDIN_FILENO, &there) != 0) return 0;
+    if (S_ISFIFO(there.st_mode)) return poll(&input, 1, 1000) == 0 ? -1 : 1;
+    return S_ISREG(there.st_mode);
+}
 
 /* The size of a file; 0 for what has none. */
 static double file_size(FILE *file) {
@@ -2143,6 +2281,7 @@ static int same_file(const char *path, const char *other) {
 static int is_terminal(FILE *file) { return (void)file, 0; }
 static int same_file(const char *path, const char *other) { return strcmp(path, other) == 0; }
 #endif
+static int input_comes(void) { return 0; }
 static int sync_file(FILE *file) { return (void)file, 1; }
 static double file_size(FILE *file) { return (void)file, 0; }
 static long read_some(FILE *file, char *to, size_t n, int wait) {
@@ -2208,6 +2347,7 @@ typedef struct {
     size_t      config;                 /* of the field in based_config that recommends a value   */
     const char *takes;                  /* for error lines, where it does not follow from kind    */
     const char *elsewhere;              /* what the letter means in llama.cpp                     */
+    const char *alias;                  /* the name there, if another                             */
 } flag;
 
 #define AT(field) .offset = offsetof(options, field)
@@ -2216,8 +2356,9 @@ typedef struct {
 static const flag flags[] = {
 
     {'i', "prompt", "TEXT", TEXT, AT(prompt), .title = "Model and prompt",
-     .help = "Continue this text; \"-\" reads it from standard input. Without a prompt a new "
-             "text begins",
+     .help = "Continue this text; \"-\" reads it from standard input. Without a prompt, that "
+             "is done with what comes through a pipe or from a file there, if it begins within a "
+             "second; or else a new text begins",
      .is = PROMPT, .excludes = PROMPT},
     {'f', "file", "FILE", TEXT, AT(file),
      .help = "Continue the text in this file; \"-\" is standard input. One newline at the end of "
@@ -2238,7 +2379,7 @@ static const flag flags[] = {
      .help = "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the "
              "end of the text or Ctrl-C: the model's memory of the past has a fixed size, so "
              "there is no limit",
-     .standard = "256", .low = -1, .high = 9e18,
+     .standard = "256", .low = -1, .high = 9e18, .alias = "n-predict",
      .takes = "a whole number of tokens, 0 or more, or -1 for no limit"},
     {'t', "temp", "X", REAL, RECOMMENDED(temperature),
      .help = "Temperature: low is careful, high is daring, 0 always takes the most probable token",
@@ -2305,7 +2446,7 @@ static const flag flags[] = {
      .help = "generate (the default) or chat: a conversation, line by line from standard input, "
              "until Ctrl-D; /help there lists its commands",
      .is = CHAT, .takes = "generate or chat",
-     .elsewhere = "the model is the first argument: run CHECKPOINT [options]"},
+     .elsewhere = "the model is the first argument, before the options"},
     {'y', "system-prompt", "TEXT", TEXT, AT(system),
      .help = "A text that stands before the conversation",
      .needs = CHAT},
@@ -2360,18 +2501,22 @@ static const flag flags[] = {
 enum { FLAGS = (int)(sizeof flags / sizeof flags[0]) };
 
 /* Flags of llama2.c and llama.cpp that mean nothing here, and what to do instead. */
-static const struct { const char *name, *advice; } foreign[] = {
-    {"--model", "the model is the first argument: run CHECKPOINT [options]"},
-    {"-z", "the tokenizer is inside the checkpoint"},
-    {"--steps", "the number of tokens to generate is -n or --predict"},
-    {"-c", "the model's memory has a fixed size, so there is no context to set"},
-    {"--ctx-size", "the model's memory has a fixed size, so there is no context to set"},
+static const struct { const char *names, *advice; } foreign[] = {
+    {" --model ", "the model is the first argument, before the options"},
+    {" -z ", "the tokenizer is inside the checkpoint"},
+    {" --steps ", "the number of tokens to generate is -n or --predict"},
+    {" -c --ctx-size ", "the model's memory has a fixed size, so there is no context to set"},
+    {" -ngl --gpu-layers --n-gpu-layers -dev --device ", "the processor computes; leave it out"},
+    {" -tb --threads-batch -ub --ubatch-size --batch-size ", "-j is for all of the work"},
+    {" -cnv --conversation -i --interactive ", "a conversation is -m chat"},
+    {" --color --no-warmup --no-mmap --mlock --simple-io -no-cnv --no-conversation -fa ",
+     "nothing here needs it; leave it out"},
 };
 
 static int print_help(void) {
-    puts("usage: run CHECKPOINT [options]\n\n"
-         "Continues a text with a Based language model. The text goes to standard output and\n"
-         "nothing else does; statistics and errors go to standard error.");
+    printf("usage: %s CHECKPOINT [options]\n\n"
+           "Continues a text with a Based language model. The text goes to standard output and\n"
+           "nothing else does; statistics and errors go to standard error.\n", program);
     for (int i = 0; i < FLAGS; i++) {
         const flag *f = &flags[i];
         char left[64], letter[8] = "    ", whole[512];
@@ -2398,14 +2543,18 @@ static int print_help(void) {
         }
         putchar('\n');
     }
-    puts("\nExamples:\n"
-         "  run models/stories260K.bin                               a story\n"
-         "  run models/stories260K.bin -i \"Once upon a time\" -t 0    always the same story\n"
-         "  run models/stories260K.bin -f draft.txt -n -1 -r \"The end\"\n"
-         "  run models/stories260K.bin -x book.txt                   perplexity of a book\n"
-         "  run models/stories260K.bin -f book.txt -n 0 --save book.state     read it once,\n"
-         "  run models/stories260K.bin --load book.state --append \"Then\"     go on at once\n\n"
-         "Exit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
+    static const char *const examples[] = {
+        "                              a story",
+        "-i \"Once upon a time\" -t 0    always the same story",
+        "-f draft.txt -n -1 -r \"The end\"", "-x book.txt                   perplexity of a book",
+        "-f book.txt -n 0 --save book.state     read it once,",
+        "--load book.state --append \"Then\"     go on at once"
+    };
+    puts("\nExamples:");
+    for (size_t i = 0; i < sizeof examples / sizeof examples[0]; i++) {
+        printf("  %s models/stories260K.bin %s\n", program, examples[i]);
+    }
+    puts("\nExit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
     return flush_text();
 }
 
@@ -2500,9 +2649,12 @@ static size_t distance(const char *a, const char *b) {
 static int unknown_flag(const char *typed) {
     const char *word = typed + strspn(typed, "-"), *nearest = NULL;
     size_t best = 2 + strlen(word) / 4;
+    char name[48];
+    snprintf(name, sizeof name, " %.*s ", (int)strcspn(typed, "= "), typed);
     for (size_t i = 0; i < sizeof foreign / sizeof foreign[0]; i++) {
-        if (strcmp(typed, foreign[i].name) == 0) {
-            return fail(BAD_USAGE, "there is no %s: %s", typed, foreign[i].advice);
+        if (strstr(foreign[i].names, name)) {
+            return fail(BAD_USAGE, "there is no %.*s: %s", (int)strlen(name) - 2, name + 1,
+                        foreign[i].advice);
         }
     }
     for (int i = 0; i < FLAGS; i++) {
@@ -2516,8 +2668,8 @@ static int unknown_flag(const char *typed) {
         if (strlen(word) > 1 && far < best) best = far, nearest = f->name;
     }
     return fail(BAD_USAGE, nearest ? "unknown option %s; did you mean --%s?"
-                                   : "unknown option %s; run --help lists them all", QUOTE(typed),
-                nearest);
+                                   : "unknown option %s; %s --help lists them all", QUOTE(typed),
+                nearest ? nearest : program);
 }
 
 /* Was this flag given, with a value that is not off? Only for flags with rules about others. */
@@ -2531,8 +2683,8 @@ static int is_on(const options *o, const flag *f) {
 /* The rules about several flags: excludes and needs in the table; and what stdin is in a chat. */
 static int check_options(const options *o) {
     if (!o->checkpoint) {
-        return fail(BAD_USAGE, "no checkpoint; usage: run CHECKPOINT [options], and run --help "
-                    "explains them");
+        return fail(BAD_USAGE, "no checkpoint; usage: %s CHECKPOINT [options], and %s --help "
+                    "explains them", program, program);
     }
     /* each flag f that is on against all others */
     for (const flag *f = flags; f < flags + FLAGS; f++) {
@@ -2562,12 +2714,13 @@ static int check_options(const options *o) {
 }
 
 /* Reads --chat-template, or the plain one. There a reply ends where the model begins the next turn:
- * at a new line and what stands before {}, without the spaces at its end. */
+ * at a new line and what stands before {}; or a reply again: at what stands behind {}. Both without
+ * the spaces at their ends. */
 static int read_template(options *o) {
     const char *text = o->chat_template ? o->chat_template : PLAIN_TURN;
     size_t n = strlen(text) + 1;
     o->turn = malloc(n);
-    o->stop = malloc(n + 1);
+    o->stop = malloc(2 * n + 2);
     if (!o->turn || !o->stop) return out_of_memory("the template of a conversation");
     memcpy(o->turn, text, n);
     unescape(o->turn);
@@ -2576,8 +2729,11 @@ static int read_template(options *o) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
                     "\"" PLAIN_TURN "\"");
     }
+    o->own = o->stop + n + 1;
     snprintf(o->stop, n + 1, "\n%.*s", (int)(hole - o->turn), o->turn);
+    memcpy(o->own, hole + 2, strlen(hole + 2) + 1);
     for (n = strlen(o->stop); n > 1 && o->stop[n - 1] == ' '; n--) o->stop[n - 1] = '\0';
+    for (n = strlen(o->own); n > 0 && o->own[n - 1] == ' '; n--) o->own[n - 1] = '\0';
     return DONE;
 }
 
@@ -2613,6 +2769,25 @@ static void print_settings(const run *r, FILE *to) {
     fprintf(to, " %s\n", by[last]);
 }
 
+static int is_name(const char *name, const char *typed, size_t n) {
+    return name && strlen(name) == n && memcmp(name, typed, n) == 0;
+}
+
+/* Says what is allowed and seldom meant. */
+static void warn_of_values(const options *o) {
+    if (o->quiet) return;
+    if (o->temperature >= 2) {
+        fprintf(stderr, "note: -t %g is a temperature, and a high one; for threads use -j\n",
+                o->temperature);
+    }
+#ifdef _OPENMP
+    if (o->threads > omp_get_num_procs()) {
+        fprintf(stderr, "note: -j %lld is more than the %d processors there are, which makes it "
+                "slower\n", (long long)o->threads, omp_get_num_procs());
+    }
+#endif
+}
+
 /* Fills *o from the command line. o->stops must have room for argc texts. */
 static int parse_options(options *o, int argc, char **argv) {
     int only_paths = 0;
@@ -2642,8 +2817,8 @@ static int parse_options(options *o, int argc, char **argv) {
         /* a flag, and its value: behind "=" or the next argument */
         for (const flag *g = flags; g < flags + FLAGS; g++) {
             if (typed[1] == g->letter && typed[2] == '\0') f = g;
-            if (typed[1] == '-' && n == strlen(g->name) + 2
-                && strncmp(typed + 2, g->name, n - 2) == 0) {
+            if (typed[1] == '-' && (is_name(g->name, typed + 2, n - 2)
+                                    || is_name(g->alias, typed + 2, n - 2))) {
                 f = g;
                 if (typed[n] == '=') text = typed + n + 1;
             }
@@ -2660,6 +2835,7 @@ static int parse_options(options *o, int argc, char **argv) {
     }
     if (o->help || o->version) return DONE;
     TRY(check_options(o));
+    warn_of_values(o);
     return o->chat ? read_template(o) : DONE;
 }
 
@@ -3513,7 +3689,7 @@ static int do_job(run *r, options *o) {
     if (o->save) TRY(check_output(r, o->save, "the past"));
     if (o->dump) TRY(check_output(r, o->dump, "the logits"));
     r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
-    if (!r->model) return fail(BAD_INPUT, "%s", r->error.text);
+    if (!r->model) return no_checkpoint(r);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
     if (r->has_tokenizer) {
         TRY_LIB(based_tokenizer_open(&r->tokenizer, r->model, &r->error), o->checkpoint);
@@ -3529,15 +3705,21 @@ static int do_job(run *r, options *o) {
 }
 
 int main(int argc, char **argv) {
-    options o = { .stops = calloc((size_t)argc + 1, sizeof *o.stops) };
+    options o = { .stops = calloc((size_t)argc + 2, sizeof *o.stops) };
     run r = { .o = &o };
     prepare_system();
+    for (const char *at = argc > 0 ? argv[0] : ""; *at; at += *at != '\0') {
+        at += strspn(at, "/\\");
+        if (*at) program = at;
+        at += strcspn(at, "/\\");
+    }
     int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
     if (rc == DONE) rc = do_job(&r, &o);
 
     close_output(&r.dump, BAD_INPUT);   /* a file that is complete was closed before              */
     for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].bytes);
     free(r.chat.first.bytes);
+    free(r.chat.file);
     free(r.chat.raw);
     free(r.chat.begin);
     free(r.saved.bytes);

@@ -9,12 +9,13 @@ in a row, or three times anywhere if it is longer than 40 characters.
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
-RUN = Path(__file__).resolve().parent.parent / "run"
+RUN = shlex.split(os.environ.get("RUN", str(Path(__file__).resolve().parent.parent / "run")))
 
 
 def loop(text):
@@ -33,7 +34,7 @@ def loop(text):
 def texts(model, prompt, seeds, tokens, *options):
     """A text for each seed from 1, as ./run -s SEED -n TOKENS -i PROMPT writes them."""
     request = {"prompt": prompt, "seed": 1, "n": seeds, "max_tokens": tokens}
-    out = subprocess.run([RUN, model, "--jsonl", "-", "-q", *options], check=True,
+    out = subprocess.run([*RUN, model, "--jsonl", "-", "-q", *options], check=True,
                          input=json.dumps(request).encode(), stdout=subprocess.PIPE).stdout
     return [json.loads(line)["text"] for line in out.splitlines()]
 
