@@ -969,29 +969,20 @@ static int load_from_file(run *r, const char *path) {
     return rc;
 }
 
-/* Does the prompt begin with the n saved tokens as a text, though not as tokens? */
-static int ends_inside(run *r, uint64_t n) {
-    size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes;
-    for (size_t k = 1; k <= recent && k <= n; k++) {
-        size_t same = (size_t)n - k;    /* tokens at the beginning, if the last k are others      */
+/* Does the text of the n saved tokens end inside a token of the prompt, which is like it before? */
+static int ends_inside(run *r, size_t n) {
+    size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes, some;
+    for (size_t k = 1; k <= recent && k <= n; k++) {            /* the last k are others          */
         const int32_t *last = r->recent + recent - k;
-        uint64_t h = same <= r->n_ids ? based_history_of(0, r->ids, same) : 0;
-        if (same > r->n_ids || based_history_of(h, last, k) != based_history(r->session)) continue;
-        buffer saved = { .n = 0 }, said = { .n = 0 };
-        int rc = DONE;
-        for (size_t i = 0; i < k; i++) {
-            const char *text = based_token_bytes(&r->tokenizer, last[i], &bytes);
-            rc |= append(&saved, text, bytes);
+        size_t same = n - k, at = 0;
+        if (same >= r->n_ids || based_history_of(based_history_of(0, r->ids, same), last, k)
+                                != based_history(r->session)) continue;
+        const char *whole = based_token_bytes(&r->tokenizer, r->ids[same], &bytes);
+        for (size_t i = 0; i < k; i++, at += some) {
+            const char *text = based_token_bytes(&r->tokenizer, last[i], &some);
+            if (some > bytes - at || memcmp(whole + at, text, some) != 0) return 0;
         }
-        for (size_t i = same; i < r->n_ids; i++) {
-            const char *text = based_token_bytes(&r->tokenizer, r->ids[i], &bytes);
-            rc |= append(&said, text, bytes);
-        }
-        int inside = rc == DONE && saved.n > 0 && said.n > saved.n
-                  && memcmp(saved.bytes, said.bytes, saved.n) == 0;
-        free(saved.bytes);
-        free(said.bytes);
-        return inside;
+        return 1;
     }
     return 0;
 }
@@ -1012,7 +1003,7 @@ static int load_prompt(run *r) {
 
     /* the history is a hash of all tokens that were fed */
     if (n > r->n_ids || based_history_of(0, r->ids, (size_t)n) != based_history(r->session)) {
-        if (!o->tokens && ends_inside(r, n)) {
+        if (!o->tokens && ends_inside(r, (size_t)n)) {
             return fail(BAD_INPUT, "the text saved in %s ends inside a token of this prompt; give "
                         "what follows it with --append, or save where a word ends", o->load);
         }
