@@ -134,7 +134,8 @@ typedef struct {                        /* of a conversation                    
     const char *text[4];                /* what it looks like, by based_chat_text                 */
     char    *begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
-    char    *file;                      /* of the last /save                                      */
+    char    *line;                      /* the last /save that named a file                       */
+    const char *file;                   /* its name, in the line; or that of --save               */
     based_session *snapshot;            /* before the token in which the held text begins         */
     char    *raw;                       /* (n_raw) the text generated since the snapshot          */
     size_t   n_raw, room;
@@ -202,6 +203,8 @@ static int fail(int status, const char *format, ...) {
     fprintf(stderr, "%s\n", line);
     return status;
 }
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 /* Leaves the function if a call did not go well. TRY_LIB is for calls to the library. */
 #define TRY(call) do { int rc_ = (call); if (rc_ != DONE) return rc_; } while (0)
@@ -636,7 +639,7 @@ static int chat_turn(run *r, const char *message, size_t n) {
     size_t from = parts[0].n + parts[1].n, bytes = from + n + parts[3].n + parts[4].n, at = 0;
     char *text = malloc(bytes + 1);
     if (!text) return out_of_memory("a turn");
-    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; at += parts[i++].n) {
+    for (size_t i = 0; i < COUNT(parts); at += parts[i++].n) {
         memcpy(text + at, parts[i].text, parts[i].n);
     }
     enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
@@ -659,23 +662,10 @@ static int chat_turn(run *r, const char *message, size_t n) {
     return rc != DONE ? rc : committed;
 }
 
-/* /save: to a file that is remembered, or without a name to the last one, else that of --save. */
-static void save_chat(run *r, const char *file) {
-    conversation *c = &r->chat;
-    if (!*file) file = c->file ? c->file : r->o->save;
-    if (!file) {
-        fail(BAD_INPUT, "/save needs the name of a file the first time");
-    } else if (save_to_file(r, file) == DONE && file != c->file) {
-        size_t n = strlen(file) + 1;
-        free(c->file);
-        c->file = malloc(n);
-        if (c->file) memcpy(c->file, file, n);
-    }
-}
-
 /* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
- * the chat goes on. Returns 0 if it is to end. */
-static int run_command(run *r, const char *line, size_t n) {
+ * the chat goes on. Returns 0 if it is to end. The line is kept if it is r->chat.line then. */
+static int run_command(run *r, char *line, size_t n) {
+    conversation *c = &r->chat;
     size_t word = strcspn(line, " ");
     const char *file = line + word + strspn(line + word, " ");
     int named = word == 5 && (*file || line[word] == '\0');
@@ -684,11 +674,17 @@ static int run_command(run *r, const char *line, size_t n) {
     } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
         return 0;
     } else if (named && strncmp(line, "/save", 5) == 0) {
-        save_chat(r, file);
+        if (!*file && !c->file) {
+            fail(BAD_INPUT, "/save needs the name of a file the first time");
+        } else if (save_to_file(r, *file ? file : c->file) == DONE && *file) {
+            free(c->line);
+            c->line = line;
+            c->file = file;
+        }
     } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
         if (save_state(r, &r->saved) != DONE) return 1;
         if ((*file ? load_from_file(r, file)
-                   : load_state(r, &r->chat.first, "the beginning")) == DONE) push_undo(r, line);
+                   : load_state(r, &c->first, "the beginning")) == DONE) push_undo(r, line);
         else load_state(r, &r->saved, "what was there before");
     } else if (strcmp(line, "/undo") == 0) {
         undo(r);
@@ -697,7 +693,7 @@ static int run_command(run *r, const char *line, size_t n) {
                                                      + 4 * (size_t)r->o->repeat_last_n));
         fprintf(stderr, "%s tokens read and written, remembered in %s\n"
                 "%d turns can be taken back (at most %d, %s each)\n%.1f tokens per second\n",
-                THOUSANDS(based_count(r->session)), size, (int)r->chat.n_undo, UNDO, size,
+                THOUSANDS(based_count(r->session)), size, (int)c->n_undo, UNDO, size,
                 per_second(r->timed, r->generate_time));
     } else if (strcmp(line, "/help") == 0) {
         fputs("/save FILE   write all that the model remembers to a file; later without its name\n"
@@ -770,6 +766,7 @@ static int chat(run *r) {
     if (!r->has_tokenizer) return no_tokenizer(r);
     TRY(prepare(r));
     TRY(new_session(r, &c->snapshot, 1));
+    c->file = o->save;
     c->room = 4096 + r->out.room;
     c->raw = malloc(c->room);
     if (!c->raw) return out_of_memory("the conversation");
@@ -802,7 +799,7 @@ static int chat(run *r) {
         n = drop_newline(text, first ? drop_mark(text, n) : n);
         if (text[0] == '/') more &= run_command(r, text, n);
         else if (n > 0) rc = chat_turn(r, text, n);
-        free(text);
+        if (text != c->line) free(text);
     }
     catch_signals(saves);
     if (asking) fputc('\n', stderr);
@@ -1291,8 +1288,7 @@ static int bench(run *r) {
 /* ==== 7. Info and check ==========================================================================
  * What a checkpoint says of itself, in words; and whether it is sound.
  */
-#define NAME_OF(names, value) \
-    ((value) < sizeof(names) / sizeof(names)[0] ? (names)[value] : "unknown")
+#define NAME_OF(names, value) ((value) < COUNT(names) ? (names)[value] : "unknown")
 
 static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
 static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
@@ -1920,8 +1916,6 @@ static int no_checkpoint(const run *r) {
         { 8, "{", "a safetensors file", "" }, { 0, "PK\3\4", "a PyTorch file", "" },
         { 0, "\x80\2", "a PyTorch file", "" }
     };
-    /* the first seven numbers of a llama2.c file are at most; the sixth may be negative */
-    static const int32_t most[7] = { 65536, 1 << 20, 1024, 4096, 4096, 1 << 22, 1 << 20 };
     const char *path = r->o->checkpoint, *is = NULL, *advice = NULL;
     unsigned char start[28] = { 0 };
     FILE *file = fopen(path, "rb");
@@ -1929,15 +1923,15 @@ static int no_checkpoint(const run *r) {
     int whole = file && fread(start, 1, sizeof start, file) == sizeof start;
     if (errno == EISDIR) is = "a directory", advice = "";
     if (file) fclose(file);
-    for (size_t i = 0; i < sizeof kinds / sizeof kinds[0]; i++) {
+    for (size_t i = 0; i < COUNT(kinds); i++) {
         if (memcmp(start + kinds[i].at, kinds[i].begins, strlen(kinds[i].begins)) == 0) {
             is = kinds[i].is, advice = kinds[i].advice;
         }
     }
+    /* llama2.c: seven numbers; the sixth, the size of the vocabulary, may be negative */
     for (size_t i = 0; i < 7 && whole; i++) {
         int64_t n = (int32_t)(uint32_t)get_little(start + 4 * i, 4);
-        if (i == 5 && n < 0) n = -n;
-        whole = n > 0 && n <= most[i];
+        whole = (i == 5 ? n * n : n) > 0 && n < 1 << 22;
     }
     if (whole) is = "a llama2.c file", advice = " --tokenizer tokenizer.bin";
     if (!is) return fail(BAD_INPUT, "%s", r->error.text);
@@ -1955,7 +1949,7 @@ static int refuse_inputs(const run *r, const char *path, const char *what) {
         { o->vectors, "the vectors" }, { path == o->dump ? o->load : NULL, "the loaded state" },
         { "-", "standard input" }, { path == o->dump ? o->save : o->dump, "another output" }
     };
-    for (size_t i = 0; i < sizeof inputs / sizeof inputs[0]; i++) {
+    for (size_t i = 0; i < COUNT(inputs); i++) {
         if (inputs[i].path && same_file(path, inputs[i].path)) {
             return fail(BAD_USAGE, "cannot write %s to %s: it is also %s; give another name", what,
                         path, inputs[i].is);
@@ -2037,7 +2031,7 @@ static void on_signal(int number) {
 /* A signal that was ignored when the program started (nohup) stays ignored. */
 static void listen(int flags) {
     static const int numbers[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+    for (size_t i = 0; i < COUNT(numbers); i++) {
         struct sigaction old, action = { .sa_handler = on_signal, .sa_flags = flags };
         if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN) {
             sigaction(numbers[i], &action, NULL);
@@ -2489,7 +2483,7 @@ static const flag flags[] = {
     {0, "version", NULL, SWITCH, AT(version), .help = "Print the version"},
 };
 
-enum { FLAGS = (int)(sizeof flags / sizeof flags[0]) };
+enum { FLAGS = (int)COUNT(flags) };
 
 /* Flags of llama2.c and llama.cpp that mean nothing here, and what to do instead. */
 static const struct { const char *names, *advice; } foreign[] = {
@@ -2542,7 +2536,7 @@ static int print_help(void) {
         "--load book.state --append \"Then\"     go on at once"
     };
     puts("\nExamples:");
-    for (size_t i = 0; i < sizeof examples / sizeof examples[0]; i++) {
+    for (size_t i = 0; i < COUNT(examples); i++) {
         printf("  %s models/stories260K.bin %s\n", program, examples[i]);
     }
     puts("\nExit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
@@ -2642,7 +2636,7 @@ static int unknown_flag(const char *typed) {
     size_t best = 2 + strlen(word) / 4;
     char name[48];
     snprintf(name, sizeof name, " %.*s ", (int)strcspn(typed, "= "), typed);
-    for (size_t i = 0; i < sizeof foreign / sizeof foreign[0]; i++) {
+    for (size_t i = 0; i < COUNT(foreign); i++) {
         if (strstr(foreign[i].names, name)) {
             return fail(BAD_USAGE, "there is no %.*s: %s", (int)strlen(name) - 2, name + 1,
                         foreign[i].advice);
@@ -2826,7 +2820,6 @@ static int parse_options(options *o, int argc, char **argv) {
     }
     if (o->help || o->version) return DONE;
     TRY(check_options(o));
-    warn_of_values(o);
     return o->chat ? read_template(o) : DONE;
 }
 
@@ -3004,7 +2997,7 @@ static const struct { const char *name, *takes, *flag; } keys[] = {
     {"min_p", NULL, "min-p"}, {"repeat_penalty", NULL, "repeat-penalty"},
     {"repeat_last_n", NULL, "repeat-last-n"}, {"seed", NULL, "seed"}, {"n", NULL, "branches"}
 };
-enum { KEYS = (int)(sizeof keys / sizeof keys[0]) };
+enum { KEYS = (int)COUNT(keys) };
 
 /* One stop text, or the list of them. Returns 0 if it is something else. */
 static int read_stops(job *j, reader *in) {
@@ -3677,6 +3670,7 @@ static int do_job(run *r, options *o) {
         puts("based.c " BASED_VERSION);
         return flush_text();
     }
+    warn_of_values(o);
     if (o->save) TRY(check_output(r, o->save, "the past"));
     if (o->dump) TRY(check_output(r, o->dump, "the logits"));
     r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
@@ -3710,7 +3704,7 @@ int main(int argc, char **argv) {
     close_output(&r.dump, BAD_INPUT);   /* a file that is complete was closed before              */
     for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].bytes);
     free(r.chat.first.bytes);
-    free(r.chat.file);
+    free(r.chat.line);
     free(r.chat.raw);
     free(r.chat.begin);
     free(r.saved.bytes);
