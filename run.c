@@ -969,7 +969,7 @@ static int load_from_file(run *r, const char *path) {
 /* Does the text of the n saved tokens end inside a token of the prompt, which is like it before? */
 static int ends_inside(run *r, size_t n) {
     size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes, some;
-    for (size_t k = 1; k <= recent && k <= n; k++) {            /* the last k are others          */
+    for (size_t k = 1; k <= 16 && k <= recent && k <= n; k++) { /* the last k are others          */
         const int32_t *last = r->recent + recent - k;
         size_t same = n - k, at = 0;
         if (same >= r->n_ids || based_history_of(based_history_of(0, r->ids, same), last, k)
@@ -1652,7 +1652,7 @@ static int read_prompt(run *r) {
     if (o->tokens) return read_tokens(r, o->tokens);
     if (!r->has_tokenizer) return no_tokenizer(r);
     if (text && strcmp(text, "-") == 0) path = "-";
-    if (!text && !path) {
+    if (!text && !path && !same_file(o->checkpoint, "-")) {
         int comes = input_comes();
         if (comes > 0) path = "-";
         if (comes < 0 && !o->quiet) {
