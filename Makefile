@@ -55,7 +55,7 @@ $(BUILD)/test_%: tests/test_%.c tests/test.h tests/model.h based.c tokenizer.c b
 unit: $(UNITS)
 	@for t in $(UNITS); do ./$$t || exit 1; done
 
-$(BUILD)/venv/ready: tests/requirements.txt
+$(BUILD)/venv/ready: tests/requirements.txt models/requirements.txt
 	@mkdir -p $(BUILD)
 	@echo 'Packages of tests/requirements.txt go into $(BUILD)/venv, once: 0.3 GB to download, 1.2 GB on disk.'
 	@echo 'On Linux, PyTorch from PyPI brings 2.5 GB for GPUs along. To do without them:'

@@ -33,7 +33,8 @@ from pathlib import Path
 import numpy as np
 
 from models import constant_memory
-from models.tokens import BESIDE, GPT2_MERGES, choose_tokenizer, folders, read_sampling
+from models.tokens import (BESIDE, GPT2_MERGES, SETTINGS, choose_tokenizer, folders,
+                           read_sampling)
 from models.origins import *        # the records and numbers of based.h part 7, as from a header
 from models.origins import edifice, hazyresearch, huggingface, llama2c, lucidrains
 
@@ -743,10 +744,11 @@ def convert(options, temporary, note):
         beside = path if path.is_dir() else path.parent
         model = open_directory(beside, options, note)
     elif first_bytes(path)[:8] == MAGIC:
-        if not (options.taylor_degree or options.dtype or options.window or changes):
+        if not (options.taylor_degree or options.dtype or options.window or options.sampling
+                or changes):
             raise Refused(f"{path} is a checkpoint of based.c already; --dtype, --window, --sinks, "
-                          "--decay or --taylor-degree change it, and --inspect shows what it "
-                          "contains")
+                          "--decay, --sampling or --taylor-degree change it, and --inspect shows "
+                          "what it contains")
         saved = Checkpoint(path)
         unchanged = not (options.dtype or options.taylor_degree)     # then bytes stay as they are
         load = saved.raw if unchanged else saved.__getitem__
@@ -777,9 +779,13 @@ def convert(options, temporary, note):
     tokenizer = saved.tokenizer if saved else b""
     if config.rows and not saved:
         tokenizer = choose_tokenizer(options.tokenizer, beside, config.vocab, note)
-        read_sampling(config, folders(options.tokenizer, beside))
 
     # Changes on request.
+    if options.sampling and not config.rows:
+        raise Refused(f"--sampling is about models that write text, which {path} does not")
+    if config.rows:
+        read_sampling(config, [] if saved else folders(options.tokenizer, beside),
+                      options.sampling or {})
     if options.taylor_degree:
         constant_memory.convert(config, layers, plan, tokenizer, options, note)
     elif saved and options.window:
@@ -821,18 +827,43 @@ def export_model(options, note):
 def between(low, high, kind=int):
     """An argparse type: a number from low to high."""
     def number(text):
-        value = kind(text)
-        if not low <= value <= high:                          # NaN too
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+        with suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high:                          # NaN is not
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {low} to {high}")
     return number
+
+
+def sampling(text):
+    """An argparse type: "temp=0.8,top-p=0.95" as {field of the config: number}."""
+    found, known = {}, {ours: between(*limits, type(usual))
+                        for ours, usual, *limits, _, _ in SETTINGS}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        field = {"temp": "temperature"}.get(name, name.replace("-", "_"))
+        if field not in known:
+            raise argparse.ArgumentTypeError(f"{part!r}: expected NAME=NUMBER, names are temp, " +
+                                             ", ".join([*known][1:]).replace("_", "-"))
+        try:
+            found[field] = known[field](value)
+        except argparse.ArgumentTypeError as e:
+            raise argparse.ArgumentTypeError(f"{name}: {e}") from None
+    return found
+
+
+class OneLine(argparse.ArgumentParser):
+    """Errors as one line, as everywhere here."""
+
+    def error(self, message):
+        self.exit(2, f"export.py: {message}; export.py --help explains the options\n")
 
 
 def arguments(argv):
     """The options as a namespace, with source and out (None where there is none). Exits with 2 if
     they are wrong."""
     count, degree = between(1, 1 << 20), between(1, 12)
-    parser = argparse.ArgumentParser(
+    parser = OneLine(
         prog="export.py", description=__doc__.split("\n")[0],
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         usage="export.py SOURCE OUT.bin [options]\n"
@@ -855,6 +886,9 @@ def arguments(argv):
     add("--decay", "--forget", type=between(0, 1 - 2.0 ** -24, float), metavar="F",
         help="taylor layers: the part that the sums lose each time a chunk is flushed into them "
         "(0, or as the origin says). A checkpoint of based.c can be given both")
+    add("--sampling", type=sampling, metavar="LIST", help="what run uses unless its options say "
+        "otherwise, such as temp=0.8,top-p=0.95,min-p=0.05,repeat-penalty=1.1 (default: as "
+        "generation_config.json says). A checkpoint of based.c can be given this too")
     add("--lolcats", nargs=2, metavar="DIR", help="of a Llama with linear attention: the two "
         "downloads that change the base model SOURCE (distill and ft-lora)")
     add("--name", metavar="TEXT", help="what the checkpoint calls itself (default: from SOURCE)")
@@ -929,7 +963,7 @@ def main(argv=None):
     except OSError as e:
         error = f"{e.filename or options.out or options.inspect}: {e.strerror or e}"
     except ImportError as e:
-        error = f"{e}; pip install -r tests/requirements.txt"
+        error = f"{e}; pip install -r models/requirements.txt"
     except MemoryError:
         error = "not enough memory for the largest tensor of this model"
     print(f"export.py: {error}", file=sys.stderr)

@@ -52,6 +52,9 @@
 
 #include "based.h"
 
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #if !defined(__wasi__)
 #include <signal.h>
 #endif
@@ -77,6 +80,7 @@ enum { ROWS_BYTES = 1 << 24 };          /* memory for the logits of a block, at 
 enum { NUMBER_BYTES = 24 };             /* a 64-bit number with its sign, a space and a zero      */
 enum { NOTE_HEADER = 28 };              /* bytes of a saved note before the recent tokens         */
 enum { UNDO = 8 };                      /* turns of a conversation that can be taken back         */
+enum { SHORT_BYTES = 80 };              /* what the user typed, shortened for a line              */
 
 typedef struct {                        /* the command line; section 13 fills it                  */
     const char *checkpoint;
@@ -85,7 +89,7 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
     const char *jsonl;                  /* requests, one a line                                   */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
-    char       *turn, *stop;            /* the plain template; what ends a reply there            */
+    char       *turn, *stop, *own;      /* the plain template; what ends a reply there            */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
     int64_t     predict, top_k, repeat_last_n, threads, branches, parallel;
@@ -108,6 +112,7 @@ typedef struct {                        /* text on its way to stdout            
     char   *held;                       /* (n_held) the end that may be the start of a stop text  */
     size_t  n_held, room;               /* room of held                                           */
     int     wrote, stopped;             /* something was printed; a stop text was found           */
+    int     trims;                      /* spaces at the beginning are not printed                */
 } text_out;
 
 typedef struct {                        /* a file that is being written; section 11               */
@@ -120,6 +125,7 @@ typedef struct {                        /* a file that is being written; section
 typedef struct {                        /* what based_save wrote, in memory                       */
     unsigned char *bytes;
     size_t n;
+    char   said[SHORT_BYTES];           /* of a conversation: what came then, in quotes           */
 } saved_state;
 
 typedef struct {                        /* of a conversation                                      */
@@ -128,6 +134,8 @@ typedef struct {                        /* of a conversation                    
     const char *text[4];                /* what it looks like, by based_chat_text                 */
     char    *begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
+    char    *line;                      /* the last /save that named a file                       */
+    const char *file;                   /* its name, in the line; or that of --save               */
     based_session *snapshot;            /* before the token in which the held text begins         */
     char    *raw;                       /* (n_raw) the text generated since the snapshot          */
     size_t   n_raw, room;
@@ -180,17 +188,23 @@ static const char *model_name(const run *r, char name[65]) {
     return name[0] ? name : "a model without a name";
 }
 
+/* What the program was started as; set once, by main. */
+static const char *program = "run";
+
 /* Prints one error line and returns `status`. */
 static int fail(int status, const char *format, ...) {
     char line[1024];
+    int n = snprintf(line, sizeof line / 4, "%s: ", program);
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
+    vsnprintf(line + n, sizeof line - (size_t)n, format, arguments);
     va_end(arguments);
     sanitize(line);
-    fprintf(stderr, "run: %s\n", line);
+    fprintf(stderr, "%s\n", line);
     return status;
 }
+
+#define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
 /* Leaves the function if a call did not go well. TRY_LIB is for calls to the library. */
 #define TRY(call) do { int rc_ = (call); if (rc_ != DONE) return rc_; } while (0)
@@ -208,7 +222,6 @@ static int out_of_memory(const char *what) {
 /* 1234567 as 1,234,567. THOUSANDS(value) brings its own buffer, which lives as long as the block
  * around it. So do QUOTE(text), what the user typed in quotes and shortened, and AMOUNT(bytes),
  * 412 kB or 6.1 MB. */
-enum { SHORT_BYTES = 80 };
 #define THOUSANDS(value) thousands((char[SHORT_BYTES]){ 0 }, value)
 #define QUOTE(text) quote((char[SHORT_BYTES]){ 0 }, text)
 #define AMOUNT(bytes) amount((char[SHORT_BYTES]){ 0 }, (double)(bytes))
@@ -241,7 +254,7 @@ static double per_second(uint64_t count, double spent) {
     return spent > 0 ? (double)count / spent : 0;
 }
 
-/* The only variables that outlive a function: what a signal changes or needs. The number of the
+/* The other variables that outlive a function: what a signal changes or needs. The number of the
  * signal that ended the text is read between tokens. */
 #if defined(SIGINT)
 static volatile sig_atomic_t interrupted = 0;
@@ -284,7 +297,7 @@ static void    hash_logits(run *r, const float *logits);            /* 10: for -
 static int     dump_rows(run *r, const float *rows, size_t n);      /* 10: --dump-logits          */
 static void    clear_progress(run *r);                              /* 10: before an error line   */
 static void    describe(const run *r, const char *what);            /* 10: the lines of -v        */
-static void    report(const run *r, const char *feeding, uint64_t n, double spent);     /* 10     */
+static void    report(const run *r, const char *feeding, int reading);      /* 10                 */
 static size_t  drop_mark(char *text, size_t n);                     /* 11: at the beginning       */
 static size_t  drop_newline(char *text, size_t n);                  /* 11: at the end             */
 static int     read_input(const char *path, enum extent extent, char **bytes, size_t *n);   /* 11 */
@@ -297,12 +310,14 @@ static long    read_some(FILE *file, char *to, size_t n, int wait); /* 12: of wh
 static void    catch_signals(int all);                              /* 12: Ctrl-C ends the text   */
 static void    leave_signals(int all);                              /* 12: or the program         */
 static int     is_terminal(FILE *file);                             /* 12: is a person there?     */
+static int     input_comes(void);                                   /* 12: from a pipe or a file  */
 static int     sync_file(FILE *file);                               /* 12: to the disk            */
 static int     same_file(const char *path, const char *other);      /* 12: under two names?       */
 static int     can_be_written(const char *path);                    /* 12: if not, errno says why */
 static FILE   *open_place(output *f);                               /* 12                         */
 static int     give_name(output *f);                                /* 12: to a complete file     */
 static void    drop_temporary(output *f);                           /* 12                         */
+static void    print_settings(const run *r, FILE *to);              /* 13: of the sampler         */
 static int     write_branches(run *r);                              /* 14: --branches             */
 
 /* ==== 2. Continue a text =========================================================================
@@ -340,6 +355,7 @@ static int append(buffer *b, const void *bytes, size_t n) {
 }
 
 static int write_text(text_out *out, const char *text, size_t n) {
+    for (; out->trims && !out->wrote && n > 0 && *text == ' '; n--) text++;
     out->wrote |= n > 0;
     if (out->to) return append(out->to, text, n);
     return fwrite(text, 1, n, stdout) == n ? DONE : write_failed();
@@ -518,15 +534,11 @@ static int prepare(run *r) {
     return reset_sampler(r) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", r->error.text);
 }
 
-/* For -v: the seed, and if the checkpoint recommends settings, those that are used. */
+/* For -v: the seed and the settings. */
 static void tell_sampling(const run *r) {
-    const based_sampler *s = &r->sampler;
     if (!r->o->verbose) return;
-    fprintf(stderr, "seed:   %llu\n", (unsigned long long)s->seed);
-    if (!(based_model_config(r->model)->flags & BASED_SAMPLING)) return;
-    fprintf(stderr, "sample: -t %g -p %g -k %u --min-p %g --repeat-penalty %g --repeat-last-n %u\n",
-            s->temperature, s->top_p, (unsigned)s->top_k, s->min_p, s->repeat_penalty,
-            (unsigned)s->repeat_last_n);
+    fprintf(stderr, "seed:   %llu\nsample:", (unsigned long long)r->sampler.seed);
+    print_settings(r, stderr);
 }
 
 static int generate(run *r) {
@@ -550,7 +562,7 @@ static int generate(run *r) {
     if (r->o->save) TRY(feed_newest(r));        /* its logits belong to the dump                  */
     TRY(close_output(&r->dump, DONE));
     if (r->o->save) TRY(save_to_file(r, r->o->save));
-    report(r, "prompt eval time", r->timed, r->generate_time);
+    report(r, "prompt eval time", r->o->predict == 0);
     return interrupted ? INTERRUPTED : DONE;
 }
 
@@ -564,11 +576,13 @@ static int generate(run *r) {
  * message is fed with that message. Before each turn the state is put on a ring of UNDO states.
  */
 
-/* Puts the state in r->saved on the ring. Only a turn that went well gets there. */
-static void push_undo(run *r) {
+/* Puts the state in r->saved on the ring, with what was said. Only a turn that went well gets
+ * there. */
+static void push_undo(run *r, const char *said) {
     conversation *c = &r->chat;
     saved_state *place = &c->turn[c->turns++ % UNDO], oldest = *place;
     *place = r->saved;
+    sanitize(memcpy(place->said, QUOTE(said), SHORT_BYTES));
     r->saved = oldest;
     c->n_undo += c->n_undo < UNDO;
 }
@@ -577,7 +591,10 @@ static int undo(run *r) {
     conversation *c = &r->chat;
     if (c->n_undo == 0) return fail(BAD_INPUT, "there is no turn to take back");
     c->n_undo--;
-    return load_state(r, &c->turn[--c->turns % UNDO], "the last turn");
+    saved_state *last = &c->turn[--c->turns % UNDO];
+    TRY(load_state(r, last, "the last turn"));
+    if (!r->o->quiet) fprintf(stderr, "took back %s\n", last->said);
+    return DONE;
 }
 
 /* Ends a reply. What was printed gets fed; what is held back does not, even if one token is partly
@@ -608,7 +625,6 @@ static int commit_reply(run *r) {
 /* One turn: a message of n bytes and the reply to it. */
 static int chat_turn(run *r, const char *message, size_t n) {
     const options *o = r->o;
-
     const conversation *c = &r->chat;
 
     /* the message in its template, then the beginning of a reply */
@@ -623,7 +639,7 @@ static int chat_turn(run *r, const char *message, size_t n) {
     size_t from = parts[0].n + parts[1].n, bytes = from + n + parts[3].n + parts[4].n, at = 0;
     char *text = malloc(bytes + 1);
     if (!text) return out_of_memory("a turn");
-    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; at += parts[i++].n) {
+    for (size_t i = 0; i < COUNT(parts); at += parts[i++].n) {
         memcpy(text + at, parts[i].text, parts[i].n);
     }
     enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
@@ -636,7 +652,7 @@ static int chat_turn(run *r, const char *message, size_t n) {
     TRY(rc);
     TRY(feed_prompt(r));
     if (interrupted) return load_state(r, &r->saved, "the last turn");
-    push_undo(r);
+    push_undo(r, message);
 
     /* the reply */
     r->chat.has_snapshot = 0;
@@ -647,40 +663,52 @@ static int chat_turn(run *r, const char *message, size_t n) {
 }
 
 /* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
- * the chat goes on. */
-static void run_command(run *r, const char *line, size_t n) {
-    const char *file = line + strcspn(line, " ");
-    file += strspn(file, " ");
+ * the chat goes on. Returns 0 if it is to end. The line is kept if it is r->chat.line then. */
+static int run_command(run *r, char *line, size_t n) {
+    conversation *c = &r->chat;
+    size_t word = strcspn(line, " ");
+    const char *file = line + word + strspn(line + word, " ");
+    int named = word == 5 && (*file || line[word] == '\0');
     if (strlen(line) < n) {
         fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
-    } else if (strncmp(line, "/save ", 6) == 0 && *file) {
-        save_to_file(r, file);
-    } else if (strncmp(line, "/load ", 6) == 0 && *file) {
-        if (save_state(r, &r->saved) != DONE) return;
-        if (load_from_file(r, file) == DONE) push_undo(r);
+    } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
+        return 0;
+    } else if (named && strncmp(line, "/save", 5) == 0) {
+        if (!*file && !c->file) {
+            fail(BAD_INPUT, "/save needs the name of a file the first time");
+        } else if (save_to_file(r, *file ? file : c->file) == DONE && *file) {
+            free(c->line);
+            c->line = line;
+            c->file = file;
+        }
+    } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
+        if (save_state(r, &r->saved) != DONE) return 1;
+        if ((*file ? load_from_file(r, file)
+                   : load_state(r, &c->first, "the beginning")) == DONE) push_undo(r, line);
         else load_state(r, &r->saved, "what was there before");
     } else if (strcmp(line, "/undo") == 0) {
         undo(r);
-    } else if (strcmp(line, "/reset") == 0) {
-        if (save_state(r, &r->saved) != DONE) return;
-        if (load_state(r, &r->chat.first, "the beginning") == DONE) push_undo(r);
     } else if (strcmp(line, "/stats") == 0) {
         const char *size = AMOUNT(based_saved_bytes(r->model, NOTE_HEADER
                                                      + 4 * (size_t)r->o->repeat_last_n));
         fprintf(stderr, "%s tokens read and written, remembered in %s\n"
                 "%d turns can be taken back (at most %d, %s each)\n%.1f tokens per second\n",
-                THOUSANDS(based_count(r->session)), size, (int)r->chat.n_undo, UNDO, size,
+                THOUSANDS(based_count(r->session)), size, (int)c->n_undo, UNDO, size,
                 per_second(r->timed, r->generate_time));
     } else if (strcmp(line, "/help") == 0) {
-        fputs("/save FILE   write all that the model remembers to a file\n"
+        fputs("/save FILE   write all that the model remembers to a file; later without its name\n"
               "/load FILE   go on from such a file\n"
               "/undo        take back the last turn, /load or /reset\n"
               "/reset       begin anew\n"
               "/stats       what is remembered, and how fast\n"
-              "Ctrl-C ends a reply, Ctrl-D the conversation\n", stderr);
+              "/quit        end, as Ctrl-D does; Ctrl-C ends a reply\n"
+              "Started as \"rlwrap ", stderr);
+        fprintf(stderr, "%s ...\", lines can be edited and come back with the arrow keys\n",
+                program);
     } else {
         fail(BAD_INPUT, "%s is no command; /help lists them", QUOTE(line));
     }
+    return 1;
 }
 
 /* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
@@ -694,6 +722,7 @@ static void choose_template(run *r, options *o) {
     }
     memcpy(r->chat.text, plain, sizeof r->chat.text);
     o->stops[o->n_stops++] = o->stop;
+    if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
     if (o->chat_template || o->quiet) return;
     fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
             "two people might\n", model_name(r, name));
@@ -737,12 +766,14 @@ static int chat(run *r) {
     if (!r->has_tokenizer) return no_tokenizer(r);
     TRY(prepare(r));
     TRY(new_session(r, &c->snapshot, 1));
+    c->file = o->save;
     c->room = 4096 + r->out.room;
     c->raw = malloc(c->room);
     if (!c->raw) return out_of_memory("the conversation");
     catch_signals(saves);
 
-    r->out.decoder.started = 1;         /* a reply follows a text, so its first space is printed  */
+    r->out.decoder.started = 1;
+    r->out.trims = 1;
     TRY(begin_chat(r));
     tell_sampling(r);
     if (asking) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
@@ -766,9 +797,9 @@ static int chat(run *r) {
         catch_signals(saves);
         more = n > 0;
         n = drop_newline(text, first ? drop_mark(text, n) : n);
-        if (text[0] == '/') run_command(r, text, n);
+        if (text[0] == '/') more &= run_command(r, text, n);
         else if (n > 0) rc = chat_turn(r, text, n);
-        free(text);
+        if (text != c->line) free(text);
     }
     catch_signals(saves);
     if (asking) fputc('\n', stderr);
@@ -777,7 +808,7 @@ static int chat(run *r) {
     int ended = rc == DONE || interrupted || ferror(stdin) || ferror(stdout);
     int saved = saves && ended ? save_to_file(r, o->save) : DONE;
     if (rc == DONE) rc = interrupted ? 128 + (int)interrupted : saved;
-    if (rc != BAD_INPUT) report(r, "prompt eval time", r->timed, r->generate_time);
+    if (rc != BAD_INPUT) report(r, "prompt eval time", o->predict == 0);
     return rc;
 }
 
@@ -911,17 +942,46 @@ static int save_to_file(run *r, const char *path) {
     return DONE;
 }
 
+/* The end of a text that was loaded: the tokens that its note tells. */
+static void show_recent(run *r) {
+    size_t n = based_sampler_recent(&r->sampler, r->recent), bytes;
+    for (size_t i = 0; i < n; i++) {
+        const char *text = based_token_bytes(&r->tokenizer, r->recent[i], &bytes);
+        fwrite(text, 1, bytes, stderr);
+    }
+    if (n > 0) fputc('\n', stderr);
+}
+
 static int load_from_file(run *r, const char *path) {
     char *bytes;
     size_t n;
     TRY(read_input(path, STATE, &bytes, &n));
-    int rc = load_state(r, &(saved_state){ (unsigned char *)bytes, n }, path);
+    int rc = load_state(r, &(saved_state){ .bytes = (unsigned char *)bytes, .n = n }, path);
     free(bytes);
     if (rc == DONE && !r->o->quiet) {
         fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
                 AMOUNT(n));
+        if (r->o->chat) show_recent(r);
     }
     return rc;
+}
+
+/* Does the text of the n saved tokens end inside a token of the prompt, which is like it before? */
+static int ends_inside(run *r, size_t n) {
+    size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes, some;
+    for (size_t k = 1; k <= 16 && k <= recent && k <= n; k++) { /* the last k are others          */
+        const int32_t *last = r->recent + recent - k;
+        size_t same = n - k, at = 0;
+        if (same >= r->n_ids || based_history_of(based_history_of(0, r->ids, same), last, k)
+                                != based_history(r->session)) continue;
+        const char *whole = based_token_bytes(&r->tokenizer, r->ids[same], &bytes);
+        for (size_t i = 0; i < k; i++, at += some) {
+            const char *text = based_token_bytes(&r->tokenizer, last[i], &some);
+            if (some > bytes - at || memcmp(whole + at, text, some) != 0) return 0;
+        }
+        return 1;
+    }
+    return 0;
 }
 
 /* --load, before a text is continued. A prompt is the whole text: it must begin with the saved one.
@@ -940,6 +1000,10 @@ static int load_prompt(run *r) {
 
     /* the history is a hash of all tokens that were fed */
     if (n > r->n_ids || based_history_of(0, r->ids, (size_t)n) != based_history(r->session)) {
+        if (!o->tokens && ends_inside(r, (size_t)n)) {
+            return fail(BAD_INPUT, "the text saved in %s ends inside a token of this prompt; give "
+                        "what follows it with --append, or save where a word ends", o->load);
+        }
         return fail(BAD_INPUT, "the prompt does not begin with the %s tokens saved in %s; to put "
                     "it behind them, use --append", THOUSANDS(n), o->load);
     }
@@ -1007,7 +1071,7 @@ static int measure(run *r) {
             fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n",
                     THOUSANDS(r->scored), perplexity);
         }
-        report(r, "eval time", r->fed, r->feed_time);
+        report(r, "eval time", 1);
         return INTERRUPTED;
     }
 
@@ -1026,7 +1090,7 @@ static int measure(run *r) {
            perplexity * sqrt(r->squares / tokens / (tokens - 1)),
            r->nats / log(2.0) / (double)predicted);
     TRY(flush_text());
-    report(r, "eval time", r->fed, r->feed_time);
+    report(r, "eval time", 1);
     return DONE;
 }
 
@@ -1224,8 +1288,7 @@ static int bench(run *r) {
 /* ==== 7. Info and check ==========================================================================
  * What a checkpoint says of itself, in words; and whether it is sound.
  */
-#define NAME_OF(names, value) \
-    ((value) < sizeof(names) / sizeof(names)[0] ? (names)[value] : "unknown")
+#define NAME_OF(names, value) ((value) < COUNT(names) ? (names)[value] : "unknown")
 
 static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
 static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
@@ -1326,10 +1389,9 @@ static int print_info(run *r) {
         puts("tokenizer    none");
     }
 
-    if (c->flags & BASED_SAMPLING) {
-        printf("%-12s -t %g -p %g -k %u --min-p %g --repeat-penalty %g --repeat-last-n %u\n",
-               "recommended", c->temperature, c->top_p, (unsigned)c->top_k, c->min_p,
-               c->repeat_penalty, (unsigned)c->repeat_last_n);
+    if (c->rows > 0) {
+        printf("%-12s", "sampling");
+        print_settings(r, stdout);
     }
 
     /* one letter for each layer shows the order of the mixers; then a line for each run of layers
@@ -1590,6 +1652,14 @@ static int read_prompt(run *r) {
     if (o->tokens) return read_tokens(r, o->tokens);
     if (!r->has_tokenizer) return no_tokenizer(r);
     if (text && strcmp(text, "-") == 0) path = "-";
+    if (!text && !path && !same_file(o->checkpoint, "-")) {
+        int comes = input_comes();
+        if (comes > 0) path = "-";
+        if (comes < 0 && !o->quiet) {
+            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
+                  "-i - waits for it\n", stderr);
+        }
+    }
     if (path) {
         TRY(read_input(path, ALL, &bytes, &n));
         n = drop_newline(bytes, drop_mark(bytes, n));
@@ -1754,14 +1824,17 @@ static void time_line(const char *what, double spent, uint64_t n, const char *un
             per_second(n, spent));
 }
 
-/* The statistics. Scripts written for llama2.c look for the last line, the speed of n tokens. */
-static void report(const run *r, const char *feeding, uint64_t n, double spent) {
+/* The statistics. Scripts written for llama2.c look for the last line, the speed: of reading, or of
+ * writing. */
+static void report(const run *r, const char *feeding, int reading) {
     if (r->o->verbose) {
         time_line(feeding, r->feed_time, r->fed, "tokens");
         if (r->timed > 0) time_line("eval time", r->generate_time, r->timed, "runs");
         fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
     }
-    if (!r->o->quiet) fprintf(stderr, "achieved tok/s: %f\n", per_second(n, spent));
+    if (r->o->quiet) return;
+    fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
+                                                    : per_second(r->timed, r->generate_time));
 }
 
 /* ==== 11. Files ==================================================================================
@@ -1832,6 +1905,41 @@ static int output_failed(const output *f) {
     return fail(BAD_INPUT, "cannot write %s to %s: %s", f->what, f->path, strerror(errno));
 }
 
+/* What is given as a checkpoint and is none: says what it is, if that can be seen. */
+static int no_checkpoint(const run *r) {
+    static const struct { size_t at; const char *begins, *is, *advice; } kinds[] = {
+        { 0, "GGUF", "a GGUF file of llama.cpp, which cannot be read; export the model that it was "
+                     "made from", NULL },
+        { 0, BASED_STATE_MAGIC, "a saved state; give a checkpoint, and this with --load", NULL },
+        { 0, "24ka", "a llama2.c file of a version that cannot be read; write version 0 of it",
+          NULL },
+        { 8, "{", "a safetensors file", "" }, { 0, "PK\3\4", "a PyTorch file", "" },
+        { 0, "\x80\2", "a PyTorch file", "" }
+    };
+    const char *path = r->o->checkpoint, *is = NULL, *advice = NULL;
+    unsigned char start[28] = { 0 };
+    FILE *file = fopen(path, "rb");
+    errno = 0;
+    int whole = file && fread(start, 1, sizeof start, file) == sizeof start;
+    if (errno == EISDIR) is = "a directory", advice = "";
+    if (file) fclose(file);
+    for (size_t i = 0; i < COUNT(kinds); i++) {
+        if (memcmp(start + kinds[i].at, kinds[i].begins, strlen(kinds[i].begins)) == 0) {
+            is = kinds[i].is, advice = kinds[i].advice;
+        }
+    }
+    /* llama2.c: seven numbers; the sixth, the size of the vocabulary, may be negative */
+    for (size_t i = 0; i < 7 && whole; i++) {
+        int64_t n = (int32_t)(uint32_t)get_little(start + 4 * i, 4);
+        whole = (i == 5 ? n * n : n) > 0 && n < 1 << 22;
+    }
+    if (whole) is = "a llama2.c file", advice = " --tokenizer tokenizer.bin";
+    if (!is) return fail(BAD_INPUT, "%s", r->error.text);
+    if (!advice) return fail(BAD_INPUT, "%s is %s", path, is);
+    return fail(BAD_INPUT, "%s is %s; python3 export.py %s OUT.bin%s makes a checkpoint of it",
+                path, is, path, advice);
+}
+
 /* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
  * is read completely before. */
 static int refuse_inputs(const run *r, const char *path, const char *what) {
@@ -1841,7 +1949,7 @@ static int refuse_inputs(const run *r, const char *path, const char *what) {
         { o->vectors, "the vectors" }, { path == o->dump ? o->load : NULL, "the loaded state" },
         { "-", "standard input" }, { path == o->dump ? o->save : o->dump, "another output" }
     };
-    for (size_t i = 0; i < sizeof inputs / sizeof inputs[0]; i++) {
+    for (size_t i = 0; i < COUNT(inputs); i++) {
         if (inputs[i].path && same_file(path, inputs[i].path)) {
             return fail(BAD_USAGE, "cannot write %s to %s: it is also %s; give another name", what,
                         path, inputs[i].is);
@@ -1896,9 +2004,10 @@ static int close_output(output *f, int rc) {
 /* A checkpoint is mapped, not copied. If its file is cut off while it is in use, reading it raises
  * SIGBUS, and all that can be done is to say so. */
 static void on_lost_bytes(int number) {
-    static const char line[] = "run: the checkpoint cannot be read any more; was its file cut off "
+    static const char line[] = ": the checkpoint cannot be read any more; was its file cut off "
                                "while it was in use?\n";
-    ssize_t written = write(STDERR_FILENO, line, sizeof line - 1);
+    ssize_t written = write(STDERR_FILENO, program, strlen(program));
+    written += write(STDERR_FILENO, line, sizeof line - 1);
     (void)number, (void)written;
     if (unfinished) unlink(unfinished);
     _exit(BAD_INPUT);
@@ -1922,7 +2031,7 @@ static void on_signal(int number) {
 /* A signal that was ignored when the program started (nohup) stays ignored. */
 static void listen(int flags) {
     static const int numbers[] = { SIGINT, SIGTERM, SIGHUP, SIGQUIT };
-    for (size_t i = 0; i < sizeof numbers / sizeof numbers[0]; i++) {
+    for (size_t i = 0; i < COUNT(numbers); i++) {
         struct sigaction old, action = { .sa_handler = on_signal, .sa_flags = flags };
         if (sigaction(numbers[i], NULL, &old) == 0 && old.sa_handler != SIG_IGN) {
             sigaction(numbers[i], &action, NULL);
@@ -1958,6 +2067,16 @@ static void leave_signals(int all) {
 }
 
 static int is_terminal(FILE *file) { return isatty(fileno(file)); }
+
+/* Is standard input a file, or a pipe through which something comes? -1: a pipe, but nothing came
+ * within a second; whoever started the program may just have left it open. */
+static int input_comes(void) {
+    struct pollfd input = { STDIN_FILENO, POLLIN, 0 };
+    struct stat there;
+    if (fstat(STDIN_FILENO, &there) != 0) return 0;
+    if (S_ISFIFO(there.st_mode)) return poll(&input, 1, 1000) == 0 ? -1 : 1;
+    return S_ISREG(there.st_mode);
+}
 
 /* The size of a file; 0 for what has none. */
 static double file_size(FILE *file) {
@@ -2147,6 +2266,7 @@ static int same_file(const char *path, const char *other) {
 static int is_terminal(FILE *file) { return (void)file, 0; }
 static int same_file(const char *path, const char *other) { return strcmp(path, other) == 0; }
 #endif
+static int input_comes(void) { return 0; }
 static int sync_file(FILE *file) { return (void)file, 1; }
 static double file_size(FILE *file) { return (void)file, 0; }
 static long read_some(FILE *file, char *to, size_t n, int wait) {
@@ -2212,6 +2332,7 @@ typedef struct {
     size_t      config;                 /* of the field in based_config that recommends a value   */
     const char *takes;                  /* for error lines, where it does not follow from kind    */
     const char *elsewhere;              /* what the letter means in llama.cpp                     */
+    const char *alias;                  /* the name there, if another                             */
 } flag;
 
 #define AT(field) .offset = offsetof(options, field)
@@ -2220,8 +2341,9 @@ typedef struct {
 static const flag flags[] = {
 
     {'i', "prompt", "TEXT", TEXT, AT(prompt), .title = "Model and prompt",
-     .help = "Continue this text; \"-\" reads it from standard input. Without a prompt a new "
-             "text begins",
+     .help = "Continue this text; \"-\" reads it from standard input. Without a prompt, that "
+             "is done with what comes through a pipe or from a file there, if it begins within a "
+             "second; or else a new text begins",
      .is = PROMPT, .excludes = PROMPT},
     {'f', "file", "FILE", TEXT, AT(file),
      .help = "Continue the text in this file; \"-\" is standard input. One newline at the end of "
@@ -2242,7 +2364,7 @@ static const flag flags[] = {
      .help = "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the "
              "end of the text or Ctrl-C: the model's memory of the past has a fixed size, so "
              "there is no limit",
-     .standard = "256", .low = -1, .high = 9e18,
+     .standard = "256", .low = -1, .high = 9e18, .alias = "n-predict",
      .takes = "a whole number of tokens, 0 or more, or -1 for no limit"},
     {'t', "temp", "X", REAL, RECOMMENDED(temperature),
      .help = "Temperature: low is careful, high is daring, 0 always takes the most probable token",
@@ -2309,7 +2431,7 @@ static const flag flags[] = {
      .help = "generate (the default) or chat: a conversation, line by line from standard input, "
              "until Ctrl-D; /help there lists its commands",
      .is = CHAT, .takes = "generate or chat",
-     .elsewhere = "the model is the first argument: run CHECKPOINT [options]"},
+     .elsewhere = "the model is the first argument, before the options"},
     {'y', "system-prompt", "TEXT", TEXT, AT(system),
      .help = "A text that stands before the conversation",
      .needs = CHAT},
@@ -2361,21 +2483,25 @@ static const flag flags[] = {
     {0, "version", NULL, SWITCH, AT(version), .help = "Print the version"},
 };
 
-enum { FLAGS = (int)(sizeof flags / sizeof flags[0]) };
+enum { FLAGS = (int)COUNT(flags) };
 
 /* Flags of llama2.c and llama.cpp that mean nothing here, and what to do instead. */
-static const struct { const char *name, *advice; } foreign[] = {
-    {"--model", "the model is the first argument: run CHECKPOINT [options]"},
-    {"-z", "the tokenizer is inside the checkpoint"},
-    {"--steps", "the number of tokens to generate is -n or --predict"},
-    {"-c", "the model's memory has a fixed size, so there is no context to set"},
-    {"--ctx-size", "the model's memory has a fixed size, so there is no context to set"},
+static const struct { const char *names, *advice; } foreign[] = {
+    {" --model ", "the model is the first argument, before the options"},
+    {" -z ", "the tokenizer is inside the checkpoint"},
+    {" --steps ", "the number of tokens to generate is -n or --predict"},
+    {" -c --ctx-size ", "the model's memory has a fixed size, so there is no context to set"},
+    {" -ngl --gpu-layers --n-gpu-layers -dev --device ", "the processor computes; leave it out"},
+    {" -tb --threads-batch -ub --ubatch-size --batch-size ", "-j is for all of the work"},
+    {" -cnv --conversation -i --interactive ", "a conversation is -m chat"},
+    {" --color --no-warmup --no-mmap --mlock --simple-io -no-cnv --no-conversation -fa ",
+     "nothing here needs it; leave it out"},
 };
 
 static int print_help(void) {
-    puts("usage: run CHECKPOINT [options]\n\n"
-         "Continues a text with a Based language model. The text goes to standard output and\n"
-         "nothing else does; statistics and errors go to standard error.");
+    printf("usage: %s CHECKPOINT [options]\n\n"
+           "Continues a text with a Based language model. The text goes to standard output and\n"
+           "nothing else does; statistics and errors go to standard error.\n", program);
     for (int i = 0; i < FLAGS; i++) {
         const flag *f = &flags[i];
         char left[64], letter[8] = "    ", whole[512];
@@ -2402,14 +2528,18 @@ static int print_help(void) {
         }
         putchar('\n');
     }
-    puts("\nExamples:\n"
-         "  run models/stories260K.bin                               a story\n"
-         "  run models/stories260K.bin -i \"Once upon a time\" -t 0    always the same story\n"
-         "  run models/stories260K.bin -f draft.txt -n -1 -r \"The end\"\n"
-         "  run models/stories260K.bin -x book.txt                   perplexity of a book\n"
-         "  run models/stories260K.bin -f book.txt -n 0 --save book.state     read it once,\n"
-         "  run models/stories260K.bin --load book.state --append \"Then\"     go on at once\n\n"
-         "Exit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
+    static const char *const examples[] = {
+        "                              a story",
+        "-i \"Once upon a time\" -t 0    always the same story",
+        "-f draft.txt -n -1 -r \"The end\"", "-x book.txt                   perplexity of a book",
+        "-f book.txt -n 0 --save book.state     read it once,",
+        "--load book.state --append \"Then\"     go on at once"
+    };
+    puts("\nExamples:");
+    for (size_t i = 0; i < COUNT(examples); i++) {
+        printf("  %s models/stories260K.bin %s\n", program, examples[i]);
+    }
+    puts("\nExit status: 0 done, 1 bad input or I/O, 2 bad usage, 130 interrupted by Ctrl-C.");
     return flush_text();
 }
 
@@ -2504,9 +2634,12 @@ static size_t distance(const char *a, const char *b) {
 static int unknown_flag(const char *typed) {
     const char *word = typed + strspn(typed, "-"), *nearest = NULL;
     size_t best = 2 + strlen(word) / 4;
-    for (size_t i = 0; i < sizeof foreign / sizeof foreign[0]; i++) {
-        if (strcmp(typed, foreign[i].name) == 0) {
-            return fail(BAD_USAGE, "there is no %s: %s", typed, foreign[i].advice);
+    char name[48];
+    snprintf(name, sizeof name, " %.*s ", (int)strcspn(typed, "= "), typed);
+    for (size_t i = 0; i < COUNT(foreign); i++) {
+        if (strstr(foreign[i].names, name)) {
+            return fail(BAD_USAGE, "there is no %.*s: %s", (int)strlen(name) - 2, name + 1,
+                        foreign[i].advice);
         }
     }
     for (int i = 0; i < FLAGS; i++) {
@@ -2520,8 +2653,8 @@ static int unknown_flag(const char *typed) {
         if (strlen(word) > 1 && far < best) best = far, nearest = f->name;
     }
     return fail(BAD_USAGE, nearest ? "unknown option %s; did you mean --%s?"
-                                   : "unknown option %s; run --help lists them all", QUOTE(typed),
-                nearest);
+                                   : "unknown option %s; %s --help lists them all", QUOTE(typed),
+                nearest ? nearest : program);
 }
 
 /* Was this flag given, with a value that is not off? Only for flags with rules about others. */
@@ -2535,8 +2668,8 @@ static int is_on(const options *o, const flag *f) {
 /* The rules about several flags: excludes and needs in the table; and what stdin is in a chat. */
 static int check_options(const options *o) {
     if (!o->checkpoint) {
-        return fail(BAD_USAGE, "no checkpoint; usage: run CHECKPOINT [options], and run --help "
-                    "explains them");
+        return fail(BAD_USAGE, "no checkpoint; usage: %s CHECKPOINT [options], and %s --help "
+                    "explains them", program, program);
     }
     /* each flag f that is on against all others */
     for (const flag *f = flags; f < flags + FLAGS; f++) {
@@ -2566,12 +2699,13 @@ static int check_options(const options *o) {
 }
 
 /* Reads --chat-template, or the plain one. There a reply ends where the model begins the next turn:
- * at a new line and what stands before {}, without the spaces at its end. */
+ * at a new line and what stands before {}; or a reply again: at what stands behind {}. Both without
+ * the spaces at their ends. */
 static int read_template(options *o) {
     const char *text = o->chat_template ? o->chat_template : PLAIN_TURN;
     size_t n = strlen(text) + 1;
     o->turn = malloc(n);
-    o->stop = malloc(n + 1);
+    o->stop = malloc(2 * n + 2);
     if (!o->turn || !o->stop) return out_of_memory("the template of a conversation");
     memcpy(o->turn, text, n);
     unescape(o->turn);
@@ -2580,8 +2714,11 @@ static int read_template(options *o) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
                     "\"" PLAIN_TURN "\"");
     }
+    o->own = o->stop + n + 1;
     snprintf(o->stop, n + 1, "\n%.*s", (int)(hole - o->turn), o->turn);
+    memcpy(o->own, hole + 2, strlen(hole + 2) + 1);
     for (n = strlen(o->stop); n > 1 && o->stop[n - 1] == ' '; n--) o->stop[n - 1] = '\0';
+    for (n = strlen(o->own); n > 0 && o->own[n - 1] == ' '; n--) o->own[n - 1] = '\0';
     return DONE;
 }
 
@@ -2595,6 +2732,45 @@ static void take_recommended(options *o, const based_config *c) {
         if (f->kind == REAL) *(double *)to = (double)*(const float *)from;
         else *(int64_t *)to = *(const uint32_t *)from;
     }
+}
+
+/* The settings of the sampler as they would be typed, and who chose them. */
+static void print_settings(const run *r, FILE *to) {
+    static const char *const by[] = { "by default", "as the checkpoint says", "as given" };
+    int recommends = (based_model_config(r->model)->flags & BASED_SAMPLING) != 0, last = 3;
+    for (int who = 2; who >= 0; who--) {
+        for (int i = 0; i < FLAGS; i++) {
+            const flag *f = &flags[i];
+            const void *field = (const char *)r->o + f->offset;
+            if (!f->config || who != (r->o->given >> i & 1 ? 2 : recommends)) continue;
+            if (last < 3 && last != who) fprintf(to, " %s,", by[last]);
+            last = who;
+            if (f->letter) fprintf(to, " -%c", f->letter);
+            else fprintf(to, " --%s", f->name);
+            if (f->kind == REAL) fprintf(to, " %g", *(const double *)field);
+            else fprintf(to, " %lld", (long long)*(const int64_t *)field);
+        }
+    }
+    fprintf(to, " %s\n", by[last]);
+}
+
+static int is_name(const char *name, const char *typed, size_t n) {
+    return name && strlen(name) == n && memcmp(name, typed, n) == 0;
+}
+
+/* Says what is allowed and seldom meant. */
+static void warn_of_values(const options *o) {
+    if (o->quiet) return;
+    if (o->temperature >= 2) {
+        fprintf(stderr, "note: -t %g is a temperature, and a high one; for threads use -j\n",
+                o->temperature);
+    }
+#ifdef _OPENMP
+    if (o->threads > omp_get_num_procs()) {
+        fprintf(stderr, "note: -j %lld is more than the %d processors there are, which makes it "
+                "slower\n", (long long)o->threads, omp_get_num_procs());
+    }
+#endif
 }
 
 /* Fills *o from the command line. o->stops must have room for argc texts. */
@@ -2626,8 +2802,8 @@ static int parse_options(options *o, int argc, char **argv) {
         /* a flag, and its value: behind "=" or the next argument */
         for (const flag *g = flags; g < flags + FLAGS; g++) {
             if (typed[1] == g->letter && typed[2] == '\0') f = g;
-            if (typed[1] == '-' && n == strlen(g->name) + 2
-                && strncmp(typed + 2, g->name, n - 2) == 0) {
+            if (typed[1] == '-' && (is_name(g->name, typed + 2, n - 2)
+                                    || is_name(g->alias, typed + 2, n - 2))) {
                 f = g;
                 if (typed[n] == '=') text = typed + n + 1;
             }
@@ -2821,7 +2997,7 @@ static const struct { const char *name, *takes, *flag; } keys[] = {
     {"min_p", NULL, "min-p"}, {"repeat_penalty", NULL, "repeat-penalty"},
     {"repeat_last_n", NULL, "repeat-last-n"}, {"seed", NULL, "seed"}, {"n", NULL, "branches"}
 };
-enum { KEYS = (int)(sizeof keys / sizeof keys[0]) };
+enum { KEYS = (int)COUNT(keys) };
 
 /* One stop text, or the list of them. Returns 0 if it is something else. */
 static int read_stops(job *j, reader *in) {
@@ -3494,10 +3670,11 @@ static int do_job(run *r, options *o) {
         puts("based.c " BASED_VERSION);
         return flush_text();
     }
+    warn_of_values(o);
     if (o->save) TRY(check_output(r, o->save, "the past"));
     if (o->dump) TRY(check_output(r, o->dump, "the logits"));
     r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
-    if (!r->model) return fail(BAD_INPUT, "%s", r->error.text);
+    if (!r->model) return no_checkpoint(r);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
     if (r->has_tokenizer) {
         TRY_LIB(based_tokenizer_open(&r->tokenizer, r->model, &r->error), o->checkpoint);
@@ -3513,15 +3690,21 @@ static int do_job(run *r, options *o) {
 }
 
 int main(int argc, char **argv) {
-    options o = { .stops = calloc((size_t)argc + 1, sizeof *o.stops) };
+    options o = { .stops = calloc((size_t)argc + 2, sizeof *o.stops) };
     run r = { .o = &o };
     prepare_system();
+    for (const char *at = argc > 0 ? argv[0] : ""; *at; at += *at != '\0') {
+        at += strspn(at, "/\\");
+        if (*at) program = at;
+        at += strcspn(at, "/\\");
+    }
     int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
     if (rc == DONE) rc = do_job(&r, &o);
 
     close_output(&r.dump, BAD_INPUT);   /* a file that is complete was closed before              */
     for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].bytes);
     free(r.chat.first.bytes);
+    free(r.chat.line);
     free(r.chat.raw);
     free(r.chat.begin);
     free(r.saved.bytes);

@@ -552,31 +552,35 @@ def told(name, folders):
     return read_json(path) if path else {}
 
 
-# What generation_config.json calls a setting of a sampler, the field of the config, what counts if
-# it is absent while others are there, and the range.
-SETTINGS = [("temperature", "temperature", 1.0, 0, 100), ("top_p", "top_p", 1.0, 0, 1),
-            ("top_k", "top_k", 0, 0, 2**32 - 1), ("min_p", "min_p", 0.0, 0, 1),
-            ("repetition_penalty", "repeat_penalty", 1.0, 0.01, 100)]
-REPEAT_LAST_N = 1024                                          # there: all tokens
+# A setting of a sampler: the field of the config, the default of `run`, the range; what
+# generation_config.json calls it, and what counts there if it is absent while others are there.
+SETTINGS = [("temperature", 1.0, 0, 100, "temperature", 1.0), ("top_p", 0.9, 0, 1, "top_p", 1.0),
+            ("top_k", 0, 0, 2**32 - 1, "top_k", 0), ("min_p", 0.0, 0, 1, "min_p", 0.0),
+            ("repeat_penalty", 1.0, 0.01, 100, "repetition_penalty", 1.0),
+            ("repeat_last_n", 64, 0, 1 << 20, None, 1024)]    # there: all tokens
 
 
-def read_sampling(config, folders):
-    """Sets the recommended sampling in the config, if generation_config.json recommends any."""
+def read_sampling(config, folders, asked):
+    """Sets the recommended sampling in the config: as asked, {field: number}; else as
+    generation_config.json recommends; else as it is. Without any of these there is none."""
     said = told("generation_config.json", folders)
     if said.get("do_sample") is False or not any(
-            said.get(theirs) is not None for theirs, *_ in SETTINGS):
+            said.get(theirs) is not None for *_, theirs, _ in SETTINGS):
+        said = None
+    if not said and not asked:
         return
-    for theirs, ours, value, low, high in SETTINGS:
-        given = said.get(theirs)
-        if given is not None:
-            if type(given) not in (int, float) or not low <= given <= high or (
-                    type(value) is int and given != int(given)):
-                raise Refused(f"generation_config.json: {theirs} = {given!r}, expected a number "
-                              f"from {low} to {high}")
-            value = type(value)(given)
-        setattr(config, ours, value)
+    for ours, usual, low, high, theirs, absent in SETTINGS:
+        value = getattr(config, ours) if config.flags & SAMPLING else usual
+        if said:
+            value, given = absent, said.get(theirs)
+            if given is not None:
+                if type(given) not in (int, float) or not low <= given <= high or (
+                        type(value) is int and given != int(given)):
+                    raise Refused(f"generation_config.json: {theirs} = {given!r}, expected a "
+                                  f"number from {low} to {high}")
+                value = type(value)(given)
+        setattr(config, ours, asked.get(ours, value))
     config.flags |= SAMPLING
-    config.repeat_last_n = REPEAT_LAST_N
 
 
 # ---- Which of them is it?

@@ -22,6 +22,7 @@ flags="-std=gnu11"             # as most projects build, which lets gcc fuse flo
 python=${PYTHON:-python3}
 prompt=$(for i in $(seq 100); do printf '%d ' $((i * 7 % 47)); done)
 short=$(for i in $(seq 8); do printf '%d ' $((i * 7 % 47)); done)
+greedy="-t 0 --repeat-penalty 1"            # whatever a checkpoint recommends
 export OMP_WAIT_POLICY=passive WORK=$work
 
 # ---- The models: all that ship, and of random weights one of each dtype with every mixer, and the kinds of memory below.
@@ -64,10 +65,10 @@ values() {
         name=$(basename "$m" .bin)
         text=$prompt n=40 more=20
         [ "$(wc -c <"$m")" -gt 4000000 ] && text=$short n=4 more=3
-        "$@" "$m" --tokens "$text" -t 0 -n $n --ignore-eos -v --save "$work/state" 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
+        "$@" "$m" --tokens "$text" $greedy -n $n --ignore-eos -v --save "$work/state" 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
         local logits=$(sed -n 's/^logits #\([0-9a-f]*\).*/\1/p' "$work/err") state=$(sha256sum <"$work/state" | cut -c 1-16)
         [ -f "$work/first-$name" ] || cp "$work/state" "$work/first-$name"
-        "$@" "$m" --load "$work/first-$name" -t 0 -n $more --ignore-eos -v 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
+        "$@" "$m" --load "$work/first-$name" $greedy -n $more --ignore-eos -v 2>"$work/err" >/dev/null || { cat "$work/err"; return 1; }
         echo "$name $logits $state $(sed -n 's/^logits #\([0-9a-f]*\).*/\1/p' "$work/err")"
     done
 }

@@ -168,18 +168,42 @@ def test_recommended_sampling(tmp_path):
     """It counts unless a flag says otherwise, even if that is the usual default."""
     said = {"temperature": 0.5, "top_k": 1, "repetition_penalty": 1.25}
     model, _ = exported(tmp_path, generation=said)
-    line = "-t 0.5 -p 1 -k 1 --min-p 0 --repeat-penalty 1.25 --repeat-last-n 1024\n"
-    assert f"recommended  {line}" in run(model, "--info").text().decode()
+    rest = "--min-p 0 --repeat-penalty 1.25 --repeat-last-n 1024 as the checkpoint says\n"
+    line = f"-t 0.5 -p 1 -k 1 {rest}"
+    assert f"sampling     {line}" in run(model, "--info").text().decode()
     args = [model, "-i", "Hello", "-n", "20", "-v"]
     a, b = (run(*args, "-s", seed) for seed in (1, 2))
     assert a.text() == b.text() and f"sample: {line}" in a.err.decode()
     a, b = (run(*args, "-s", seed, "-k", "0", "-t", "1.0") for seed in (1, 2))
-    assert a.text() != b.text() and "sample: -t 1 -p 1 -k 0 --min-p 0" in a.err.decode()
+    assert a.text() != b.text() and f"sample: -t 1 -k 0 as given, -p 1 {rest}" in a.err.decode()
     done = run(model, "-i", "Hello", "-n", "5", "-v", "--repeat-penalty", "1.0", "--top-p=0.9")
-    assert "sample: -t 0.5 -p 0.9 -k 1 --min-p 0 --repeat-penalty 1 " in done.err.decode()
+    assert "sample: -p 0.9 --repeat-penalty 1 as given, -t 0.5 -k 1 --min-p 0 " in done.err.decode()
     model, _ = exported(tmp_path, generation={"eos_token_id": 3, "do_sample": False, **said})
     done = run(model, "-i", "Hello", "-n", "5", "-v")
-    assert "sample:" not in done.err.decode() and done.status == 0
+    usual = "-t 1 -p 0.9 -k 0 --min-p 0 --repeat-penalty 1 --repeat-last-n 64 by default\n"
+    assert f"sample: {usual}" in done.err.decode() and done.status == 0
+
+
+def test_sampling_of_ones_own(tmp_path):
+    """export.py --sampling: over what generation_config.json says, over run's defaults, and into a
+    checkpoint, of which nothing else changes."""
+    def info(model):
+        return run(model, "--info").text().decode().partition("\nsampling     ")[2].splitlines()[0]
+    model, _ = exported(tmp_path, generation={"temperature": 0.5, "top_k": 3})
+    out, other = tmp_path / "out.bin", tmp_path / "other.bin"
+    asked = ["--sampling", "temp=0.25,repeat-last-n=9"]
+    assert export.main([str(model), str(out), *asked]) == 0
+    line = "--repeat-penalty 1 --repeat-last-n 9 as the checkpoint says"
+    assert info(out) == "-t 0.25 -p 1 -k 3 --min-p 0 " + line
+    before, after = export.Checkpoint(model), export.Checkpoint(out)
+    assert before.tokenizer == after.tokenizer and before.layers == after.layers
+    assert all((before.raw(t.name) == after.raw(t.name)).all() for t in before.placed)
+    assert export.main(["--random", str(tmp_path / "config.json"), str(other), *asked,
+                        "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    assert info(other) == "-t 0.25 -p 1 -k 3 --min-p 0 " + line
+    model, _ = exported(tmp_path, generation={"do_sample": False})
+    assert export.main([str(model), str(out), *asked]) == 0
+    assert info(out) == "-t 0.25 -p 0.9 -k 0 --min-p 0 " + line
 
 
 def test_a_base_model_says_so(tmp_path):

@@ -247,13 +247,18 @@ BAD_USAGE = [
     (["--tmep", "1"], ['"--tmep"', "did you mean --temp?"]),
     (["--temperature", "1"], ["did you mean --temp?"]),
     (["-temp", "1"], ["did you mean --temp?"]),
-    (["--n-predict", "1"], ["did you mean --predict?"]),
     (["-n5"], ["put a space before the value: -n 5"]),
     (["-W"], ['"-W"', "--help"]),
     (["--\x1b[31mred"], ["unknown option"]),
     (["-m", "model.bin"], ["-m takes generate or chat", "the model is the first argument"]),
     (["-z", "tok.bin"], ["the tokenizer is inside the checkpoint"]),
-    (["-c", "512"], ["no context to set"]),
+    (["-c", "512"], ["there is no -c: ", "no context to set"]),
+    (["--ctx-size=512"], ["there is no --ctx-size: ", "no context to set"]),
+    (["-ngl", "99"], ["there is no -ngl: the processor computes"]),
+    (["--n-gpu-layers", "99"], ["the processor computes"]),
+    (["--color"], ["nothing here needs it; leave it out"]),
+    (["--mlock"], ["leave it out"]),
+    (["-cnv"], ["a conversation is -m chat"]),
     (["other.bin"], ["two checkpoints", "other.bin", "put -i before it"]),
     (["-i", "a", "-f", "b"], ["--prompt does not go with --file"]),
     (["-i", "a", "--tokens", "1"], ["--prompt does not go with --tokens"]),
@@ -309,7 +314,7 @@ GOOD_NUMBERS = [["-t", "1.5"], ["-t", "1e-3"], ["-t", ".5"], ["--temp=0.5"], ["-
 @pytest.mark.parametrize("args", GOOD_NUMBERS, ids=spread)
 def test_good_numbers(args):
     done = run(MODEL, "-n", "3", *args, env={**os.environ, "LC_ALL": "de_DE.UTF-8"})
-    assert done.text() and re.fullmatch(SPEED, done.err)
+    assert done.text() and re.fullmatch(rb"(note: -[tj] .*\n)?" + SPEED, done.err)
 
 
 FLAGS = """-i --prompt -f --file --tokens -j --threads -n --predict -t --temp -p --top-p -k --top-k
@@ -364,8 +369,83 @@ def test_the_last_of_two_values_wins():
     assert done.text() == greedy("-n", "20")
 
 
+def test_names_of_llama_cpp_that_mean_something():
+    assert greedy("--n-predict", "20") == greedy("--n-predict=20") == greedy("-n", "20")
+
+
+def test_values_that_are_seldom_meant():
+    done = run(MODEL, "-t", "4", "-j", str(os.cpu_count() + 1), "-n", "2")
+    assert done.status == 0 and done.err.count(b"note: ") == 2
+    assert b"note: -t 4 is a temperature" in done.err and b"processors there are" in done.err
+    assert run(MODEL, "-t", "4", "-j", str(os.cpu_count() + 1), "-n", "2", "-q").err == b""
+
+
+@pytest.mark.skipif(len(RUN) > 1, reason="started by another program")
+def test_the_program_calls_itself_by_its_name(tmp_path):
+    other = tmp_path / "based"
+    other.symlink_to(Path(RUN[0]).resolve())
+    text = subprocess.run([other, "--help"], capture_output=True, text=True, check=True).stdout
+    assert text.startswith("usage: based CHECKPOINT") and "\n  based models/" in text
+    assert not re.search(r"\brun (CHECKPOINT|models|--help)", text)
+    for args in ([], ["--nonsense"], ["none.bin"]):
+        done = subprocess.run([other, *args], capture_output=True, text=True)
+        assert done.stderr.startswith("based: ") and "run --help" not in done.stderr
+
+
+# --------------------------------------------------------------------------------------------------
+# Standard input without a prompt.
+
+def test_a_prompt_from_a_pipe_or_a_file(tmp_path):
+    want = greedy("-n", "20", "-i", "The big dog")
+    assert greedy("-n", "20", stdin=b"The big dog\n") == want
+    path = tmp_path / "text"
+    path.write_bytes(b"The big dog\n")
+    with open(path, "rb") as file:
+        done = subprocess.run([*RUN, MODEL, "-t", "0", "-q", "-n", "20"], stdin=file,
+                              capture_output=True)
+    assert done.stdout == want and done.stderr == b""
+    p = start(MODEL, "-t", "0", "-q", "-n", "20", stdin=subprocess.PIPE)
+    time.sleep(0.3)
+    p.stdin.write(b"The big")
+    p.stdin.flush()
+    time.sleep(1.5)                     # once it has begun, all of it is waited for
+    assert p.communicate(b" dog", timeout=30) == (want, b"")
+    for more in (["-i", "Tim"], ["--tokens", "1"], ["-f", path]):
+        assert greedy("-n", "9", *more, stdin=b"The big dog") == greedy("-n", "9", *more)
+
+
+def test_an_empty_or_a_silent_pipe_begins_a_new_text():
+    want = greedy("-n", "9")
+    assert greedy("-n", "9", stdin=b"\n") == want
+    p = start(MODEL, "-t", "0", "-n", "9", stdin=subprocess.PIPE)
+    assert p.wait(30) == 0 and p.stdout.read() == want
+    assert p.stderr.read().startswith(b"note: nothing came through the pipe")
+    p.stdin.close(), p.stdout.close(), p.stderr.close()
+
+
 # --------------------------------------------------------------------------------------------------
 # Bad files.
+
+LLAMA2C = struct.pack("<7i", 288, 768, 6, 6, 6, -32000, 256) + bytes(99)
+OTHER_FILES = {
+    "gguf": (b"GGUF\3\0\0\0", "is a GGUF file of llama.cpp, which cannot be read"),
+    "safetensors": (struct.pack("<Q", 2) + b"{}", "is a safetensors file; python3 export.py "),
+    "zip": (b"PK\3\4" + bytes(9), "is a PyTorch file; python3 export.py "),
+    "pickle": (b"\x80\2}q", "is a PyTorch file; python3 export.py "),
+    "legacy": (LLAMA2C, "OUT.bin --tokenizer tokenizer.bin makes a checkpoint of it"),
+    "ak42": (b"24ka\1\0\0\0", "is a llama2.c file of a version that cannot be read"),
+    "state": (b"BSTATE\r\n", "is a saved state; give a checkpoint"),
+    "directory": (None, "is a directory; python3 export.py "),
+    "numbers": (struct.pack("<7i", 288, 768, 6, 6, 0, 32000, 256), "not a based checkpoint"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_other_files_are_named(kind, tmp_path):
+    content, line = OTHER_FILES[kind]
+    path = tmp_path / kind
+    path.mkdir() if content is None else path.write_bytes(content.ljust(400, b"\0"))
+    run(path, "-n", "1").error(1, str(path), line)
 
 def flipped(data, at):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
@@ -489,7 +569,8 @@ def test_no_display_prompt():
 
 def test_predict_0_only_reads():
     done = run(MODEL, "-i", "The big dog", "-n", "0")
-    assert done.text() == b"The big dog\n" and done.err == b"achieved tok/s: 0.000000\n"
+    assert done.text() == b"The big dog\n" and re.fullmatch(SPEED, done.err)
+    assert float(done.err.split()[-1]) > 0                      # of reading
 
 
 def test_special_tokens_in_a_prompt_are_tokens(tmp_path):
@@ -833,7 +914,7 @@ def test_verbose():
         rb"model:  .*stories260K.*, 260,032 parameters\n"
         rb"state:  [\d,]+ bytes, however long the text\n"
         rb"prompt: \d+ tokens\n"
-        rb"seed:   9\n"
+        rb"seed:   9\nsample: -t 1 .* by default\n"
         rb"prompt eval time = +[\d.]+ ms / +\d+ tokens +" + speeds +
         rb" +eval time = +[\d.]+ ms / +19 runs +" + speeds +
         rb"logits #[0-9a-f]{8}\n" + SPEED, done.err), done.err
@@ -1082,6 +1163,22 @@ def test_interrupt_from_the_keyboard():
     status, rest = t.finish()
     assert status == 130
     assert re.search(rb"\r\nachieved tok/s: \d+\.\d+\r\n\Z", seen + rest)
+
+
+def test_texts_do_not_run_in_circles():
+    """tests/loops.py, in short: with the settings that the checkpoint recommends."""
+    import loops
+    line = "It was a dark and stormy night in the old forest, they said.\n"
+    assert loops.loop("Ho.\nHo.\nHo.\n") == "Ho." == loops.loop("A\nB. Ho. Ho. Ho. C.")
+    assert loops.loop("Ho.\nHo.\nAh.\nHo.\n") is None
+    assert loops.loop(line + "a\n" + line + "b\n" + line) == line.strip()
+    assert loops.loop("Now. " + (line[:-1] + " Then. ") * 3) == line.strip()
+    assert loops.loop(line + "a\n" + line) is None
+    model = str(ROOT / "models" / "based-4m-story.bin")
+    texts = loops.texts(model, "The old bear sat down", 4, 300)
+    assert len(set(texts)) == 4 and not any(map(loops.loop, texts))
+    assert run(model, "-q", "-s", "2", "-n", "300", "-i", "The old bear sat down",
+               "--no-display-prompt").text().decode().rstrip() == texts[1].rstrip()
 
 
 def test_a_short_run_on_a_terminal_is_plain():

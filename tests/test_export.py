@@ -661,11 +661,13 @@ def test_inspect_damaged(capsys, tmp_path, old):
     [], ["one"], ["one", "two", "three"], ["--random", "based-1b"], ["--inspect"],
     ["--inspect", "a", "b"], ["a", "b", "--dtype", "f64"],
     ["a", "b", "--window", "0"], ["a", "b", "--window", "x"], ["a", "b", "--chunk", "1025"],
-    ["a", "b", "--nonsense"],
+    ["a", "b", "--nonsense"], ["a", "b", "--degree", "None"], ["a", "b", "--sampling", "top-k=1.5"],
+    ["a", "b", "--sampling", "temp=nan"], ["a", "b", "--sampling", "warmth=1"],
     ["a", "b", "--seed", "-1"]])
 def test_usage_errors(capsys, arguments):
     status, stdout, stderr = run(capsys, *arguments)
-    assert status == 2 and stdout == "" and "Traceback" not in stderr and "usage:" in stderr
+    assert status == 2 and stdout == "" and len(stderr.splitlines()) == 1, stderr
+    assert stderr.startswith("export.py: ") and "--help explains" in stderr
 
 
 def test_help(capsys):

@@ -188,7 +188,7 @@ def test_edifice_refusals(capsys, tmp_path):
     fails(capsys, r"lacks the tensor based_block_2_ffn_up\.bias", less, "--mode", "causal", *told,
           out)
     status, _, stderr = run(capsys, source, out, "--degree", "13")
-    assert status == 2 and "13 is not between 1 and 12" in stderr
+    assert status == 2 and "'13' is no number from 1 to 12" in stderr
 
 
 def test_options_of_other_origins(capsys, tmp_path):

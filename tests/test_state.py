@@ -80,7 +80,7 @@ def book(tmp_path_factory):
     ["-t", "0"], ["-t", "1.2", "-p", "1", "-s", "5", "--repeat-penalty", "1.3"]])
 def test_50_and_50_are_100(model, options, tmp_path):
     """Text, logits and what is remembered at the end, generator and repetition penalty included."""
-    options = [*options, "--ignore-eos"]
+    options = [*options, "--ignore-eos", "--repeat-last-n", "64"]
     whole, _ = fingerprint(model, *options, "-i", TEXT, "-n", 100, "--save", tmp_path / "whole")
     first = saved(tmp_path / "half", model, *options, "-i", TEXT, "-n", 50)
     # A saved generator goes on without being told.
@@ -400,6 +400,18 @@ def test_branches_of_a_loaded_past(book):
         assert run(MODEL, "--load", state, "-n", 20, "-s", seed, "-q").text() == text
 
 
+def test_a_prompt_that_goes_on_inside_a_token(tmp_path):
+    """Then the line says so; the text goes on behind --append."""
+    state = tmp_path / "s"
+    model = ROOT / "models" / "based-4m-story.bin"
+    run(model, "-q", "-i", "The old b", "-n", 0, "--save", state).text()
+    for prompt, line in (("The old bear", "ends inside a token of this prompt"),
+                         ("The old man", "does not begin with"), ("The", "does not begin with")):
+        done = run(model, "--load", state, "-n", 0, "-q", "-i", prompt)
+        done.error(1, line, "--append")
+    assert run(model, "--load", state, "-n", 0, "-q", "--append", "ear").text() == b"ear\n"
+
+
 # ---- Conversations. ----
 
 def chat(*args, say, **more):
@@ -417,7 +429,7 @@ def test_a_conversation_from_a_pipe(tmp_path):
     assert done.text().startswith(first)
     one = run(MODEL, "-t", 0, "-n", 30, "-q", "--no-display-prompt",
               "--tokens", turns(b"User: Hello\nAssistant:")).text()
-    assert first == one
+    assert first == one.lstrip(b" ")
 
 
 def turns(text):
@@ -497,8 +509,62 @@ def test_save_and_load_in_a_conversation(tmp_path):
 
 def test_commands_that_are_none():
     done = chat("-q", say="/bla\n/save\n/undoo\n/help me\n/help\n/stats\n")
-    assert done.text() == b"" and done.err.count(b"is no command") == 4
+    assert done.text() == b"" and done.err.count(b"is no command") == 3
+    assert b"/save needs the name of a file the first time" in done.err
     assert b"Ctrl-D" in done.err and b"turns can be taken back (at most 8" in done.err
+    assert b'"rlwrap run ..."' in done.err
+
+
+@pytest.mark.parametrize("word", ["/quit", "/exit"])
+def test_quit(word, tmp_path):
+    done = chat("-n", 3, "--save", tmp_path / "s", say=f"Hello\n{word}\n/nonsense\nMore\n")
+    assert done.text() == chat("-n", 3, "-q", say="Hello\n").text()
+    assert b"no command" not in done.err and (tmp_path / "s").exists()
+
+
+def test_save_without_a_name(tmp_path):
+    """Goes to the file of the last /save, or else of --save."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    say = "A\n/save\n"
+    chat("-q", "--save", first, say=say).text()
+    chat("-q", say=f"A\n/save {second}\n").text()
+    assert first.read_bytes() == second.read_bytes()
+    chat("-q", say=f"/save {second}\n{say}").text()
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_undo_says_what_it_took_back(tmp_path):
+    state = tmp_path / "s"
+    done = chat("-n", 3, say=f"A\x1bB\n/save {state}\n/load {state}\n/undo\n/undo\n" + "x" * 99
+                + "\n/reset\n/undo\n/undo\n")
+    took = [line for line in done.err.decode().splitlines() if line.startswith("took back ")]
+    said = [f"/load {state}", "A?B", "/reset", "x" * 72 + "..."]
+    assert [line[11:-1] for line in took[1:]] == said[1:] and f"/load {state}"[:60] in took[0]
+
+
+def test_a_loaded_conversation_shows_its_end(tmp_path):
+    state = tmp_path / "s"
+    reply = chat("-n", 9, "-q", "--save", state, say="Hello\n").text().decode()
+    end = f"User: Hello\nAssistant: {reply}"
+    done = chat("--load", state, say=f"/load {state}\n")
+    assert done.text() == b"" and done.err.decode().count(end) == 2
+    assert end not in chat("--load", state, "-q", say="").err.decode()
+
+
+def test_a_reply_begins_with_no_space():
+    """Its first token does; so the space is read, and not printed."""
+    args = ["-q", "-t", 0, "-n", 9]
+    fed = run(MODEL, *args, "--no-display-prompt", "--tokens",
+              turns(b"User: Hello\nAssistant:")).text()
+    said = chat(*args, say="Hello\n").text()
+    assert fed.startswith(b" ") and said == fed.lstrip(b" ") and not said.startswith(b" ")
+
+
+def test_a_reply_ends_at_the_marker_of_the_model_itself():
+    args = ["-t", 0, "-q", "-n", 300]
+    said = chat(*args, "--chat-template", "Say {} the", say="Hello\n").text()
+    assert b" the" in run(MODEL, *args, "-i", "Say Hello the", "--no-display-prompt").text()
+    assert said and b" the" not in said
 
 
 def test_system_prompt_template_and_first_message():
@@ -506,7 +572,7 @@ def test_system_prompt_template_and_first_message():
                   turns(b"A story.\nQ: Who?\nA:")).text()
     got = chat("-t", 0, "-q", "-n", 20, "-y", "A story.", "--chat-template", r"Q: {}\nA:",
                "-i", "Who?", say="").text()
-    assert got != b"" and by_hand.startswith(got[:-1].rstrip(b"\n"))
+    assert got != b"" and by_hand.lstrip(b" ").startswith(got[:-1].rstrip(b"\n"))
 
 
 def test_empty_input_and_empty_lines():

@@ -4,10 +4,10 @@
                                      [--prompt TEXT] [--ram KIB]
     python3 tests/firmware/boards.py --size
 
-The logits must be the host's, bit for bit: ./run MODEL -t 0 -n N -i PROMPT -v prints the same
-fingerprint. The linker is given no more RAM than --ram, so a table that appears at all proves that
-the program fits. Instructions per token are counted, not timed (tests/insncount.c): the same in
-every run, and a lower bound of cycles, since QEMU knows nothing of caches and flash.
+The logits must be the host's, bit for bit: ./run MODEL -t 0 --repeat-penalty 1 -n N -i PROMPT -v
+prints the same fingerprint. The linker is given no more RAM than --ram, so a table that appears at
+all proves that the program fits. Instructions per token are counted, not timed (tests/insncount.c):
+the same in every run, and a lower bound of cycles, since QEMU knows nothing of caches and flash.
 """
 import argparse
 import bisect
@@ -223,8 +223,8 @@ def measure(board, model, options, plugin, want):
 
 def host(model, options):
     """The same story on this computer."""
-    done = subprocess.run([ROOT / "run", model, "-t", "0", "-n", str(options.tokens),
-                           "-i", options.prompt, "-v"],
+    done = subprocess.run([ROOT / "run", model, "-t", "0", "--repeat-penalty", "1",
+                           "-n", str(options.tokens), "-i", options.prompt, "-v"],
                           capture_output=True, text=True, check=False)
     found = re.search(r"logits #(\w+)", done.stderr)
     if done.returncode or not found:
