@@ -306,12 +306,11 @@ def guess(session, alone, tokens, rng, lengths):
 
 @EVERY_MODEL
 @BUDGET
-@given(past=TEXT, tokens=TEXT, block=st.integers(1, 40), threads=st.integers(1, 3),
-       seed=st.integers(0, 99))
-def test_drafts_equal_steps(random_model, index, past, tokens, block, threads, seed):
+@given(past=TEXT, tokens=TEXT, block=st.integers(1, 40), seed=st.integers(0, 99))
+def test_drafts_equal_steps(random_model, index, past, tokens, block, seed):
     """Whatever was guessed, and taken back: logits and saved bytes are those of single steps."""
     model = build(random_model, index)
-    session, alone = Session(model, block, threads), Session(model, 64)
+    session, alone = Session(model, block), Session(model, 64)
     session.feed(past)
     alone.feed(past)
     guess(session, alone, tokens, np.random.default_rng(seed), 24)
@@ -387,6 +386,8 @@ def test_every_build_and_thread_count(random_model, flags, threads):
         expected = Session(Model(path), 16).feed(tokens)
         assert same_bits(Session(Model(path, 0, lib), 16, threads).feed(tokens), expected), index
         assert same_bits(Session(Model(path, PLAIN, lib), 5, threads).feed(tokens), expected), index
+        guess(Session(Model(path, 0, lib), 16, threads), Session(Model(path), 1), tokens,
+              np.random.default_rng(index), 24)
 
 
 @EVERY_MODEL
