@@ -1832,7 +1832,8 @@ static int drop_guesses(run *r) {
     TRY_LIB(based_keep(r->session, l->used, &r->error), "cannot take guesses back");
     int gained = (double)(l->used - 1) > l->more * (double)(l->fed - 1);
     if (gained && l->enough > 2) l->enough /= 2;
-    if (!gained && l->fed > 1 && l->enough < MOST_SAME) l->enough *= 2;
+    int never = l->more > 0.9;          /* even if all are right: a small model                   */
+    if (!gained && l->fed > 1 && (never || l->enough < MOST_SAME)) l->enough *= 2;
     l->guessed += l->fed - 1;
     l->right += l->used - 1;
     l->fed = l->used = 0;
@@ -1867,6 +1868,7 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
     int64_t fed = based_feed_draft(r->session, l->draft, n + 1, l->rows, l->old, &r->error);
     if (fed < 0) return library_failed(r, "cannot compute the next tokens");
     double steps = (seconds() - begun) / l->step;
+    if (steps > 2 * (double)fed) steps = 2 * (double)fed;       /* something else was computed     */
     if (fed > 1) l->more += ((steps - 1) / (double)(fed - 1) - l->more) / 8;
     l->fed = (size_t)fed;
     l->used = 1;

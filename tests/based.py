@@ -216,8 +216,9 @@ class Session:
         check(self.lib.based_keep(self.handle, n, C.byref(error)), error)
 
     def save(self):
-        out, error = C.create_string_buffer(self.lib.based_saved_bytes(self.model.handle, 0)), Error()
-        check(self.lib.based_save(self.handle, None, 0, out, len(out), C.byref(error)), error)
+        n, error = self.lib.based_saved_bytes(self.model.handle, 0), Error()
+        out = C.create_string_buffer(n)
+        check(self.lib.based_save(self.handle, None, 0, out, n, C.byref(error)), error)
         return out.raw
 
     def logits(self):
