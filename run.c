@@ -1868,7 +1868,7 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
     int64_t fed = based_feed_draft(r->session, l->draft, n + 1, l->rows, l->old, &r->error);
     if (fed < 0) return library_failed(r, "cannot compute the next tokens");
     double steps = (seconds() - begun) / l->step;
-    if (steps > 2 * (double)fed) steps = 2 * (double)fed;       /* something else was computed     */
+    if (steps > 2 * (double)fed) steps = 2 * (double)fed; /* another program ran */
     if (fed > 1) l->more += ((steps - 1) / (double)(fed - 1) - l->more) / 8;
     l->fed = (size_t)fed;
     l->used = 1;
