@@ -338,6 +338,7 @@ def test_refused_drafts(random_model, index):
     model = build(random_model, index)
     session, other = Session(model, 8), Session(model, 8)
     session.feed(range(30))
+    other.feed(range(40))
     before = session.save()
     for tokens, message in (([], "no tokens"), ([1, 47], "vocabulary"), ([-1], "vocabulary")):
         with pytest.raises(based.BasedError, match=message):
