@@ -451,21 +451,19 @@ static int feed_prompt(run *r) {
 /* In a chat: remembers where the held text begins. If it turns out to be a stop text, the session
  * must go back to just before it; otherwise the next turn would stand behind half of a turn that
  * the model made up. The token just printed is not fed yet; n is the length of its text. */
-static int take_snapshot(run *r, size_t n) {
+static void take_snapshot(run *r, size_t n) {
     conversation *c = &r->chat;
     if (r->out.n_held == 0) {
         c->has_snapshot = 0;
-        return DONE;
+        return;
     }
     if (r->out.n_held <= n || !c->has_snapshot || c->n_raw + n > c->room) {
         c->has_snapshot = 1;
         c->n_raw = 0;
-        TRY(drop_guesses(r));
         based_copy(c->snapshot, r->session, NULL);
     }
     memcpy(c->raw + c->n_raw, r->out.token, n);
     c->n_raw += n;
-    return DONE;
 }
 
 /* Does the model end the text with this token? */
@@ -487,7 +485,8 @@ static int write_token(run *r, int *ended) {
     size_t bytes = stops ? 0 : decode(r, id);
     TRY(put_text(r, r->out.token, bytes, 0));
     r->unfed = id;
-    return o->chat ? take_snapshot(r, bytes) : DONE;
+    if (o->chat) take_snapshot(r, bytes);
+    return DONE;
 }
 
 /* The loop that writes a text: feed the newest token, draw the next one, print it, until something
@@ -1784,8 +1783,8 @@ enum { RECALLED = 1 << 14, MOST_SAME = 64, TRIED = 16 };
 static int open_lookup(run *r) {
     lookup *l = &r->lookup;
     size_t most = 1 + (size_t)r->o->lookup;
-    if (most == 1) return DONE;
-    l->enough = 8;
+    if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
+    l->enough = 16;
     l->more = 0.25;                     /* until it has been measured                             */
     l->text = calloc(RECALLED, sizeof *l->text);
     l->last = calloc(RECALLED, sizeof *l->last);
@@ -1824,16 +1823,11 @@ static void look_up(run *r, int32_t id) {
     }
 }
 
-/* Takes back the guesses that turned out wrong. If the right ones would have taken longer as single
- * steps than all took together, shorter runs are enough from now on; else only longer ones. */
+/* Takes back the guesses that are not part of the text. */
 static int drop_guesses(run *r) {
     lookup *l = &r->lookup;
     if (l->fed == 0) return DONE;
     TRY_LIB(based_keep(r->session, l->used, &r->error), "cannot take guesses back");
-    int gained = (double)(l->used - 1) > l->more * (double)(l->fed - 1);
-    if (gained && l->enough > 2) l->enough /= 2;
-    int never = l->more > 0.9;          /* even if all are right: a small model                   */
-    if (!gained && l->fed > 1 && (never || l->enough < MOST_SAME)) l->enough *= 2;
     l->guessed += l->fed - 1;
     l->right += l->used - 1;
     l->fed = l->used = 0;
@@ -1847,6 +1841,14 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
     look_up(r, id);
     l->used += (size_t)guessed;
     if (guessed) return DONE;
+
+    /* if the right guesses would have taken longer as single steps than all took together, shorter
+     * runs are enough from now on; else only longer ones, without end if a guess takes a step  */
+    if (l->fed > 1) {
+        int gained = (double)(l->used - 1) > l->more * (double)(l->fed - 1);
+        if (gained && l->enough > 2) l->enough /= 2;
+        if (!gained && (l->more > 0.9 || l->enough < MOST_SAME)) l->enough *= 2;
+    }
     TRY(drop_guesses(r));
 
     /* as many guesses as tokens agree; what is itself guessed may be what follows */
@@ -1867,9 +1869,10 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
     l->draft[0] = id;
     int64_t fed = based_feed_draft(r->session, l->draft, n + 1, l->rows, l->old, &r->error);
     if (fed < 0) return library_failed(r, "cannot compute the next tokens");
-    double steps = (seconds() - begun) / l->step;
-    if (steps > 2 * (double)fed) steps = 2 * (double)fed; /* another program ran */
-    if (fed > 1) l->more += ((steps - 1) / (double)(fed - 1) - l->more) / 8;
+    /* what a guess took, within what is possible: other programs run, too */
+    double more = ((seconds() - begun) / l->step - 1) / (fed > 1 ? (double)(fed - 1) : 1);
+    more = more < 0.05 ? 0.05 : more > 2 ? 2 : more;
+    if (fed > 1) l->more += (more - l->more) / 8;
     l->fed = (size_t)fed;
     l->used = 1;
     return DONE;

@@ -50,8 +50,8 @@ def main(repeats=5):
             best = [min(a, run[0]) for a, run in zip(best, runs)]
             assert runs[1][2] == runs[2][2], "another text"
         off, on = (1e3 * (time - best[0]) for time in best[1:])
-        print(f"| {title} | {model} | {n} | {runs[2][1]} | {off:.1f} | {on:.1f} | {off / on:.2f}x |",
-              flush=True)
+        print(f"| {title} | {model} | {n} | {runs[2][1]} | {off:.1f} | {on:.1f} | {off / on:.2f}x "
+              "|", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from test_chat import CHATML, exported
 from test_cli import ROOT, run
 
 STORY = ROOT / "models" / "based-4m-story.bin"
@@ -59,15 +60,24 @@ def test_same_state(tmp_path, n):
     pair(STORY, "--load", tmp_path / "15", "-n", "40", "-t", "0")
 
 
+def test_same_state_at_the_end_of_a_text(tmp_path):
+    """With seed 3 the text ends where the guess was another token."""
+    for seed in range(6):
+        for n in ("0", "15"):
+            run(STORY, "-i", "Once upon a time", "-t", "0.3", "-n", "400", "-s", seed, "--lookup",
+                n, "--save", tmp_path / n).text()
+        assert (tmp_path / "0").read_bytes() == (tmp_path / "15").read_bytes()
+
+
 def test_same_conversation(tmp_path):
-    """Replies that quote, are held back, taken back and cut off."""
-    said = b"Tom has a red ball. Tom has a\n/undo\nHe ran and ran and ran and ran\nAnd then?\n"
-    for template in ("User: {}\\nAssistant:", "{} He", "{}\\n"):
-        for lookup in ("0", "15"):
-            done = run(STORY, "-m", "chat", "-t", "0", "-n", "100", "--ignore-eos",
-                       "--chat-template", template, "--lookup", lookup, "-s", "1", "--save",
-                       tmp_path / lookup, stdin=said)
-            (tmp_path / f"{lookup}.txt").write_bytes(done.text())
-        for name in "{}", "{}.txt":
-            assert ((tmp_path / name.format(0)).read_bytes()
-                    == (tmp_path / name.format(15)).read_bytes())
+    """Replies that repeat themselves, taken back and forgotten."""
+    model = exported(tmp_path, CHATML)[0]
+    said = b"Hello!\n/undo\nHello, hello\nAnd then?\n/reset\nNo\n"
+    for n in ("0", "15"):
+        done = run(model, "-m", "chat", "-t", "0", "-n", "200", "--ignore-eos", "--lookup", n, "-s",
+                   "1", "-v", "--save", tmp_path / n, stdin=said)
+        (tmp_path / f"{n}.txt").write_bytes(done.text())
+    assert guesses(done)[1] > 0
+    for name in "{}", "{}.txt":
+        assert ((tmp_path / name.format(0)).read_bytes()
+                == (tmp_path / name.format(15)).read_bytes())
