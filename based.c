@@ -129,7 +129,7 @@ struct based_model {            /* immutable: any number of sessions and threads
 struct row {                    /* one token of the block being computed */
     based_session *s;           /* the session that it belongs to */
     uint64_t t;                 /* its position in the text, from 0 */
-    float *out;                 /* where its logits go, (vocab) */
+    float *out, *old;           /* where its logits go, (vocab); of a guess, section 12 */
 };
 
 struct based_session {          /* one text: its state, and memory to compute the next block in */
@@ -377,7 +377,7 @@ static void query_features(float *phi, float **y, const struct queries *u, size_
 static float local_scores(float *scores, const struct head_state *s, const struct based_taylor *t,
                           const float *q, size_t head, float *y, float *z);
 static void normalize_output(float *y, size_t n, float z, const based_taylor_config *c);
-static void fade_state(struct head_state *s, const struct layer *l, size_t head, const float *x);
+static void fade_state(struct head_state *s, const struct layer *l, based_session *p, size_t r);
 static uint64_t monomials(uint64_t d, uint64_t p, uint64_t cap); /* of degree p: C(d + p - 1, p) */
 
 /* phi (D, n) = the features of n vectors x (d, stride), one column per vector: 1, then for p = 1 to
@@ -490,7 +490,7 @@ static void taylor_mixer(const struct layer *l, const struct thread *th, size_t 
         for (size_t i = 0; i < u.n; i++, r++, row += in_rows(c)) {
             const float *k = row + q_dim(c) + head * dk, *v = row + q_dim(c) + k_dim(c) + head * dv;
             append_kv(&state, t, k, v, scratch);
-            if (t->fading) fade_state(&state, l, head, s->x_norm + r * s->m->c->dim);
+            if (t->fading) fade_state(&state, l, s, r);
             for (size_t h = 0; h < group; h++) read_recent(&u, i, h, &state, t, scratch);
         }
     }
@@ -502,7 +502,7 @@ static void taylor_mixer(const struct layer *l, const struct thread *th, size_t 
  * before it reads what they have computed. In a plain Based model all flags are 0; the functions
  * declared here are refinements, section 7. */
 typedef void layer_step(const struct layer *l, const struct thread *th, size_t n);
-static layer_step shift_tokens, gate_heads, store_prefix, bidirectional_mixer;
+static layer_step shift_tokens, gate_heads, store_prefix, bidirectional_mixer, keep_old;
 
 static void forward(const struct thread *th, size_t n) {
     based_session *s = th->s;
@@ -522,6 +522,7 @@ static void forward(const struct thread *th, size_t n) {
             matmul(s->proj, in_rows(c), &l->in, 0, in_rows(c), s->x_norm, n, th);
             /* inner (n, inner_dim) = mixer(proj): the only place where one token sees another */
             if (c->mixer != BASED_CONV) apply_rope(l, th, n);
+            if (s->row->old) keep_old(l, th, n);
             if (c->mixer == BASED_CONV) conv_mixer(l, th, n);
             else if (c->mixer == BASED_WINDOW) window_mixer(l, th, n);
             else if (s->bidirectional) bidirectional_mixer(l, th, n);
@@ -555,7 +556,6 @@ static void forward(const struct thread *th, size_t n) {
                 s->x[e] += s->x_norm[e];
         }
     }
-    /* the last hidden vectors */
     FOR_MY_PART(r, n) normalize(s->x_norm + r * dim, s->x + r * dim, &m->final_norm, dim);
     barrier(th);
 }
@@ -589,15 +589,15 @@ static void feed(based_session *s, const int32_t *tokens, const float *x, size_t
     size_t dim = s->m->c->dim, width = based_width(s->m);
     for (size_t at = 0, many; at < n; at += many) {
         /* x (many, dim) = embeddings; then forward and head, by all threads */
-        int last = n - at <= s->block;
-        many = last ? n - at : s->block;
+        many = n - at < s->block ? n - at : s->block;
         if (x) project_input(s, x + at * s->m->c->input, many);
         for (size_t r = 0; r < many; r++) {
             if (tokens) embed(s->x + r * dim, s->m, tokens[at + r]);
-            s->row[r] = (struct row){ s, s->count + r, out ? out + (at + r) * width : s->logits };
+            s->row[r] = (struct row){ s, s->count + r, out ? out + (at + r) * width : s->logits,
+                                      NULL };
         }
-        run_threads(s, many, out ? many : last ? 1 : 0);
-        if (last && out) memcpy(s->logits, out + (n - 1) * width, width * sizeof *out);
+        run_threads(s, many, out ? many : at + many == n);
+        if (out && at + many == n) memcpy(s->logits, out + (n - 1) * width, width * sizeof *out);
         s->count += many;
     }
 }
@@ -997,14 +997,34 @@ static void add_to_s(struct head_state *s, const struct based_taylor *t, size_t 
     else t->k->compensated_add(total, s->comp + f * ((t->c.head_dim_v + 1) / 2) + e / 2, x, n);
 }
 
+/* A guess (section 12) keeps what it overwrites in the state: its history, then for each layer, per
+ * channel or head, the input or the pair in whose place its own comes and what fading had left;
+ * and the half of the channels that is shifted. */
+static size_t old_floats(const struct layer *l) {
+    const based_layer *c = l->c;
+    size_t fade = l->taylor.fading ? c->kv_heads * (kv_capacity(&l->taylor.c) + 1) : 0;
+    return (c->mixer == BASED_CONV ? c->head_dim_v : k_dim(c) + v_dim(c)) + fade
+           + (c->flags & BASED_SHIFT ? l->in.cols / 2 : 0);
+}
+static float *old_of(const struct row *row, const struct layer *l) {
+    float *old = row->old + 2;
+    for (const struct layer *i = row->s->m->layer; i < l; i++) old += old_floats(i);
+    return old;
+}
+static float *old_fade(const struct row *row, const struct layer *l, size_t head) {
+    return old_of(row, l) + k_dim(l->c) + v_dim(l->c) + head * (kv_capacity(&l->taylor.c) + 1);
+}
+
 /* Fading: before a token is stored, all that is there loses a part, so that it keeps the factor
  * g < 1. fade[j] is the product of these factors since recent token j, fade[N] since the last
  * flush, when the sums changed. GATED: g is computed from the token, x = norm1(x'); FIXED: it is
  * given. */
-static void fade_state(struct head_state *s, const struct layer *l, size_t head, const float *x) {
-    size_t n = kv_capacity(&l->taylor.c), dim = l->in.cols;
+static void fade_state(struct head_state *s, const struct layer *l, based_session *p, size_t r) {
+    size_t n = kv_capacity(&l->taylor.c), dim = l->in.cols, head = s->head;
+    const float *x = p->x_norm + r * dim;
     float g = l->fade_bias ? sigmoid(dot(l->fade + head * dim, x, dim) + l->fade_bias[head])
                            : l->fade[head];
+    if (p->row[r].old) memcpy(old_fade(&p->row[r], l, head), s->fade, (n + 1) * sizeof *s->fade);
     for (size_t j = 0; j <= n; j++)     /* columns without a token are set when they get one */
         s->fade[j] = s->fade[j] * g < 1e-30f ? 0.0f : s->fade[j] * g;
     s->fade[s->n_recent - 1] = 1.0f;
@@ -2160,14 +2180,138 @@ int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, ba
             if (s[other] == s[r]) return INVALID(e, "session %zu is given twice", r);
     }
     for (size_t r = 0; r < n; r++) {
-        lead->row[r] = (struct row){ s[r], s[r]->count, s[r]->logits };
+        lead->row[r] = (struct row){ s[r], s[r]->count, s[r]->logits, NULL };
         embed(lead->x + r * lead->m->c->dim, lead->m, tokens[r]);
     }
     if (n) run_threads(lead, n, n);
     for (size_t r = 0; r < n; r++) {
+        s[r]->row->old = NULL;
         s[r]->count++;
         s[r]->history = based_history_of(s[r]->history, tokens + r, 1);
     }
+    return BASED_OK;
+}
+
+/* ---- Guesses, which can be taken back -------------------------------------------------------- */
+
+/* How many of n tokens can be fed now so that all but the first can be taken back: the first may be
+ * the one for which a chunk is flushed, but no other, and no two may overwrite the same key. */
+static size_t draft_length(const based_session *s, size_t n) {
+    struct row next = { .s = (based_session *)s, .t = s->count };
+    n = n < s->block ? n : s->block;
+    for (uint32_t i = 0; i < s->m->c->layers; i++) {
+        const struct layer *l = &s->m->layer[i];
+        size_t most = n;
+        if (l->c->mixer == BASED_WINDOW) most = l->c->window;
+        if (l->c->mixer == BASED_TAYLOR) {
+            most = kv_capacity(&l->taylor.c) - head_state_of(&next, l, 0).n_recent;
+            /* with fixed fading a flush changes values that are no longer used */
+            if (!most) most = l->taylor.fading == BASED_FIXED ? 1 : l->taylor.c.chunk;
+        }
+        n = n < most ? n : most;
+    }
+    return n;
+}
+
+/* old = n numbers of a state, or the other way round */
+static void exchange(float *old, float *now, size_t n, size_t stride, int back) {
+    for (size_t i = 0; i < n; i++, now += stride) {
+        if (back) *now = old[i];
+        else old[i] = *now;
+    }
+}
+
+/* The same for the key and the value in whose place those of a guess come. */
+static void exchange_pair(const struct row *row, const struct layer *l, size_t head, int back) {
+    size_t dk = l->c->head_dim_k, dv = l->c->head_dim_v, stride = l->c->window;
+    float *old = old_of(row, l) + head * (dk + dv);
+    float *k = state_of(row, l) + head * stride * (dk + dv), *v = k + stride * dk;
+    size_t at = l->c->mixer == BASED_WINDOW ? (size_t)(row->t % stride) : 0;
+    if (l->c->mixer == BASED_TAYLOR) {
+        struct row next = { .s = row->s, .t = row->t + 1 };
+        struct head_state s = head_state_of(&next, l, head);
+        k = s.k, v = s.v, at = s.n_recent - 1, stride = kv_capacity(&l->taylor.c);
+    }
+    exchange(old, k + at, dk, stride, back);
+    exchange(old + dk, v + at * dv, dv, 1, back);
+}
+
+/* Before a mixer runs: what the tokens behind the first will overwrite. Each thread keeps what it
+ * overwrites itself; what guesses overwrite of each other is not yet in the state. */
+static void keep_old(const struct layer *l, const struct thread *th, size_t n) {
+    based_session *s = th->s;
+    const based_layer *c = l->c;
+    size_t channels = c->head_dim_v, past = c->conv_width - 1, half = l->in.cols / 2;
+    for (size_t r = 1; r < n; r++) {
+        const struct row *row = &s->row[r];
+        float *old = old_of(row, l);
+        if (c->mixer != BASED_CONV)
+            FOR_MY_PART(head, c->kv_heads) exchange_pair(row, l, head, 0);
+        else if (past) FOR_MY_PART(e, channels)
+            old[e] = r < past ? state_of(row, l)[row->t % past * channels + e]
+                              : s->proj[(r - past) * 2 * channels + e];
+        /* the last channels of the row before */
+        if ((c->flags & BASED_SHIFT) && th->id == 0)
+            memcpy(old + old_floats(l) - half, s->x + r * l->in.cols - half, half * sizeof *old);
+    }
+}
+
+/* Takes a guess back in one layer. */
+static void put_back(const struct row *row, const struct layer *l) {
+    const based_layer *c = l->c;
+    float *old = old_of(row, l);
+    size_t past = c->conv_width - 1, dim = l->in.cols, half = dim / 2;
+    if (c->mixer == BASED_CONV && past)
+        exchange(old, state_of(row, l) + row->t % past * c->head_dim_v, c->head_dim_v, 1, 1);
+    for (size_t head = 0; head < c->kv_heads; head++) {
+        exchange_pair(row, l, head, 1);
+        if (l->taylor.fading)
+            exchange(old_fade(row, l, head), head_state_of(row, l, head).fade,
+                     kv_capacity(&l->taylor.c) + 1, 1, 1);
+    }
+    if (c->flags & BASED_SHIFT)
+        exchange(old + old_floats(l) - half, row->s->state + l->shift + dim - half, half, 1, 1);
+}
+
+size_t based_draft_width(const based_model *m) {
+    size_t n = sizeof(uint64_t) / sizeof(float);
+    for (uint32_t i = 0; i < m->c->layers; i++) n += old_floats(&m->layer[i]);
+    return n;
+}
+
+int64_t based_feed_draft(based_session *s, const int32_t *tokens, size_t n, float *logits,
+                         float *old, based_error *e) {
+    const based_model *m = s->m;
+    size_t width = based_width(m), kept = based_draft_width(m);
+    int status = check_tokens(m, tokens, n, e);
+    if (status) return status;
+    if (!n) return INVALID(e, "a draft of no tokens; the first one must be certain");
+    n = draft_length(s, n);
+    for (size_t r = 0; r < n; r++) {
+        s->row[r] = (struct row){ s, s->count + r, logits + r * width, old + r * kept };
+        memcpy(s->row[r].old, &s->history, sizeof s->history);
+        s->history = based_history_of(s->history, tokens + r, 1);
+        embed(s->x + r * m->c->dim, m, tokens[r]);
+    }
+    run_threads(s, n, n);
+    memcpy(s->logits, logits + (n - 1) * width, width * sizeof *logits);
+    s->count += n;
+    return (int64_t)n;
+}
+
+int based_keep(based_session *s, size_t n, based_error *e) {
+    const struct row *row = s->row;
+    size_t fed = row->old ? (size_t)(s->count - row->t) : 0;
+    if (n == 0 || n > fed)
+        return INVALID(e, "%zu tokens to keep of a draft of %zu; expected 1 to all of them, of the "
+                       "last call that fed", n, fed);
+    for (size_t r = fed; r-- > n; s->count--)
+        for (uint32_t i = 0; i < s->m->c->layers; i++) put_back(&row[r], &s->m->layer[i]);
+    if (n < fed) {
+        memcpy(&s->history, row[n].old, sizeof s->history);
+        memcpy(s->logits, row[n - 1].out, based_width(s->m) * sizeof *s->logits);
+    }
+    s->row->old = NULL;
     return BASED_OK;
 }
 
@@ -3057,6 +3201,7 @@ void based_reset(based_session *s) {
     memset(s->state, 0, s->m->state * sizeof *s->state);
     memset(s->logits, 0, based_width(s->m) * sizeof *s->logits);
     s->count = s->history = 0;
+    s->row->old = NULL;
 }
 
 int based_copy(based_session *dst, const based_session *src, based_error *e) {
@@ -3067,6 +3212,7 @@ int based_copy(based_session *dst, const based_session *src, based_error *e) {
     memcpy(dst->logits, src->logits, based_width(src->m) * sizeof *src->logits);
     dst->count = src->count;
     dst->history = src->history;
+    dst->row->old = NULL;
     return BASED_OK;
 }
 
@@ -3187,6 +3333,7 @@ int based_load(based_session *s, const void *saved, size_t size, const void **no
     }
     s->count = h.count;
     s->history = h.history;
+    s->row->old = NULL;
     memcpy(s->logits, p + sizeof h, 4 * width);
     memcpy(s->state, p + sizeof h + 4 * width, 4 * m->state);
     if (machine_is_big_endian()) {

@@ -162,6 +162,24 @@ int based_feed_prefix(based_session *s, const int32_t *tokens, size_t n, float *
  * been made with a block of 1. On failure no session has changed. */
 int based_step_many(based_session *const *s, const int32_t *tokens, size_t n, based_error *e);
 
+/* Feeds tokens[0], which is part of the text, and as many of the n - 1 guesses behind it as can be
+ * taken back: less if the session's block is smaller than n, up to
+ * the token for which a taylor layer flushes a chunk, and up to the size of the smallest window.
+ * Returns how many tokens were fed, 1 to n, or a negative status: as based_feed, and BASED_EINVAL
+ * if n is 0. The logits and the state are those of as many calls of based_step.
+ *
+ * logits: room for (n, based_width(m)) floats, one row per token. old: room for (n,
+ * based_draft_width(m)) floats, in which the session keeps what guesses overwrite, so that going
+ * back copies no state. Both must stay as they are until based_keep. */
+size_t  based_draft_width(const based_model *m);
+int64_t based_feed_draft(based_session *s, const int32_t *tokens, size_t n, float *logits,
+                         float *old, based_error *e);
+
+/* Takes back all but the first n tokens of a draft: s is then, to the last bit, as if only these
+ * had been fed. Not needed if all are kept. BASED_EINVAL if n is 0 or more than were fed, or if
+ * this draft is not the last that s was fed, copied, loaded or kept. */
+int based_keep(based_session *s, size_t n, based_error *e);
+
 /* The output after the last token: based_width(m) floats, the logits of the vocabulary (without
  * padding), or the final hidden vector of a model without a head. The session owns it; the next
  * call that feeds overwrites it. NULL before the first token. */

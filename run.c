@@ -92,7 +92,7 @@ typedef struct {                        /* the command line; section 13 fills it
     char       *turn, *stop, *own;      /* the plain template; what ends a reply there            */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
-    int64_t     predict, top_k, repeat_last_n, threads, branches, parallel;
+    int64_t     predict, top_k, repeat_last_n, threads, branches, parallel, lookup;
     double      temperature, top_p, min_p, repeat_penalty;
     uint64_t    seed;
     uint64_t    given;                  /* bit i: flag i of section 13 was given                  */
@@ -142,6 +142,19 @@ typedef struct {                        /* of a conversation                    
     int      has_snapshot;
 } conversation;
 
+typedef struct {                        /* guesses at the next tokens, from the text so far; 10   */
+    int32_t  *text;                     /* (RECALLED) its newest tokens, a ring                   */
+    uint64_t *last;                     /* (RECALLED) by the hash of two tokens: where the text   */
+    uint64_t *before;                   /* went on behind them; and by that place, the last time  */
+    uint64_t  n, from;                  /* tokens so far; where it went on as it might do now     */
+    size_t    same, enough;             /* tokens that agree before `from`; that make a guess     */
+    int32_t  *draft;                    /* (1 + o->lookup) the newest token, then guesses         */
+    float    *rows, *old;               /* of based_feed_draft                                    */
+    size_t    fed, used;                /* tokens of the draft that are fed; those in the text    */
+    double    step, more;               /* seconds for one token; for a guess, in steps           */
+    uint64_t  guessed, right;           /* tokens in all                                          */
+} lookup;
+
 typedef struct {                        /* one run of the program                                 */
     const options  *o;
     based_model    *model;
@@ -164,6 +177,7 @@ typedef struct {                        /* one run of the program               
     output          dump;
     saved_state     saved;
     conversation    chat;
+    lookup          lookup;
 
     uint64_t        scored;             /* perplexity: tokens scored                              */
     double          nats, mean, squares;        /* sum, mean and squared deviations of -log p     */
@@ -294,6 +308,10 @@ static int     open_session(run *r, int every_row);                 /* 10: r->se
 static int     new_session(run *r, based_session **s, size_t block);        /* 10: one more       */
 static int     feed_ids(run *r, size_t n);                          /* 10: the first n of r->ids  */
 static void    hash_logits(run *r, const float *logits);            /* 10: for -v                 */
+static int     open_lookup(run *r);                                 /* 10: --lookup               */
+static void    look_up(run *r, int32_t id);                         /* 10: one more token of text */
+static int     feed_ahead(run *r, int32_t id, uint64_t most);       /* 10: it, and guesses        */
+static int     drop_guesses(run *r);                                /* 10: out of the session     */
 static int     dump_rows(run *r, const float *rows, size_t n);      /* 10: --dump-logits          */
 static void    clear_progress(run *r);                              /* 10: before an error line   */
 static void    describe(const run *r, const char *what);            /* 10: the lines of -v        */
@@ -413,13 +431,23 @@ static int end_text(run *r) {
     return r->out.to ? DONE : flush_text();
 }
 
-/* Feeds the newest token of the text, unless that has been done. */
-static int feed_newest(run *r) {
+/* The logits after the newest token that is fed, and how many tokens that are. The session may be
+ * ahead of the text: guesses are fed together with the token before them (--lookup). */
+static const float *logits_of(const run *r) {
+    const lookup *l = &r->lookup;
+    return l->used ? l->rows + (l->used - 1) * based_width(r->model) : based_logits(r->session);
+}
+static uint64_t count_of(const run *r) {
+    return based_count(r->session) - (r->lookup.fed - r->lookup.used);
+}
+
+/* Feeds the newest token of the text, unless that has been done, and at most `ahead` guesses. */
+static int feed_newest(run *r, uint64_t ahead) {
     int32_t id = r->unfed;
     r->unfed = -1;
     if (id < 0) return DONE;
-    TRY_LIB(based_step(r->session, id, &r->error), "cannot compute the next token");
-    return r->o->dump ? dump_rows(r, based_logits(r->session), 1) : DONE;
+    TRY(feed_ahead(r, id, ahead));
+    return r->o->dump ? dump_rows(r, logits_of(r), 1) : DONE;
 }
 
 /* Feeds the prompt in r->ids and tells the sampler of it. */
@@ -427,7 +455,10 @@ static int feed_prompt(run *r) {
     uint64_t before = r->fed;
     TRY(feed_ids(r, r->n_ids));
     size_t n = r->n_loaded + (size_t)(r->fed - before);
-    for (size_t i = 0; i < n; i++) based_sampler_accept(&r->sampler, r->ids[i]);
+    for (size_t i = 0; i < n; i++) {
+        based_sampler_accept(&r->sampler, r->ids[i]);
+        look_up(r, r->ids[i]);
+    }
     if (based_count(r->session) == 0) return DONE;
     if (r->o->predict == 0 && !r->o->dump) hash_logits(r, based_logits(r->session));
     return check_logits(r, based_logits(r->session), based_count(r->session));
@@ -459,8 +490,8 @@ static int is_stop_token(const run *r, int32_t id) {
 /* Draws the next token from the logits and prints it. *ended: the model has ended the text. */
 static int write_token(run *r, int *ended) {
     const options *o = r->o;
-    const float *logits = based_logits(r->session);
-    TRY(check_logits(r, logits, based_count(r->session)));
+    const float *logits = logits_of(r);
+    TRY(check_logits(r, logits, count_of(r)));
     if (!o->dump) hash_logits(r, logits);
     int32_t id = based_sample(&r->sampler, logits);
     int stops = is_stop_token(r, id);
@@ -479,15 +510,16 @@ static int write_token(run *r, int *ended) {
 static int continue_text(run *r) {
     double earlier = r->generate_time, begun = 0;
     uint64_t limit = r->o->predict < 0 ? UINT64_MAX : (uint64_t)r->o->predict;
-    int ended = 0;
-    for (uint64_t n = 0; n < limit && !ended && !r->out.stopped && !interrupted; n++) {
-        TRY(feed_newest(r));
-        TRY(write_token(r, &ended));
+    int ended = 0, rc = DONE;
+    for (uint64_t n = 0; n < limit && !ended && !r->out.stopped && !interrupted && !rc; n++) {
+        rc = feed_newest(r, limit - n - 1);
+        if (rc == DONE) rc = write_token(r, &ended);
         if (n == 0) begun = seconds();
         r->timed += n > 0;
         r->generate_time = earlier + (seconds() - begun);
     }
-    return DONE;
+    int dropped = drop_guesses(r);
+    return rc != DONE ? rc : dropped;
 }
 
 /* The prompt passes through the decoder even if it is not shown, since a character may begin in the
@@ -531,6 +563,7 @@ static int prepare(run *r) {
     if (!r->out.token || !r->out.held || !r->sampler_memory || !r->recent) {
         return out_of_memory("sampling");
     }
+    TRY(open_lookup(r));
     return reset_sampler(r) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", r->error.text);
 }
 
@@ -559,7 +592,7 @@ static int generate(run *r) {
         TRY(continue_text(r));
         TRY(end_text(r));
     }
-    if (r->o->save) TRY(feed_newest(r));        /* its logits belong to the dump                  */
+    if (r->o->save) TRY(feed_newest(r, 0));     /* its logits belong to the dump                  */
     TRY(close_output(&r->dump, DONE));
     if (r->o->save) TRY(save_to_file(r, r->o->save));
     report(r, "prompt eval time", r->o->predict == 0);
@@ -607,7 +640,7 @@ static int commit_reply(run *r) {
     r->out.stopped = r->out.wrote = 0;
     r->out.n_held = 0;
     if (!stopped) {
-        TRY(feed_newest(r));
+        TRY(feed_newest(r, 0));
         return rc;
     }
 
@@ -930,7 +963,7 @@ static int load_state(run *r, const saved_state *s, const char *path) {
 
 static int save_to_file(run *r, const char *path) {
     output f;
-    TRY(feed_newest(r));                /* all that was printed is saved                          */
+    TRY(feed_newest(r, 0));             /* all that was printed is saved                          */
     TRY(save_state(r, &r->saved));
     TRY(open_output(r, &f, path, "the past"));
     int good = fwrite(r->saved.bytes, 1, r->saved.n, f.file) == r->saved.n;
@@ -1720,7 +1753,7 @@ static int check_logits(run *r, const float *logits, uint64_t token) {
 /* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
 static int dump_rows(run *r, const float *rows, size_t n) {
     size_t width = based_width(r->model), total = n * width;
-    uint64_t before = based_count(r->session) - n;
+    uint64_t before = count_of(r) - n;
     unsigned char bytes[4096];
     for (size_t row = 0; row < n; row++) {
         TRY(check_logits(r, rows + row * width, before + row + 1));
@@ -1808,6 +1841,113 @@ static int feed_ids(run *r, size_t n) {
     return DONE;
 }
 
+/* ---- Looking ahead: --lookup ------------------------------------------------------------------
+ * A text that quotes itself goes on as it did before: where the longest run of its newest tokens
+ * came before, what followed there is a guess at what follows now. Guesses are fed together with
+ * the newest token, for which weights are read once, and the session goes back to the first wrong
+ * one. The sampler draws each token as ever, from the same logits, so no text depends on guesses.
+ * More of them are made, from shorter runs, as long as more are right than their time is worth.
+ */
+enum { RECALLED = 1 << 14, MOST_SAME = 64, TRIED = 16 };
+
+static int open_lookup(run *r) {
+    lookup *l = &r->lookup;
+    size_t most = 1 + (size_t)r->o->lookup;
+    if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
+    l->enough = 16;
+    l->more = 0.25;                     /* until it has been measured                             */
+    l->text = calloc(RECALLED, sizeof *l->text);
+    l->last = calloc(RECALLED, sizeof *l->last);
+    l->before = calloc(RECALLED, sizeof *l->before);
+    l->draft = malloc(most * sizeof *l->draft);
+    l->rows = malloc(most * based_width(r->model) * sizeof *l->rows);
+    l->old = malloc(most * based_draft_width(r->model) * sizeof *l->old);
+    return l->text && l->last && l->before && l->draft && l->rows && l->old
+               ? DONE : out_of_memory("guesses; --lookup 0 makes none");
+}
+
+static int32_t token_at(const lookup *l, uint64_t at) { return l->text[at % RECALLED]; }
+
+/* One more token of the text. If it is what followed `from`, that goes on; else the longest run of
+ * newest tokens among the last TRIED places where the newest two came before. */
+static void look_up(run *r, int32_t id) {
+    lookup *l = &r->lookup;
+    if (!l->text) return;
+    int goes_on = l->same > 0 && token_at(l, l->from) == id;
+    l->same = goes_on ? l->same + 1 : 0;
+    l->from += (uint64_t)goes_on;
+    l->text[l->n++ % RECALLED] = id;
+    if (l->n < 2) return;
+    uint32_t two = (uint32_t)token_at(l, l->n - 2) * 0x9e3779b1u + (uint32_t)id;
+    uint64_t *last = &l->last[(two * 0x85ebca6bu >> 16) % RECALLED], at = *last;
+    l->before[l->n % RECALLED] = at;
+    *last = l->n;
+    for (int i = 0; i < TRIED && !goes_on && at > 0 && l->n - at < RECALLED - MOST_SAME; i++) {
+        size_t same = 0;
+        while (same < MOST_SAME && same < at
+               && token_at(l, at - 1 - same) == token_at(l, l->n - 1 - same)) {
+            same++;
+        }
+        if (same > l->same) l->same = same, l->from = at;
+        at = l->before[at % RECALLED];
+    }
+}
+
+/* Takes back the guesses that are not part of the text. */
+static int drop_guesses(run *r) {
+    lookup *l = &r->lookup;
+    if (l->fed == 0) return DONE;
+    TRY_LIB(based_keep(r->session, l->used, &r->error), "cannot take guesses back");
+    l->guessed += l->fed - 1;
+    l->right += l->used - 1;
+    l->fed = l->used = 0;
+    return DONE;
+}
+
+/* Feeds the newest token, unless it was guessed and is fed already; with at most `most` guesses. */
+static int feed_ahead(run *r, int32_t id, uint64_t most) {
+    lookup *l = &r->lookup;
+    int guessed = l->used < l->fed && l->draft[l->used] == id;
+    look_up(r, id);
+    l->used += (size_t)guessed;
+    if (guessed) return DONE;
+
+    /* if the right guesses would have taken longer as single steps than all took together, shorter
+     * runs are enough from now on; else only longer ones, without end if a guess takes a step  */
+    if (l->fed > 1) {
+        int gained = (double)(l->used - 1) > l->more * (double)(l->fed - 1);
+        if (gained && l->enough > 2) l->enough /= 2;
+        if (!gained && (l->more > 0.9 || l->enough < MOST_SAME)) l->enough *= 2;
+    }
+    TRY(drop_guesses(r));
+
+    /* as many guesses as tokens agree; what is itself guessed may be what follows */
+    size_t n = 0;
+    if (most > (uint64_t)r->o->lookup) most = (uint64_t)r->o->lookup;
+    if (l->step > 0 && l->same >= l->enough) n = l->same < most ? l->same : (size_t)most;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t at = l->from + i;
+        l->draft[i + 1] = at < l->n ? token_at(l, at) : l->draft[1 + at - l->n];
+    }
+    double begun = seconds();
+    if (n == 0) {
+        TRY_LIB(based_step(r->session, id, &r->error), "cannot compute the next token");
+        double spent = seconds() - begun;
+        l->step = l->step > 0 ? l->step + (spent - l->step) / 16 : spent;
+        return DONE;
+    }
+    l->draft[0] = id;
+    int64_t fed = based_feed_draft(r->session, l->draft, n + 1, l->rows, l->old, &r->error);
+    if (fed < 0) return library_failed(r, "cannot compute the next tokens");
+    /* what a guess took, within what is possible: other programs run, too */
+    double more = ((seconds() - begun) / l->step - 1) / (fed > 1 ? (double)(fed - 1) : 1);
+    more = more < 0.05 ? 0.05 : more > 2 ? 2 : more;
+    if (fed > 1) l->more += (more - l->more) / 8;
+    l->fed = (size_t)fed;
+    l->used = 1;
+    return DONE;
+}
+
 /* -v, before the work: what was opened and how long the text is. */
 static void describe(const run *r, const char *what) {
     char name[65];
@@ -1830,6 +1970,10 @@ static void report(const run *r, const char *feeding, int reading) {
     if (r->o->verbose) {
         time_line(feeding, r->feed_time, r->fed, "tokens");
         if (r->timed > 0) time_line("eval time", r->generate_time, r->timed, "runs");
+        if (r->lookup.guessed > 0) {
+            fprintf(stderr, "lookup: %s of %s guesses were right\n", THOUSANDS(r->lookup.right),
+                    THOUSANDS(r->lookup.guessed));
+        }
         fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
     }
     if (r->o->quiet) return;
@@ -2392,6 +2536,10 @@ static const flag flags[] = {
      .help = "Stop before this text would be printed; may be given several times. \\n is a new "
              "line, \\\\ a backslash",
      .takes = "a text that is not empty"},
+    {0, "lookup", "N", WHOLE, AT(lookup),
+     .help = "Where the text repeats itself, guess up to N tokens from what followed before and "
+             "compute them together: the same text, sooner. 0 makes no guesses",
+     .standard = "15", .high = BLOCK - 1},
     {0, "ignore-eos", NULL, SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
 
     {0, "save", "FILE", NAME, AT(save), .title = "The past as a file",
@@ -3711,6 +3859,12 @@ int main(int argc, char **argv) {
     free(r.out.token);
     free(r.out.held);
     free(r.rows);
+    free(r.lookup.text);
+    free(r.lookup.last);
+    free(r.lookup.before);
+    free(r.lookup.draft);
+    free(r.lookup.rows);
+    free(r.lookup.old);
     free(r.ids);
     free(r.sampler_memory);
     free(r.recent);

@@ -65,6 +65,13 @@ PROTOTYPES = {                                            # name: (result, argum
         (C.c_int, [C.c_void_p, FLOATS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_feed_prefix": (C.c_int, [C.c_void_p, IDS, C.c_size_t, FLOATS, C.POINTER(Error)]),
     "based_step_many": (C.c_int, [C.POINTER(C.c_void_p), IDS, C.c_size_t, C.POINTER(Error)]),
+    "based_draft_width": (C.c_size_t, [C.c_void_p]),
+    "based_feed_draft": (C.c_int64, [C.c_void_p, IDS, C.c_size_t, FLOATS, FLOATS,
+                                     C.POINTER(Error)]),
+    "based_keep": (C.c_int, [C.c_void_p, C.c_size_t, C.POINTER(Error)]),
+    "based_saved_bytes": (C.c_size_t, [C.c_void_p, C.c_size_t]),
+    "based_save": (C.c_int, [C.c_void_p, C.c_void_p, C.c_size_t, C.c_char_p, C.c_size_t,
+                             C.POINTER(Error)]),
     "based_logits": (FLOATS, [C.c_void_p]),
     "based_count": (C.c_uint64, [C.c_void_p]),
     "based_reset": (None, [C.c_void_p]),
@@ -265,6 +272,27 @@ class Session:
         x, error = as_ids(tokens), Error()
         check(self.lib.based_feed(self.handle, ids(x), len(x), None, C.byref(error)), error)
         return self.logits()
+
+    def draft(self, tokens):
+        """Feeds a token and guesses; returns the logits after those that were fed."""
+        x, error = np.ascontiguousarray(tokens, np.int32), Error()
+        width = self.lib.based_draft_width(self.model.handle)
+        self.drafted = [np.full((len(x), n), np.nan, np.float32) for n in (self.model.width, width)]
+        fed = self.lib.based_feed_draft(self.handle, ids(x), len(x), *map(floats, self.drafted),
+                                        C.byref(error))
+        check(min(fed, 0), error)
+        return self.drafted[0][:fed]
+
+    def keep(self, n):
+        """Takes back all but the first n tokens of the draft."""
+        error = Error()
+        check(self.lib.based_keep(self.handle, n, C.byref(error)), error)
+
+    def save(self):
+        n, error = self.lib.based_saved_bytes(self.model.handle, 0), Error()
+        out = C.create_string_buffer(n)
+        check(self.lib.based_save(self.handle, None, 0, out, n, C.byref(error)), error)
+        return out.raw
 
     def logits(self):
         """A copy of the output after the last token, None before the first."""

@@ -234,6 +234,7 @@ BAD_USAGE = [
     (["-k", "1e3"], ['"1e3"']),
     (["-k", "4294967296"], ['"4294967296"']),
     (["--min-p", "1.1"], ["--min-p takes"]),
+    (["--lookup", "128"], ["--lookup takes a whole number from 0 to 127"]),
     (["--repeat-penalty", "0"], ["--repeat-penalty takes"]),
     (["--repeat-last-n", "-1"], ["--repeat-last-n takes"]),
     (["-s", "-1"], ["-s takes"]),
@@ -308,7 +309,8 @@ def test_no_checkpoint():
 GOOD_NUMBERS = [["-t", "1.5"], ["-t", "1e-3"], ["-t", ".5"], ["--temp=0.5"], ["-p", "1"],
                 ["-p", "0"], ["-k", "0"], ["-k", "40"], ["-s", "0"], ["-s", "18446744073709551615"],
                 ["--min-p", "0.05"], ["--repeat-penalty", "1.3"], ["--repeat-last-n", "0"],
-                ["--repeat-last-n", "1000"], ["-j", "2"], ["-j", "0"], ["-t", "100"], ["--seed=7"]]
+                ["--repeat-last-n", "1000"], ["-j", "2"], ["-j", "0"], ["-t", "100"], ["--seed=7"],
+                ["--lookup", "127"]]
 
 
 @pytest.mark.parametrize("args", GOOD_NUMBERS, ids=spread)
@@ -319,14 +321,15 @@ def test_good_numbers(args):
 
 FLAGS = """-i --prompt -f --file --tokens -j --threads -n --predict -t --temp -p --top-p -k --top-k
 --min-p
---repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --ignore-eos --save --load --append
+--repeat-penalty --repeat-last-n -s --seed -r --reverse-prompt --lookup --ignore-eos
+--save --load --append
 --branches --jsonl --parallel --unordered -m --mode -y --system-prompt --chat-template --specials
 -x --perplexity -b --bench --csv
 --info --check --no-checksum --dump-logits --vectors
 --no-display-prompt -q --quiet -v --verbose -h --help --version""".split()
 DEFAULTS = {"--temp": "1.0", "--top-p": "0.9", "--top-k": "0", "--min-p": "0",
             "--repeat-penalty": "1.0", "--repeat-last-n": "64", "--predict": "256",
-            "--seed": "the time", "--threads": "0"}
+            "--seed": "the time", "--threads": "0", "--lookup": "15"}
 
 
 @pytest.mark.parametrize("args", [["--help"], ["-h"], [MODEL, "--help"], ["--help", "--nonsense"]],

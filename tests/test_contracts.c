@@ -116,6 +116,21 @@ static void test_feeding(const based_model *m, uint32_t block, int flags) {
     CHECK((input ? based_feed_vectors(s, in, TOKENS, NULL, &e)
                  : based_feed(s, in, TOKENS, NULL, &e)) == 0);
     CHECK(memcmp(based_logits(s), based_logits(plain), row) == 0);
+    if (!input) {
+        /* the second taylor layer has room for 6 tokens; all but two of them are taken back */
+        uint32_t most = block < 6 ? block : 6, kept = most < 2 ? most : 2;
+        size_t old_bytes = most * based_draft_width(m) * sizeof(float);
+        float *rows = guarded(most * row), *old = guarded(old_bytes);
+        based_reset(s), based_reset(plain);
+        CHECK(based_feed(plain, text, kept, NULL, &e) == 0);
+        CHECK(based_feed_draft(s, in, most, rows, old, &e) == most);
+        read_only(rows, most * row), read_only(old, old_bytes);
+        CHECK(memcmp(rows, out, most * row) == 0 && based_keep(s, kept, &e) == 0);
+        CHECK(based_history(s) == based_history(plain) && based_count(s) == kept);
+        CHECK(memcmp(s->state, plain->state, based_state_bytes(m)) == 0);
+        CHECK(memcmp(based_logits(s), based_logits(plain), row) == 0);
+        let_go(rows, most * row), let_go(old, old_bytes);
+    }
     based_session_free(plain);
     let_go(in, in_bytes), let_go(saved, saved_bytes), let_go(out, TOKENS * row);
     tear_down(&h);
@@ -230,6 +245,10 @@ static void test_failed_calls(const based_model *m, const based_model *stranger,
     REFUSED(based_feed(s, bad, 9, rows, &e), BASED_EINVAL);
     CHECK(rows[0] == 0.0f);
     REFUSED(based_feed(s, negative, 2, NULL, &e), BASED_EINVAL);
+    REFUSED((int)based_feed_draft(s, bad, 9, rows, rows, &e), BASED_EINVAL);
+    REFUSED((int)based_feed_draft(v, bad, 1, rows, rows, &e), BASED_EINVAL);
+    CHECK(rows[0] == 0.0f);
+    REFUSED(based_keep(s, 1, &e), BASED_EINVAL);
     REFUSED(based_feed_vectors(s, vectors, 2, NULL, &e), BASED_EINVAL);
     REFUSED(based_feed_bidirectional(s, vectors, 2, NULL, &e), BASED_EINVAL);
     REFUSED(based_feed(v, text, 2, NULL, &e), BASED_EINVAL);

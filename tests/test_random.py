@@ -285,6 +285,80 @@ def test_prefix(random_model, n, tmp_path):
             Session(model, 5 if wrong == 6 else 32).feed_prefix(tokens[:wrong])
 
 
+def guess(session, alone, tokens, rng, lengths):
+    """Feeds tokens to `session` as drafts, whose guesses go wrong somewhere or not, and to `alone`
+    one by one: the same logits, and after each draft the same bytes. Returns how many tokens were
+    fed at once, at most."""
+    at = most = 0
+    while at < len(tokens):
+        draft = np.array(tokens[at:at + int(rng.integers(1, lengths))])
+        right = int(rng.integers(1, len(draft) + 1))
+        draft[right:] = rng.integers(0, 47, len(draft) - right)
+        fed = session.draft(draft)
+        most, right = max(most, len(fed)), min(right, len(fed))
+        expected = np.stack([alone.step(t) for t in draft[:right]])
+        assert same_bits(fed[:right], expected) and same_bits(session.logits(), fed[-1])
+        session.keep(right)
+        assert session.save() == alone.save()
+        at += right
+    return most
+
+
+@EVERY_MODEL
+@BUDGET
+@given(past=TEXT, tokens=TEXT, block=st.integers(1, 40), seed=st.integers(0, 99))
+def test_drafts_equal_steps(random_model, index, past, tokens, block, seed):
+    """Whatever was guessed, and taken back: logits and saved bytes are those of single steps."""
+    model = build(random_model, index)
+    session, alone = Session(model, block), Session(model, 64)
+    session.feed(past)
+    alone.feed(past)
+    guess(session, alone, tokens, np.random.default_rng(seed), 24)
+
+
+def test_drafts_of_random_models(random_model):
+    """The same for random models of tokens, most of which take several tokens at once, also behind
+    a prefix."""
+    most = []
+    for seed in range(200, 250):
+        model = Model(random_model(seed, **TOKENS))
+        session, alone = Session(model, 32), Session(model, 32)
+        rng = np.random.default_rng(seed)
+        if seed == 200:
+            model = Model(random_model(109, **dict(MODELS[9][1])))
+            session, alone = Session(model, 32), Session(model, 32)
+            assert same_bits(session.feed_prefix(range(20)), alone.feed_prefix(range(20)))
+        most.append(guess(session, alone, rng.integers(0, 47, 200), rng, 24))
+    assert np.mean(np.array(most) > 4) > 0.5
+
+
+@EVERY_MODEL
+def test_refused_drafts(random_model, index):
+    """A refused draft, or a refused call to keep a part of one, changes nothing."""
+    model = build(random_model, index)
+    session, other = Session(model, 8), Session(model, 8)
+    session.feed(range(30))
+    other.feed(range(40))
+    before = session.save()
+    for tokens, message in (([], "no tokens"), ([1, 47], "vocabulary"), ([-1], "vocabulary")):
+        with pytest.raises(based.BasedError, match=message):
+            session.draft(tokens)
+        assert session.save() == before
+    fed = len(session.draft([1, 2, 3, 4]))
+    good = session.logits
+    for spoil in (good, lambda: session.step(1), lambda: session.feed([1, 2, 3]),
+                  lambda: session.copy_from(other), session.reset, lambda: session.keep(fed),
+                  lambda: based.step_many([session, other], [1, 2]),
+                  lambda: based.step_many([other, session], [1, 2])):
+        spoil()
+        before = session.save()
+        for n in (0, fed + 1, *([] if spoil is good else range(1, fed + 1))):
+            with pytest.raises(based.BasedError, match="tokens to keep"):
+                session.keep(n)
+            assert session.save() == before
+        fed = len(session.draft([1, 2, 3, 4]))
+
+
 NO_CHECKSUM, PLAIN, AVX2, AVX512 = 1, 2, 4, 8             # flags of based_open
 
 
@@ -313,6 +387,8 @@ def test_every_build_and_thread_count(random_model, flags, threads):
         expected = Session(Model(path), 16).feed(tokens)
         assert same_bits(Session(Model(path, 0, lib), 16, threads).feed(tokens), expected), index
         assert same_bits(Session(Model(path, PLAIN, lib), 5, threads).feed(tokens), expected), index
+        guess(Session(Model(path, 0, lib), 16, threads), Session(Model(path), 1), tokens,
+              np.random.default_rng(index), 24)
 
 
 @EVERY_MODEL

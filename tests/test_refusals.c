@@ -509,6 +509,9 @@ static void test_nothing_to_do(void) {
     CHECK(based_feed(s, NULL, 0, NULL, &e) == 0 && based_count(s) == 0 && based_logits(s) == NULL);
     CHECK(based_step_many(NULL, NULL, 0, &e) == 0 && based_copy(s, s, &e) == 0);
     REFUSED(based_step_many(two, ids, 2, &e), BASED_EINVAL, "the first was made for blocks of 1");
+    REFUSED((int)based_feed_draft(s, NULL, 0, NULL, NULL, &e), BASED_EINVAL,
+            "a draft of no tokens");
+    REFUSED(based_keep(s, 1, &e), BASED_EINVAL, "1 tokens to keep of a draft of 0");
     CHECK(based_step(s, 99, NULL) == BASED_EINVAL);
     CHECK(based_model_config(m) == m->c && based_model_layer(m, 3)->degree == 3
           && based_model_layer(m, 4) == NULL);
