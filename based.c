@@ -1720,9 +1720,9 @@ INLINE void rows_f32_body(float *out, size_t out_stride, const float *w, size_t 
 /* out = sum of w[i] * rows[i]. All of attention is this one sum: scores (rows: coordinates of the
  * keys), outputs (rows: values), and reading the Taylor state (rows: features). */
 INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
-                              size_t stride) {
+                              size_t stride, const int columns) {
     size_t e = 0;
-    WEIGHTED_SUM(64)
+    if (columns == 32) WEIGHTED_SUM(64) /* AVX-512: others keep 64 sums in memory */
     WEIGHTED_SUM(32)
     WEIGHTED_SUM(8)
     WEIGHTED_SUM(1)
@@ -1762,7 +1762,7 @@ INLINE void tile_generic(TILE, const int bits) {
 INLINE void rows_f32_body(float *out, size_t out_stride, const float *w, size_t rows,
                           const struct activations *x, const int prefetch);
 INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
-                              size_t stride);
+                              size_t stride, const int columns);
 INLINE void tile_generic(TILE, const int bits);
 #endif
 
@@ -1806,7 +1806,7 @@ INLINE void weighted_sums_body(float *const *out, size_t m, const float *w, size
                                size_t step_j, const float *rows, size_t n, size_t width,
                                size_t stride, const int columns) {
     if (m == 1 && step_i == 1) {
-        weighted_sum_body(out[0], w, rows, n, width, stride);
+        weighted_sum_body(out[0], w, rows, n, width, stride, columns);
         return;
     }
     for (size_t j = 0; j < m; j++) memset(out[j], 0, width * sizeof *out[j]);
@@ -1866,7 +1866,7 @@ INLINE void dot_columns_body(float *out, size_t m, const float *a, const float *
 #define FLOAT_KERNELS(set, target, columns)                                                        \
     target static void weighted_sum_##set(float *out, const float *w, const float *rows, size_t n, \
                                           size_t width, size_t stride) {                           \
-        weighted_sum_body(out, w, rows, n, width, stride);                                         \
+        weighted_sum_body(out, w, rows, n, width, stride, columns);                                \
     }                                                                                              \
     target static void weighted_sums_##set(float *const *out, size_t m, const float *w,            \
                                            size_t step_i, size_t step_j, const float *rows,        \
@@ -3720,8 +3720,9 @@ INLINE void rows_f32_body(float *out, size_t out_stride, const float *w, size_t 
 }
 
 INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
-                              size_t stride) {
+                              size_t stride, const int columns) {
     size_t e = 0;
+    (void)columns;
     for (; width - e >= 4; e += 4) {
         struct four s = { 0, 0, 0, 0 };
         for (size_t i = 0; i < n; i++) {
