@@ -1333,7 +1333,7 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 /* Nor do some have floats: their compilers call functions. "Walled off I" has a shorter mul_add;
  * only for a Cortex-M3 the compiler's are as short. */
 #if !defined(BASED_SOFT_FLOAT) && defined(BASED_NARROW) \
-    && (defined(__ARM_ARCH_6M__) || (defined(__riscv) && !defined(__riscv_flen)) \
+    && ((defined(__arm__) && !defined(__ARM_FP)) || (defined(__riscv) && !defined(__riscv_flen)) \
         || defined(__XTENSA_SOFT_FLOAT__))
 #define BASED_SOFT_FLOAT 1
 #endif
@@ -1376,10 +1376,26 @@ INLINE float sum(const float *a, size_t n) {
 #define ROUND_MAGIC_F 12582912.0f
 enum { ROUND_MAGIC = 0x4b400000 };
 
+/* The bits of ROUND_MAGIC_F + x * scale, where scale is a power of two */
+#ifndef BASED_SOFT_FLOAT
+INLINE int32_t scaled_bits(float x, float scale) {
+    int32_t bits;
+    x = x * scale + ROUND_MAGIC_F;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+#else
+static int32_t scaled_bits(float x, float scale);
+#endif
+
+#ifndef BASED_SOFT_FLOAT        /* "Walled off I" makes the same steps in integers */
+#define exp_definition exp_approx
+#endif
+
 /* exp(x) to 1 part in 10^7. x = n ln 2 + r with |r| <= ln 2 / 2; a polynomial gives exp(r), and
  * 2^n is made of the exponent's bits. Below -87 the result is 0, because subnormal numbers cost
  * hundreds of cycles; above 88 it is exp(88). */
-INLINE float exp_approx(float x) {
+INLINE float exp_definition(float x) {
     float c = x > -87.0f ? x : -87.0f, n, r, y, power;
     uint32_t bits;
     c = c < 88.0f ? c : 88.0f;
@@ -1587,9 +1603,7 @@ INLINE void quantize_group(int8_t *q, float *scale, int32_t *offset, const float
 
     /* n = round(x / scale), at most 127 in size */
     for (size_t l = 0; l < width; l++) {
-        float rounded = mul_add(x[l], inv_scale, ROUND_MAGIC_F);
-        int32_t i;
-        memcpy(&i, &rounded, sizeof i);
+        int32_t i = scaled_bits(x[l], inv_scale);
         i = i > ROUND_MAGIC - 127 ? i : ROUND_MAGIC - 127;
         n[l] = (i < ROUND_MAGIC + 127 ? i : ROUND_MAGIC + 127) - ROUND_MAGIC;
     }
@@ -1666,7 +1680,7 @@ INLINE void compensated_add_body(float *total, float *comp, const float *x, cons
     for (; width - e >= (many); e += (many)) {                                                     \
         float s[many] = { 0 };                                                                     \
         for (size_t i = 0; i < n; i++)                                                             \
-            for (size_t l = 0; l < (many); l++) s[l] += w[i] * rows[i * stride + e + l];           \
+            for (size_t l = 0; l < (many); l++) s[l] = mul_add(w[i], rows[i * stride + e + l], s[l]); \
         for (size_t l = 0; l < (many); l++) out[e + l] = s[l];                                     \
     }
 
@@ -3571,7 +3585,21 @@ INLINE float float_of_bits(uint32_t bits) {
 }
 
 INLINE int exponent(uint32_t bits) { return (int)(bits << 1 >> 24); }
-INLINE int is_common(int exponent) { return (uint32_t)(exponent - 32) < 190; }
+
+/* Whether a float may have an infinity, a NaN, a subnormal number or a zero near it: one of three
+ * exponents is large or small. The compiler's functions treat these. */
+INLINE int is_rare(int x, int y, int z) { return ((x - 64) | (y - 64) | (z - 64)) & ~127; }
+
+INLINE float pack(uint32_t sign, int exponent, uint32_t m) {
+    return float_of_bits((sign >> 31 << 31) + ((uint32_t)(exponent - 1) << 23) + m);
+}
+
+/* Functions of their own, so that the fast ones need not save registers for a call. */
+__attribute__((noinline)) static float rare_add(float a, float b) { return a + b; }
+__attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
+__attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
+    return y + (float)s * w * x;
+}
 
 /* m / 2^bits, rounded to nearest, halves to even */
 INLINE uint32_t round_off(uint32_t m, const int bits) {
@@ -3579,21 +3607,102 @@ INLINE uint32_t round_off(uint32_t m, const int bits) {
     return sum << (32 - bits) ? sum >> bits : sum >> bits & ~1u;
 }
 
+/* A product of 127 and more, or of a NaN, may be any of that size. */
+static int32_t scaled_bits(float x, float scale) {
+    uint32_t bits = bits_of_float(x), m = (bits << 9 >> 9) | 0x800000;
+    int by = 277 - exponent(bits) - exponent(bits_of_float(scale));
+    m = by < 1 ? 127 : by > 24 ? 0 : round_off(m, by);
+    return ROUND_MAGIC + (int32_t)(bits >> 31 ? 0u - m : m);
+}
+
 /* m / 2^by; the lowest bit is set, too, if bits are lost */
 INLINE uint32_t shift_right(uint32_t m, int by) {
     return by > 30 ? 1 : m >> by | (m << 1 << (31 - by) != 0);
 }
 
-/* p / 2^30 * 2^(e - 127), with the sign of `sign` and rounded to a float, + c. p is at least 2^30
- * and less than 2^31; its lowest bit is set, too, if what was cut off is not 0. e is common. */
-__attribute__((noinline)) static float add_product(uint32_t p, uint32_t sign, float c, int e) {
-    uint32_t z = bits_of_float(c), sum, other;
+/* a * b / 2^32; the lowest bit is set, too, if what was cut off is not 0 */
+INLINE uint32_t high_product(uint32_t a, uint32_t b) {
+#ifdef __ARM_ARCH_6M__                  /* has no product of more than 32 bits */
+    uint32_t a0 = a & 0xffff, a1 = a >> 16, b0 = b & 0xffff, b1 = b >> 16;
+    uint32_t low = a0 * b0, middle = a1 * b0 + (low >> 16), other = a0 * b1 + (middle & 0xffff);
+    return (a1 * b1 + (middle >> 16) + (other >> 16)) | ((low << 16 | other << 16) != 0);
+#else
+    uint64_t product = (uint64_t)a * b;
+    return (uint32_t)(product >> 32) | ((uint32_t)product != 0);
+#endif
+}
+
+/* ---- exp_approx ---------------------------------------------------------------------------------
+ * A float is a word below with 24 significant bits, the first of them near bit 30; its power of two
+ * is known from its place in the polynomial and from that of r. So nothing is packed or unpacked,
+ * and every step is rounded as exp_definition rounds it. */
+
+/* m >= 2^24 with its highest 24 bits, rounded to nearest, halves to even */
+INLINE uint32_t round_to_24(uint32_t m) {
+    uint32_t half = 128, low;
+    while (m >> 24 < half) half >>= 1;
+    m += half;
+    low = m & (2 * half - 1);
+    return low ? m - low : m & ~(2 * half);
+}
+
+/* a * b / 2^31 */
+INLINE uint32_t product_of_24(uint32_t a, uint32_t b) {
+    return round_to_24(high_product(a << 1, b));
+}
+
+/* c + a * b / 2^31 / 2^by, or - if `minus` is all ones */
+__attribute__((noinline)) static uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by,
+                                                         uint32_t minus) {
+    uint32_t p = shift_right(product_of_24(a, b), by);
+    return round_to_24(c + (p ^ minus) - minus);
+}
+
+static float exp_approx(float x) {
+    uint32_t bits = bits_of_float(x), size = bits << 1 >> 1, n = 0, y, u;
+    uint32_t minus = 0u - (bits >> 31); /* all ones if r is negative; now, if x is */
+    int e = exponent(bits) - 127;       /* r = x is m * 2^(e - 30) */
+    uint32_t m = (size << 7 | 0x40000000) & 0x7fffffff;
+    int32_t power = 127;
+    if (size > 0x7f800000) return x;                            /* NaN */
+    if (minus && size > 0x42ae0000) return 0.0f;                /* below -87 */
+    if (!minus && size > 0x42b00000) e = 6, m = 0x58000000;     /* 88 */
+    if (e < -26) return 1.0f;
+    if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 29 - e);
+    if (n) {
+        /* r = |x| - n * 355 / 512 (exact, in units of 2^-25) + n * 2.12194440e-4, in 2^-37 */
+        int32_t exact = (int32_t)((m >> 7 << (e + 2)) - n * (355u << 16));
+        int64_t r = (int64_t)exact * 4096 + (int64_t)round_to_24(n * 0x1bd0106);
+        power = minus ? 127 - (int32_t)n : 127 + (int32_t)n;
+        if (r < 0) r = -r, minus = ~minus;
+        e = r >> 31 ? -1 : -7;
+        m = r >> 31 ? (uint32_t)(r >> 6) | ((r & 63) != 0) : (uint32_t)r;
+        for (; m < 0x40000000; m <<= 1) e--;
+        m = round_to_24(m);
+        if (m >> 31) m >>= 1, e++;
+    }
+    y = add_product_to(0x448ef780, 0x5b6d3a00, m, 2 - e, minus);
+    y = add_product_to(0x55551780, y, m, 1 - e, minus);
+    y = add_product_to(0x55552380, y, m, 1 - e, minus);
+    y = add_product_to(0x40000000, y, m, 1 - e, minus);
+    u = add_product_to(m, y, product_of_24(m, m), -1 - e, minus);
+    y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus);
+    /* y * 2^n */
+    bits = y >> 30 ? y >> 7 : (power--, y >> 6);
+    return pack(0, power, bits);
+}
+
+/* p / 2^30 * 2^(e - 127), with the sign of `sign` and rounded to a float, + the float of the bits z.
+ * p is at least 2^30 and less than 2^31; its lowest bit is set, too, if what was cut off is not 0. */
+INLINE float add_product(uint32_t p, uint32_t sign, int e, uint32_t z) {
+    uint32_t sum = round_off(p, 7), other;
     int ez = exponent(z), d = e - ez;
-    p = round_off(p, 7);
-    if (!is_common(ez))
-        return float_of_bits((sign >> 31 << 31) + ((uint32_t)(e - 1) << 23) + p) + c;
+    if (is_rare(ez, ez, ez)) {
+        float product = pack(sign, e, sum);
+        return z << 1 ? rare_add(product, float_of_bits(z)) : product;
+    }
     /* both numbers begin at bit 29 and have six bits more than a float */
-    sum = p << 6;
+    sum <<= 6;
     other = (z << 9 >> 3) | 0x20000000;
     if (d < 0) {
         sum = shift_right(sum, -d);
@@ -3616,41 +3725,30 @@ __attribute__((noinline)) static float add_product(uint32_t p, uint32_t sign, fl
         sum = sum >> 1 | (sum & 1);
         e++;
     }
-    return float_of_bits((sign >> 31 << 31) + ((uint32_t)(e - 1) << 23) + round_off(sum, 6));
+    return pack(sign, e, round_off(sum, 6));
 }
 
 __attribute__((noinline)) static float mul_add(float a, float b, float c) {
-    uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), z = bits_of_float(c), p;
     int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
-    if (!is_common(ex) || !is_common(ey) || !is_common(e)) return a * b + c;
-#ifdef __ARM_ARCH_6M__                  /* has no product of more than 32 bits */
-    uint32_t m = (x << 9 >> 9) | 0x800000, n = (y << 9 >> 9) | 0x800000;
-    uint32_t m0 = m & 255, n0 = n & 255, m1 = m >> 8, n1 = n >> 8;
-    uint32_t low = m0 * n0, middle = m1 * n0 + m0 * n1 + (low >> 8);
-    p = m1 * n1 + (middle >> 8);        /* of 48 bits, the upper 32 */
-    low = (low | middle) << 24;
-    p = p >> 1 | (p & 1) | (low != 0);
-#else
-    uint64_t product = (uint64_t)((x << 8) | 0x80000000u) * (y << 9 >> 2 | 0x40000000u);
-    p = (uint32_t)(product >> 32) | ((uint32_t)product != 0);
-#endif
+    if (is_rare(ex, ey, e)) return rare_mul_add(a, b, c);
+    p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u);
     if (p >> 30) e++;
     else p <<= 1;
-    return add_product(p, x ^ y, c, e);
+    return add_product(p, x ^ y, e, z);
 }
 
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
 __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float w, float x) {
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
     int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
-    if (s == 0 || !is_common(ew) || !is_common(ex) || !is_common(e - 24))
-        return y + (float)s * w * x;
-    for (; p < 0x8000; p <<= 8) e -= 8;
-    for (; p < 0x800000; p <<= 1) e--;
+    if (s == 0 || is_rare(ew, ex, e - 24)) return rare_scaled_sum(y, s, w, x);
+    for (int by = 16; by; by /= 2)
+        if (p >> (24 - by) == 0) p <<= by, e -= by;
     p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
     if (p >> 31) p = p >> 1 | (p & 1);
     else e--;
-    return add_product(p, (uint32_t)s ^ scale, y, e);
+    return add_product(p, (uint32_t)s ^ scale, e, bits_of_float(y));
 }
 #endif
 

@@ -54,8 +54,22 @@ static void test_add_scaled(void) {
     }
 }
 
+/* Every 4001st float, and the neighborhood of each number at which exp_approx changes its way. */
+static void test_exp(void) {
+    static const uint32_t near[] = { 0, 0x32800000, 0x3e800000, 0x42ae0000, 0x42b00000, 0x7f800000 };
+    for (uint32_t bits = 0; bits < 0xfffff000; bits += 4001) {
+        float x = float_of_bits(bits);
+        CHECK(same(exp_approx(x), exp_definition(x)));
+    }
+    for (uint32_t i = 0; i < 2 * COUNT(near); i++) for (uint32_t d = 0; d < 2000; d++) {
+        float x = float_of_bits((near[i / 2] + d - 1000) ^ (i << 31));
+        CHECK(same(exp_approx(x), exp_definition(x)));
+    }
+}
+
 int main(void) {
     test_mul_add();
+    test_exp();
     test_add_scaled();
     return test_end();
 }
