@@ -3586,16 +3586,29 @@ INLINE float float_of_bits(uint32_t bits) {
 
 INLINE int exponent(uint32_t bits) { return (int)(bits << 1 >> 24); }
 
-/* Whether a float may have an infinity, a NaN, a subnormal number or a zero near it: one of three
- * exponents is large or small. The compiler's functions treat these. */
-INLINE int is_rare(int x, int y, int z) { return ((x - 64) | (y - 64) | (z - 64)) & ~127; }
+/* A float m / 2^29 * 2^(e - 127) with a sign. m begins at bit 29 and has six bits more than a float
+ * that are 0 outside add_product; or m is 0. */
+struct unpacked { uint32_t m, sign; int e; };
+#define ZERO (struct unpacked){ 0, 0, 64 }
 
-INLINE float pack(uint32_t sign, int exponent, uint32_t m) {
-    return float_of_bits((sign >> 31 << 31) + ((uint32_t)(exponent - 1) << 23) + m);
+INLINE struct unpacked unpack(float x) {
+    uint32_t bits = bits_of_float(x);
+    struct unpacked u = { (bits << 9 >> 3) | 0x20000000, bits, exponent(bits) };
+    return bits ? u : ZERO;
 }
 
-/* Functions of their own, so that the fast ones need not save registers for a call. */
-__attribute__((noinline)) static float rare_add(float a, float b) { return a + b; }
+INLINE float pack(struct unpacked u) {
+    uint32_t bits = (u.sign >> 31 << 31) + ((uint32_t)(u.e - 1) << 23) + (u.m >> 6);
+    return u.m ? float_of_bits(bits) : 0.0f;
+}
+
+/* Whether one of four exponents is so large or so small that an infinity, a NaN, a subnormal number
+ * or a zero may be near. The compiler's functions treat these; they are called by functions of
+ * their own, so that the fast ones need not save registers. */
+INLINE int is_rare(int x, int y, int product, int sum) {
+    return ((x - 64) | (y - 64) | (product - 64) | (sum - 64)) & ~127;
+}
+
 __attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
 __attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
     return y + (float)s * w * x;
@@ -3617,7 +3630,7 @@ static int32_t scaled_bits(float x, float scale) {
 
 /* m / 2^by; the lowest bit is set, too, if bits are lost */
 INLINE uint32_t shift_right(uint32_t m, int by) {
-    return by > 30 ? 1 : m >> by | (m << 1 << (31 - by) != 0);
+    return by > 30 ? m != 0 : m >> by | (m << 1 << (31 - by) != 0);
 }
 
 /* a * b / 2^32; the lowest bit is set, too, if what was cut off is not 0 */
@@ -3689,35 +3702,31 @@ static float exp_approx(float x) {
     y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus);
     /* y * 2^n */
     bits = y >> 30 ? y >> 7 : (power--, y >> 6);
-    return pack(0, power, bits);
+    return float_of_bits(((uint32_t)(power - 1) << 23) + bits);
 }
 
-/* p / 2^30 * 2^(e - 127), with the sign of `sign` and rounded to a float, + the float of the bits z.
- * p is at least 2^30 and less than 2^31; its lowest bit is set, too, if what was cut off is not 0. */
-INLINE float add_product(uint32_t p, uint32_t sign, int e, uint32_t z) {
-    uint32_t sum = round_off(p, 7), other;
-    int ez = exponent(z), d = e - ez;
-    if (is_rare(ez, ez, ez)) {
-        float product = pack(sign, e, sum);
-        return z << 1 ? rare_add(product, float_of_bits(z)) : product;
-    }
-    /* both numbers begin at bit 29 and have six bits more than a float */
-    sum <<= 6;
-    other = (z << 9 >> 3) | 0x20000000;
+/* s += p / 2^30 * 2^(e - 127), rounded to a float, with the sign of `sign`. p is at least 2^30 and
+ * less than 2^31; its lowest bit is set, too, if what was cut off is not 0. */
+INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
+    uint32_t sum = round_off(p, 7) << 6, other = s->m;
+    int d = e - s->e;
     if (d < 0) {
         sum = shift_right(sum, -d);
-        e = ez;
+        e = s->e;
     } else {
         other = shift_right(other, d);
     }
-    if ((int32_t)(sign ^ z) >= 0) {
+    if ((int32_t)(sign ^ s->sign) >= 0) {
         sum += other;
     } else {
         sum -= other;
-        if (sum == 0) return 0.0f;
         if ((int32_t)sum < 0) {
             sum = 0u - sum;
-            sign = z;
+            sign = s->sign;
+        }
+        if (sum == 0) {
+            *s = ZERO;
+            return;
         }
         for (; sum < 0x20000000; sum <<= 1) e--;
     }
@@ -3725,30 +3734,39 @@ INLINE float add_product(uint32_t p, uint32_t sign, int e, uint32_t z) {
         sum = sum >> 1 | (sum & 1);
         e++;
     }
-    return pack(sign, e, round_off(sum, 6));
+    *s = (struct unpacked){ round_off(sum, 6) << 6, sign, e };
 }
 
-__attribute__((noinline)) static float mul_add(float a, float b, float c) {
-    uint32_t x = bits_of_float(a), y = bits_of_float(b), z = bits_of_float(c), p;
+/* s += a * b, both rounded; or 0 and nothing is done, if that is rare */
+INLINE int mul_add_to(struct unpacked *s, float a, float b) {
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
     int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
-    if (is_rare(ex, ey, e)) return rare_mul_add(a, b, c);
+    if (is_rare(ex, ey, e, s->e)) return 0;
     p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u);
     if (p >> 30) e++;
     else p <<= 1;
-    return add_product(p, x ^ y, e, z);
+    add_product(s, p, x ^ y, e);
+    return 1;
+}
+
+__attribute__((noinline)) static float mul_add(float a, float b, float c) {
+    struct unpacked s = unpack(c);
+    return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
 __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float w, float x) {
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
     int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
-    if (s == 0 || is_rare(ew, ex, e - 24)) return rare_scaled_sum(y, s, w, x);
-    for (int by = 16; by; by /= 2)
+    struct unpacked sum = unpack(y);
+    if (s == 0 || is_rare(ew, ex, e - 24, sum.e)) return rare_scaled_sum(y, s, w, x);
+    _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
         if (p >> (24 - by) == 0) p <<= by, e -= by;
     p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
     if (p >> 31) p = p >> 1 | (p & 1);
     else e--;
-    return add_product(p, (uint32_t)s ^ scale, e, bits_of_float(y));
+    add_product(&sum, p, (uint32_t)s ^ scale, e);
+    return pack(sum);
 }
 #endif
 
@@ -3806,6 +3824,17 @@ INLINE void rows_f32_body(float *out, size_t out_stride, const float *w, size_t 
         }
 }
 
+#ifdef BASED_SOFT_FLOAT
+INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
+                              size_t stride) {
+    for (size_t e = 0, i = 0; e < width; e++, rows++, i = 0) {
+        struct unpacked s = ZERO;
+        while (i < n && mul_add_to(&s, w[i], rows[i * stride])) i++;
+        out[e] = pack(s);
+        for (; i < n; i++) out[e] = mul_add(w[i], rows[i * stride], out[e]);
+    }
+}
+#else
 INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
                               size_t stride) {
     size_t e = 0;
@@ -3819,6 +3848,7 @@ INLINE void weighted_sum_body(float *out, const float *w, const float *rows, siz
     }
     WEIGHTED_SUM(1)
 }
+#endif
 
 /* ---- The integer products of four rows of a group, in three versions ------------------------- */
 #ifdef __ARM_FEATURE_MVE
