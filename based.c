@@ -3602,12 +3602,15 @@ INLINE float pack(struct unpacked u) {
     return u.m ? float_of_bits(bits) : 0.0f;
 }
 
-/* Whether one of four exponents is so large or so small that an infinity, a NaN, a subnormal number
- * or a zero may be near. The compiler's functions treat these; they are called by functions of
- * their own, so that the fast ones need not save registers. */
-INLINE int is_rare(int x, int y, int product, int sum) {
-    return ((x - 64) | (y - 64) | (product - 64) | (sum - 64)) & ~127;
+/* Whether two factors or their product, with these exponents, are so large or so small that an
+ * infinity, a NaN, a zero or a subnormal number may be near. The compiler's functions treat these;
+ * they are called by functions of their own, so that the fast ones need not save registers. */
+INLINE int is_rare(int x, int y, int product) {
+    return ((x - 64) | (y - 64) | (product - 64)) & ~127;
 }
+
+/* The same of the number to which the product is added */
+INLINE int is_rare_sum(struct unpacked s) { return (uint32_t)(s.e - 40) > 160; }
 
 __attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
 __attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
@@ -3737,11 +3740,12 @@ INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
     *s = (struct unpacked){ round_off(sum, 6) << 6, sign, e };
 }
 
-/* s += a * b, both rounded; or 0 and nothing is done, if that is rare */
+/* s += a * b, both rounded; or 0 and nothing is done, if that is rare. A sum of such products is 0
+ * or not less than the lowest bit of a product, 2^-86. */
 INLINE int mul_add_to(struct unpacked *s, float a, float b) {
     uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
     int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
-    if (is_rare(ex, ey, e, s->e)) return 0;
+    if (is_rare(ex, ey, e)) return 0;
     p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u);
     if (p >> 30) e++;
     else p <<= 1;
@@ -3751,7 +3755,7 @@ INLINE int mul_add_to(struct unpacked *s, float a, float b) {
 
 __attribute__((noinline)) static float mul_add(float a, float b, float c) {
     struct unpacked s = unpack(c);
-    return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
+    return !is_rare_sum(s) && mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
@@ -3759,7 +3763,7 @@ __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float 
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
     int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
     struct unpacked sum = unpack(y);
-    if (s == 0 || is_rare(ew, ex, e - 24, sum.e)) return rare_scaled_sum(y, s, w, x);
+    if (s == 0 || is_rare(ew, ex, e - 24) || is_rare_sum(sum)) return rare_scaled_sum(y, s, w, x);
     _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
         if (p >> (24 - by) == 0) p <<= by, e -= by;
     p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
@@ -3924,10 +3928,14 @@ INLINE int32_t dot_bytes(int32_t s, uint32_t bytes, struct columns q) {
 #endif
 
 /* s + the products of one word: four columns of 8 bits, or four and four more (high) of 4 bits */
-INLINE int32_t dot_word(int32_t s, uint32_t word, struct columns q, struct columns high,
+INLINE int32_t dot_word(int32_t s, const uint32_t *word, struct columns q, struct columns high,
                         const int bits) {
-    if (bits == 8) return dot_bytes(s, word, q);
-    return dot_bytes(dot_bytes(s, word & 0x0f0f0f0f, q), word >> 4 & 0x0f0f0f0f, high);
+#if defined(__ARM_ARCH_6M__) || defined(__riscv)    /* one instruction loads a byte, two cut it out */
+    const uint8_t *byte = (const uint8_t *)word;
+    if (bits == 8) return s + byte[0] * q.a + byte[1] * q.b + byte[2] * q.c + byte[3] * q.d;
+#endif
+    if (bits == 8) return dot_bytes(s, *word, q);
+    return dot_bytes(dot_bytes(s, *word & 0x0f0f0f0f, q), *word >> 4 & 0x0f0f0f0f, high);
 }
 
 /* The four sums, the columns and the pointers just fit in thirteen registers. */
@@ -3936,10 +3944,10 @@ INLINE void dot_four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, s
     int32_t s0 = offset, s1 = offset, s2 = offset, s3 = offset;
     for (const int8_t *end = q + columns; q < end; q += bits == 8 ? 4 : 8, word += 16) {
         struct columns c = four_columns(q), high = four_columns(bits == 8 ? q : q + 4);
-        s0 = dot_word(s0, word[0], c, high, bits);
-        s1 = dot_word(s1, word[1], c, high, bits);
-        s2 = dot_word(s2, word[2], c, high, bits);
-        s3 = dot_word(s3, word[3], c, high, bits);
+        s0 = dot_word(s0, word, c, high, bits);
+        s1 = dot_word(s1, word + 1, c, high, bits);
+        s2 = dot_word(s2, word + 2, c, high, bits);
+        s3 = dot_word(s3, word + 3, c, high, bits);
     }
     s[0] = s0;
     s[1] = s1;
@@ -3967,7 +3975,10 @@ INLINE void tile_generic(TILE, const int bits) {
                 two += 8;
                 word += group_words(bits);
             }
-            memcpy(out + r, &y, sizeof y);
+            out[r] = y.a;
+            out[r + 1] = y.b;
+            out[r + 2] = y.c;
+            out[r + 3] = y.d;
         }
 }
 #endif
