@@ -3586,14 +3586,15 @@ INLINE float float_of_bits(uint32_t bits) {
 INLINE int exponent(uint32_t bits) { return (int)(bits << 1 >> 24); }
 
 /* A float m / 2^29 * 2^(e - 127) with a sign. m begins at bit 29 and has six bits more than a float
- * that are 0 outside add_product; or m is 0. */
+ * that are 0 outside add_product; or all is 0. */
 struct unpacked { uint32_t m, sign; int e; };
-#define ZERO (struct unpacked){ 0, 0, 64 }
 
+/* Zeros, subnormal numbers, infinities and NaNs are treated like others: beside a product that is
+ * not rare (see below) they are so small or so large that the sum is the right one. */
 INLINE struct unpacked unpack(float x) {
     uint32_t bits = bits_of_float(x);
     struct unpacked u = { (bits << 9 >> 3) | 0x20000000, bits, exponent(bits) };
-    return bits ? u : ZERO;
+    return u;
 }
 
 INLINE float pack(struct unpacked u) {
@@ -3607,9 +3608,6 @@ INLINE float pack(struct unpacked u) {
 INLINE int is_rare(int x, int y, int product) {
     return ((x - 64) | (y - 64) | (product - 64)) & ~127;
 }
-
-/* The same of the number to which the product is added */
-INLINE int is_rare_sum(struct unpacked s) { return (uint32_t)(s.e - 40) > 160; }
 
 __attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
 __attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
@@ -3729,7 +3727,7 @@ INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
             sign = s->sign;
         }
         if (sum == 0) {
-            *s = ZERO;
+            *s = (struct unpacked){ 0, 0, 0 };
             return;
         }
         for (; sum < 0x20000000; sum <<= 1) e--;
@@ -3756,7 +3754,7 @@ INLINE int mul_add_to(struct unpacked *s, float a, float b) {
 
 __attribute__((noinline)) static float mul_add(float a, float b, float c) {
     struct unpacked s = unpack(c);
-    return !is_rare_sum(s) && mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
+    return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
@@ -3764,7 +3762,7 @@ __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float 
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
     int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
     struct unpacked sum = unpack(y);
-    if (s == 0 || is_rare(ew, ex, e - 24) || is_rare_sum(sum)) return rare_scaled_sum(y, s, w, x);
+    if (s == 0 || is_rare(ew, ex, e - 24)) return rare_scaled_sum(y, s, w, x);
     _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
         if (p >> (24 - by) == 0) p <<= by, e -= by;
     p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
@@ -3833,7 +3831,7 @@ INLINE void rows_f32_body(float *out, size_t out_stride, const float *w, size_t 
 INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
                               size_t stride) {
     for (size_t e = 0, i = 0; e < width; e++, rows++, i = 0) {
-        struct unpacked s = ZERO;
+        struct unpacked s = { 0, 0, 0 };
         while (i < n && mul_add_to(&s, w[i], rows[i * stride])) i++;
         out[e] = pack(s);
         for (; i < n; i++) out[e] = mul_add(w[i], rows[i * stride], out[e]);

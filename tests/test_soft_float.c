@@ -59,6 +59,7 @@ static void test_weighted_sum(void) {
     for (int i = 0; i < 100000; i++) {
         float w[8], rows[8][2], out[2];
         for (size_t j = 0; j < 8; j++) w[j] = any(), rows[j][0] = any(), rows[j][1] = near(w[j]);
+        if (i & 1) w[1] = -w[0], rows[1][1] = rows[0][1];       /* 0 in between */
         weighted_sum_generic(out, w, rows[0], 8, 2, 2);
         for (size_t e = 0; e < 2; e++) {
             float sum = 0.0f;
@@ -79,9 +80,11 @@ static void test_scaled_bits(void) {
     }
 }
 
-/* Every 4001st float, and the neighborhood of each number at which exp_approx changes its way. */
+/* Every 4001st float, and the neighborhood of each number at which exp_approx changes its way; r is
+ * rounded up to a power of two for the last two. */
 static void test_exp(void) {
-    static const uint32_t at[] = { 0, 0x32800000, 0x3e800000, 0x42ae0000, 0x42b00000, 0x7f800000 };
+    static const uint32_t at[] = { 0, 0x32800000, 0x3e800000, 0x42ae0000, 0x42b00000, 0x7f800000,
+                                   0x3ee2e430, 0x3fea2b24 };
     for (uint32_t bits = 0; bits < 0xfffff000; bits += 4001) {
         float x = float_of_bits(bits);
         CHECK(same(exp_approx(x), exp_definition(x)));
