@@ -1346,14 +1346,13 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 
 /* Machines without vector registers have too few registers for sixteen sums; gcc would keep them in
  * memory. "Walled off I" at the end of the file has other versions of the long loops for them. */
-#if !defined(BASED_NARROW) && (defined(__arm__) || defined(__riscv) || defined(__XTENSA__))        \
+#if !defined(BASED_NARROW) && (defined(__arm__) || defined(__riscv) || defined(__XTENSA__)) \
     && !defined(__ARM_NEON) && !defined(__riscv_vector)
 #define BASED_NARROW 1
 #endif
-/* Nor do some have floats: their compilers call functions. "Walled off I" has a shorter mul_add;
- * only for a Cortex-M3 the compiler's are as short. */
-#if !defined(BASED_SOFT_FLOAT) && defined(BASED_NARROW)                                            \
-    && (defined(__ARM_ARCH_6M__) || (defined(__riscv) && !defined(__riscv_flen))                   \
+/* Nor do some have floats: their compilers call functions. "Walled off I" has shorter ones. */
+#if !defined(BASED_SOFT_FLOAT) && defined(BASED_NARROW) \
+    && ((defined(__arm__) && !defined(__ARM_FP)) || (defined(__riscv) && !defined(__riscv_flen)) \
         || defined(__XTENSA_SOFT_FLOAT__))
 #define BASED_SOFT_FLOAT 1
 #endif
@@ -1396,10 +1395,26 @@ INLINE float sum(const float *a, size_t n) {
 #define ROUND_MAGIC_F 12582912.0f
 enum { ROUND_MAGIC = 0x4b400000 };
 
+/* The bits of ROUND_MAGIC_F + x * scale, where scale is a power of two */
+#ifndef BASED_SOFT_FLOAT
+INLINE int32_t scaled_bits(float x, float scale) {
+    int32_t bits;
+    x = x * scale + ROUND_MAGIC_F;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+#else
+static int32_t scaled_bits(float x, float scale);
+#endif
+
+#ifndef BASED_SOFT_FLOAT        /* "Walled off I" makes the same steps in integers */
+#define exp_definition exp_approx
+#endif
+
 /* exp(x) to 1 part in 10^7. x = n ln 2 + r with |r| <= ln 2 / 2; a polynomial gives exp(r), and
  * 2^n is made of the exponent's bits. Below -87 the result is 0, because subnormal numbers cost
  * hundreds of cycles; above 88 it is exp(88). */
-INLINE float exp_approx(float x) {
+INLINE float exp_definition(float x) {
     float c = x > -87.0f ? x : -87.0f, n, r, y, power;
     uint32_t bits;
     c = c < 88.0f ? c : 88.0f;
@@ -1608,9 +1623,7 @@ INLINE void quantize_group(int8_t *q, float *scale, int32_t *offset, const float
 
     /* n = round(x / scale), at most 127 in size */
     for (size_t l = 0; l < width; l++) {
-        float rounded = mul_add(x[l], inv_scale, ROUND_MAGIC_F);
-        int32_t i;
-        memcpy(&i, &rounded, sizeof i);
+        int32_t i = scaled_bits(x[l], inv_scale);
         i = i > ROUND_MAGIC - 127 ? i : ROUND_MAGIC - 127;
         n[l] = (i < ROUND_MAGIC + 127 ? i : ROUND_MAGIC + 127) - ROUND_MAGIC;
     }
@@ -3715,15 +3728,15 @@ void based_session_free(based_session *s) {
  * They may assume what the generic functions assume: columns are padded to a multiple of 32.
  * Tests: `make firmware` compares the logits of each emulated board with those of the host. With
  * -DBASED_NARROW on x86-64, tests/test_based.c compares the AVX2 and AVX-512 sets with the twins.
- * tests/test_soft_float.c compares mul_add and add_scaled_sum with the floats of this machine.
+ * tests/test_soft_float.c compares floats in integer registers with those of this machine.
  */
 #ifdef BASED_SOFT_FLOAT
 /* ---- Floats in integer registers ----------------------------------------------------------------
- * Without an FPU most of a token's time goes into products that are added. A function that does
- * both and keeps the product in registers is faster than the compiler's two. It knows the common
- * case only, exponents far from the largest and the smallest; else it calls the compiler's. A token
- * of stories260K-q8 took 12.2 million instructions on a Cortex-M0+ and takes 10.2 million; 10.5 and
- * 7.1 million on RV32IMAC.
+ * Without an FPU most of a token's time goes into exp and into products that are added. Functions
+ * that keep a number in registers from step to step, and know the common case only, are faster than
+ * the compiler's, which pack and unpack it for every operation. They round as those do. A token of
+ * stories260K-q8 takes 6.6 instead of 12.2 million instructions on a Cortex-M0+, 4.0 instead of 5.4
+ * on an M3, 4.4 instead of 10.5 on RV32IMAC.
  */
 INLINE uint32_t bits_of_float(float x) {
     uint32_t bits;
@@ -3738,7 +3751,35 @@ INLINE float float_of_bits(uint32_t bits) {
 }
 
 INLINE int exponent(uint32_t bits) { return (int)(bits << 1 >> 24); }
-INLINE int is_common(int exponent) { return (uint32_t)(exponent - 32) < 190; }
+
+/* A float m / 2^29 * 2^(e - 127) with a sign. m begins at bit 29 and has six bits more than a float
+ * that are 0 outside add_product; or all is 0. */
+struct unpacked { uint32_t m, sign; int e; };
+
+/* Zeros, subnormal numbers, infinities and NaNs are treated like others: beside a product that is
+ * not rare (see below) they are so small or so large that the sum is the right one. */
+INLINE struct unpacked unpack(float x) {
+    uint32_t bits = bits_of_float(x);
+    struct unpacked u = { (bits << 9 >> 3) | 0x20000000, bits, exponent(bits) };
+    return u;
+}
+
+INLINE float pack(struct unpacked u) {
+    uint32_t bits = (u.sign >> 31 << 31) + ((uint32_t)(u.e - 1) << 23) + (u.m >> 6);
+    return u.m ? float_of_bits(bits) : 0.0f;
+}
+
+/* Whether two factors or their product, with these exponents, are so large or so small that an
+ * infinity, a NaN, a zero or a subnormal number may be near. The compiler's functions treat these;
+ * they are called by functions of their own, so that the fast ones need not save registers. */
+INLINE int is_rare(int x, int y, int product) {
+    return ((x - 64) | (y - 64) | (product - 64)) & ~127;
+}
+
+__attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
+__attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
+    return y + (float)s * w * x;
+}
 
 /* m / 2^bits, rounded to nearest, halves to even */
 INLINE uint32_t round_off(uint32_t m, const int bits) {
@@ -3746,36 +3787,115 @@ INLINE uint32_t round_off(uint32_t m, const int bits) {
     return sum << (32 - bits) ? sum >> bits : sum >> bits & ~1u;
 }
 
-/* m / 2^by; the lowest bit is set, too, if bits are lost */
-INLINE uint32_t shift_right(uint32_t m, int by) {
-    return by > 30 ? 1 : m >> by | (m << 1 << (31 - by) != 0);
+/* A product of 127 and more, or of a NaN, may be any of that size. */
+static int32_t scaled_bits(float x, float scale) {
+    uint32_t bits = bits_of_float(x), m = (bits << 9 >> 9) | 0x800000;
+    int by = 277 - exponent(bits) - exponent(bits_of_float(scale));
+    m = by < 1 ? 127 : by > 24 ? 0 : round_off(m, by);
+    return ROUND_MAGIC + (int32_t)(bits >> 31 ? 0u - m : m);
 }
 
-/* p / 2^30 * 2^(e - 127), with the sign of `sign` and rounded to a float, + c. p is at least 2^30
- * and less than 2^31; its lowest bit is set, too, if what was cut off is not 0. e is common. */
-__attribute__((noinline)) static float add_product(uint32_t p, uint32_t sign, float c, int e) {
-    uint32_t z = bits_of_float(c), sum, other;
-    int ez = exponent(z), d = e - ez;
-    p = round_off(p, 7);
-    if (!is_common(ez))
-        return float_of_bits((sign >> 31 << 31) + ((uint32_t)(e - 1) << 23) + p) + c;
-    /* both numbers begin at bit 29 and have six bits more than a float */
-    sum = p << 6;
-    other = (z << 9 >> 3) | 0x20000000;
+/* m / 2^by; the lowest bit is set, too, if bits are lost */
+INLINE uint32_t shift_right(uint32_t m, int by) {
+    uint32_t shifted = m >> (by & 31);
+    if (by > 31) return m != 0;
+    return shifted << by == m ? shifted : shifted | 1;
+}
+
+/* a * b / 2^32; the lowest bit is set, too, if what was cut off is not 0 */
+INLINE uint32_t high_product(uint32_t a, uint32_t b) {
+#if defined(__ARM_ARCH_6M__) || defined(__XTENSA__)    /* an M0+ and lx106 have 32-bit products */
+    uint32_t a0 = a & 0xffff, a1 = a >> 16, b0 = b & 0xffff, b1 = b >> 16;
+    uint32_t low = a0 * b0, middle = a1 * b0 + (low >> 16), other = a0 * b1 + (middle & 0xffff);
+    return (a1 * b1 + (middle >> 16) + (other >> 16)) | ((low << 16 | other << 16) != 0);
+#else
+    uint64_t product = (uint64_t)a * b;
+    return (uint32_t)(product >> 32) | ((uint32_t)product != 0);
+#endif
+}
+
+/* ---- exp_approx ---------------------------------------------------------------------------------
+ * A float is a word below with 24 significant bits, the first of them near bit 30; its power of two
+ * is known from its place in the polynomial and from that of r. So nothing is packed or unpacked,
+ * and every step is rounded as exp_definition rounds it. */
+
+/* m >= 2^24 with its highest 24 bits, rounded to nearest, halves to even */
+INLINE uint32_t round_to_24(uint32_t m) {
+    uint32_t half = 128, low;
+    while (m >> 24 < half) half >>= 1;
+    m += half;
+    low = m & (2 * half - 1);
+    return low ? m - low : m & ~(2 * half);
+}
+
+/* a * b / 2^31 */
+INLINE uint32_t product_of_24(uint32_t a, uint32_t b) {
+    return round_to_24(high_product(a << 1, b));
+}
+
+/* c + a * b / 2^31 / 2^by, or - if `minus` is all ones */
+__attribute__((noinline)) static uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by,
+                                                         uint32_t minus) {
+    uint32_t p = shift_right(product_of_24(a, b), by);
+    return round_to_24(c + (p ^ minus) - minus);
+}
+
+static float exp_approx(float x) {
+    uint32_t bits = bits_of_float(x), size = bits << 1 >> 1, n = 0, y, u;
+    uint32_t minus = 0u - (bits >> 31); /* all ones if r is negative; now, if x is */
+    int e = exponent(bits) - 127;       /* r = x is m * 2^(e - 30) */
+    uint32_t m = (size << 7 | 0x40000000) & 0x7fffffff;
+    int32_t power = 127;
+    if (size > 0x7f800000) return x;                            /* NaN */
+    if (minus && size > 0x42ae0000) return 0.0f;                /* below -87 */
+    if (!minus && size > 0x42b00000) e = 6, m = 0x58000000;     /* 88 */
+    if (e < -26) return 1.0f;
+    if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 29 - e);
+    if (n) {
+        /* r = |x| - n * 355 / 512 (exact, in units of 2^-25) + n * 2.12194440e-4, in 2^-37 */
+        int32_t exact = (int32_t)((m >> 7 << (e + 2)) - n * (355u << 16));
+        int64_t r = (int64_t)exact * 4096 + (int64_t)round_to_24(n * 0x1bd0106);
+        power = minus ? 127 - (int32_t)n : 127 + (int32_t)n;
+        if (r < 0) r = -r, minus = ~minus;
+        e = r >> 31 ? -1 : -7;
+        m = r >> 31 ? (uint32_t)(r >> 6) | ((r & 63) != 0) : (uint32_t)r;
+        for (; m < 0x40000000; m <<= 1) e--;
+        m = round_to_24(m);
+        if (m >> 31) m >>= 1, e++;
+    }
+    y = add_product_to(0x448ef780, 0x5b6d3a00, m, 2 - e, minus);
+    y = add_product_to(0x55551780, y, m, 1 - e, minus);
+    y = add_product_to(0x55552380, y, m, 1 - e, minus);
+    y = add_product_to(0x40000000, y, m, 1 - e, minus);
+    u = add_product_to(m, y, product_of_24(m, m), -1 - e, minus);
+    y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus);
+    /* y * 2^n */
+    bits = y >> 30 ? y >> 7 : (power--, y >> 6);
+    return float_of_bits(((uint32_t)(power - 1) << 23) + bits);
+}
+
+/* s += p / 2^30 * 2^(e - 127), rounded to a float, with the sign of `sign`. p is at least 2^30 and
+ * less than 2^31; its lowest bit is set, too, if what was cut off is not 0. */
+INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
+    uint32_t sum = round_off(p, 7) << 6, other = s->m;
+    int d = e - s->e;
     if (d < 0) {
         sum = shift_right(sum, -d);
-        e = ez;
+        e = s->e;
     } else {
         other = shift_right(other, d);
     }
-    if ((int32_t)(sign ^ z) >= 0) {
+    if ((int32_t)(sign ^ s->sign) >= 0) {
         sum += other;
     } else {
         sum -= other;
-        if (sum == 0) return 0.0f;
         if ((int32_t)sum < 0) {
             sum = 0u - sum;
-            sign = z;
+            sign = s->sign;
+        }
+        if (sum == 0) {
+            *s = (struct unpacked){ 0, 0, 0 };
+            return;
         }
         for (; sum < 0x20000000; sum <<= 1) e--;
     }
@@ -3783,41 +3903,40 @@ __attribute__((noinline)) static float add_product(uint32_t p, uint32_t sign, fl
         sum = sum >> 1 | (sum & 1);
         e++;
     }
-    return float_of_bits((sign >> 31 << 31) + ((uint32_t)(e - 1) << 23) + round_off(sum, 6));
+    *s = (struct unpacked){ round_off(sum, 6) << 6, sign, e };
+}
+
+/* s += a * b, both rounded; or 0 and nothing is done, if that is rare. A sum of such products is 0
+ * or not less than the lowest bit of a product, 2^-86. */
+INLINE int mul_add_to(struct unpacked *s, float a, float b) {
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
+    int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
+    if (is_rare(ex, ey, e)) return 0;
+    p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u);
+    if (p >> 30) e++;
+    else p <<= 1;
+    add_product(s, p, x ^ y, e);
+    return 1;
 }
 
 __attribute__((noinline)) static float mul_add(float a, float b, float c) {
-    uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
-    int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
-    if (!is_common(ex) || !is_common(ey) || !is_common(e)) return a * b + c;
-#ifdef __ARM_ARCH_6M__                  /* has no product of more than 32 bits */
-    uint32_t m = (x << 9 >> 9) | 0x800000, n = (y << 9 >> 9) | 0x800000;
-    uint32_t m0 = m & 255, n0 = n & 255, m1 = m >> 8, n1 = n >> 8;
-    uint32_t low = m0 * n0, middle = m1 * n0 + m0 * n1 + (low >> 8);
-    p = m1 * n1 + (middle >> 8);        /* of 48 bits, the upper 32 */
-    low = (low | middle) << 24;
-    p = p >> 1 | (p & 1) | (low != 0);
-#else
-    uint64_t product = (uint64_t)((x << 8) | 0x80000000u) * (y << 9 >> 2 | 0x40000000u);
-    p = (uint32_t)(product >> 32) | ((uint32_t)product != 0);
-#endif
-    if (p >> 30) e++;
-    else p <<= 1;
-    return add_product(p, x ^ y, c, e);
+    struct unpacked s = unpack(c);
+    return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
 __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float w, float x) {
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
     int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
-    if (s == 0 || !is_common(ew) || !is_common(ex) || !is_common(e - 24))
-        return y + (float)s * w * x;
-    for (; p < 0x8000; p <<= 8) e -= 8;
-    for (; p < 0x800000; p <<= 1) e--;
+    struct unpacked sum = unpack(y);
+    if (s == 0 || is_rare(ew, ex, e - 24)) return rare_scaled_sum(y, s, w, x);
+    _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
+        if (p >> (24 - by) == 0) p <<= by, e -= by;
     p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
     if (p >> 31) p = p >> 1 | (p & 1);
     else e--;
-    return add_product(p, (uint32_t)s ^ scale, y, e);
+    add_product(&sum, p, (uint32_t)s ^ scale, e);
+    return pack(sum);
 }
 #endif
 
@@ -3875,6 +3994,18 @@ INLINE void rows_f32_body(float *out, size_t out_stride, const float *w, size_t 
         }
 }
 
+#ifdef BASED_SOFT_FLOAT
+INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
+                              size_t stride, const int columns) {
+    (void)columns;
+    for (size_t e = 0, i = 0; e < width; e++, rows++, i = 0) {
+        struct unpacked s = { 0, 0, 0 };
+        while (i < n && mul_add_to(&s, w[i], rows[i * stride])) i++;
+        out[e] = pack(s);
+        for (; i < n; i++) out[e] = mul_add(w[i], rows[i * stride], out[e]);
+    }
+}
+#else
 INLINE void weighted_sum_body(float *out, const float *w, const float *rows, size_t n, size_t width,
                               size_t stride, const int columns) {
     size_t e = 0;
@@ -3889,6 +4020,7 @@ INLINE void weighted_sum_body(float *out, const float *w, const float *rows, siz
     }
     WEIGHTED_SUM(1)
 }
+#endif
 
 /* ---- The integer products of four rows of a group, in three versions ------------------------- */
 #ifdef __ARM_FEATURE_MVE
@@ -3964,10 +4096,14 @@ INLINE int32_t dot_bytes(int32_t s, uint32_t bytes, struct columns q) {
 #endif
 
 /* s + the products of one word: four columns of 8 bits, or four and four more (high) of 4 bits */
-INLINE int32_t dot_word(int32_t s, uint32_t word, struct columns q, struct columns high,
+INLINE int32_t dot_word(int32_t s, const uint32_t *word, struct columns q, struct columns high,
                         const int bits) {
-    if (bits == 8) return dot_bytes(s, word, q);
-    return dot_bytes(dot_bytes(s, word & 0x0f0f0f0f, q), word >> 4 & 0x0f0f0f0f, high);
+#if defined(__ARM_ARCH_6M__) || defined(__riscv) /* one instruction loads a byte, two cut it out */
+    const uint8_t *byte = (const uint8_t *)word;
+    if (bits == 8) return s + byte[0] * q.a + byte[1] * q.b + byte[2] * q.c + byte[3] * q.d;
+#endif
+    if (bits == 8) return dot_bytes(s, *word, q);
+    return dot_bytes(dot_bytes(s, *word & 0x0f0f0f0f, q), *word >> 4 & 0x0f0f0f0f, high);
 }
 
 /* The four sums, the columns and the pointers just fit in thirteen registers. */
@@ -3976,10 +4112,10 @@ INLINE void dot_four_rows(int32_t s[4], const uint32_t *word, const int8_t *q, s
     int32_t s0 = offset, s1 = offset, s2 = offset, s3 = offset;
     for (const int8_t *end = q + columns; q < end; q += bits == 8 ? 4 : 8, word += 16) {
         struct columns c = four_columns(q), high = four_columns(bits == 8 ? q : q + 4);
-        s0 = dot_word(s0, word[0], c, high, bits);
-        s1 = dot_word(s1, word[1], c, high, bits);
-        s2 = dot_word(s2, word[2], c, high, bits);
-        s3 = dot_word(s3, word[3], c, high, bits);
+        s0 = dot_word(s0, word, c, high, bits);
+        s1 = dot_word(s1, word + 1, c, high, bits);
+        s2 = dot_word(s2, word + 2, c, high, bits);
+        s3 = dot_word(s3, word + 3, c, high, bits);
     }
     s[0] = s0;
     s[1] = s1;
@@ -4007,7 +4143,10 @@ INLINE void tile_generic(TILE, const int bits) {
                 two += 8;
                 word += group_words(bits);
             }
-            memcpy(out + r, &y, sizeof y);
+            out[r] = y.a;
+            out[r + 1] = y.b;
+            out[r + 2] = y.c;
+            out[r + 3] = y.d;
         }
 }
 #endif
@@ -4464,7 +4603,7 @@ ARM_KERNELS(neon, , 2, 1)
 #elif defined(__ARM_FEATURE_DOTPROD)
 #define BASED_DOTPROD 1
 #define DOTPROD
-#elif defined(__aarch64__) && defined(__linux__) && !defined(__clang__)                            \
+#elif defined(__aarch64__) && defined(__linux__) && !defined(__clang__) \
     && !defined(BASED_FREESTANDING)
 #include <sys/auxv.h>
 #define BASED_DOTPROD (getauxval(AT_HWCAP) >> 20 & 1)

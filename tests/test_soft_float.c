@@ -54,8 +54,52 @@ static void test_add_scaled(void) {
     }
 }
 
+/* Sums in order; zeros, infinities and tiny numbers come in between. */
+static void test_weighted_sum(void) {
+    for (int i = 0; i < 100000; i++) {
+        float w[8], rows[8][2], out[2];
+        for (size_t j = 0; j < 8; j++) w[j] = any(), rows[j][0] = any(), rows[j][1] = near(w[j]);
+        if (i & 1) w[1] = -w[0], rows[1][1] = rows[0][1];       /* 0 in between */
+        weighted_sum_generic(out, w, rows[0], 8, 2, 2);
+        for (size_t e = 0; e < 2; e++) {
+            float sum = 0.0f;
+            for (size_t j = 0; j < 8; j++) sum += w[j] * rows[j][e];
+            CHECK(same(out[e], sum));
+        }
+    }
+}
+
+static void test_scaled_bits(void) {
+    for (int i = 0; i < 1000000; i++) {
+        float scale = float_of_bits((40 + next() % 143) << 23), x = any(), product = x * scale;
+        int32_t bits = scaled_bits(x, scale);
+        if (product > -127.5f && product < 127.5f)
+            CHECK(bits == (int32_t)bits_of_float(product + ROUND_MAGIC_F));
+        else if (product == product)
+            CHECK(product < 0.0f ? bits <= ROUND_MAGIC - 127 : bits >= ROUND_MAGIC + 127);
+    }
+}
+
+/* Every 4001st float, and the neighborhood of each number at which exp_approx changes its way; r is
+ * rounded up to a power of two for the last two. */
+static void test_exp(void) {
+    static const uint32_t at[] = { 0, 0x32800000, 0x3e800000, 0x42ae0000, 0x42b00000, 0x7f800000,
+                                   0x3ee2e430, 0x3fea2b24 };
+    for (uint32_t bits = 0; bits < 0xfffff000; bits += 4001) {
+        float x = float_of_bits(bits);
+        CHECK(same(exp_approx(x), exp_definition(x)));
+    }
+    for (uint32_t i = 0; i < 2 * COUNT(at); i++) for (uint32_t d = 0; d < 2000; d++) {
+        float x = float_of_bits((at[i / 2] + d - 1000) ^ (i << 31));
+        CHECK(same(exp_approx(x), exp_definition(x)));
+    }
+}
+
 int main(void) {
     test_mul_add();
+    test_exp();
+    test_weighted_sum();
+    test_scaled_bits();
     test_add_scaled();
     return test_end();
 }
