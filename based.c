@@ -4207,7 +4207,7 @@ TILE_KERNELS(dotprod, )
 KERNELS(dotprod, "dotprod", NULL, NULL, generic, dotprod, generic)
 
 #elif defined(__wasm_simd128__)
-/* ---- WebAssembly: s[h] sums rows 2h and 2h + 1, each in two lanes, as products of 16 bits ------ */
+/* ---- WebAssembly: s[h] sums rows 2h and 2h + 1, each in two lanes, as products of 16 bits ---- */
 #define BASED_SIMD128 1
 #include <wasm_simd128.h>
 
