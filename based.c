@@ -4170,7 +4170,7 @@ static int may_use_amx(void) {
 
 #elif defined(__GNUC__) && defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
 /* ---- ARM with dot products: four rows in a register, both factors signed --------------------- */
-#define BASED_DOTPROD 1
+#define FIXED_KERNELS (&dotprod_kernels)        /* the compiler was told that they are there */
 #include <arm_neon.h>
 
 INLINE void tile_dotprod(TILE, const int bits) {
@@ -4208,7 +4208,7 @@ KERNELS(dotprod, "dotprod", NULL, NULL, generic, dotprod, generic)
 
 #elif defined(__wasm_simd128__)
 /* ---- WebAssembly: s[h] sums rows 2h and 2h + 1, each in two lanes, as products of 16 bits ---- */
-#define BASED_SIMD128 1
+#define FIXED_KERNELS (&simd128_kernels)
 #include <wasm_simd128.h>
 
 INLINE void tile_simd128(TILE, const int bits) {
@@ -4219,8 +4219,7 @@ INLINE void tile_simd128(TILE, const int bits) {
             size_t at = group_at(x, t, g), quads = group_columns(x, g, bits) / 4;
             const uint32_t *word = w + g * group_words(bits);
             const int8_t *q = x->q + at * group_width(bits);
-            v128_t s[8] = { 0 }, scale = wasm_f32x4_splat(x->scale[at]);
-            v128_t offset = wasm_i32x4_splat(x->offset[at] - ROUND_MAGIC);
+            v128_t offset = wasm_i32x4_splat(x->offset[at] - ROUND_MAGIC), s[8] = { 0 };
             for (size_t c = 0; c < quads; c += 2, q += 8, word += bits == 8 ? 32 : 16) {
                 v128_t q0 = wasm_i16x8_extend_low_i8x16(wasm_v128_load32_splat(q));
                 v128_t q1 = wasm_i16x8_extend_low_i8x16(wasm_v128_load32_splat(q + 4));
@@ -4238,7 +4237,8 @@ INLINE void tile_simd128(TILE, const int bits) {
                 v128_t ws = wasm_i32x4_shl(wasm_u32x4_load16x4(scales + g * 8 + 2 * h), 16);
                 a = wasm_i32x4_add(wasm_i32x4_add(a, b), offset);
                 a = wasm_f32x4_mul(wasm_f32x4_convert_i32x4(a), ws);
-                y[h] = wasm_f32x4_add(y[h], wasm_f32x4_mul(a, scale));
+                a = wasm_f32x4_mul(a, wasm_f32x4_splat(x->scale[at]));
+                y[h] = wasm_f32x4_add(y[h], a);
             }
         }
         for (size_t h = 0; h < 4; h++) wasm_v128_store(out + 4 * h, y[h]);
@@ -4261,10 +4261,8 @@ static const struct kernels *choose_kernels(int flags) {
 #endif
         return &avx512_kernels;
     }
-#elif defined(BASED_DOTPROD)
-    if (!(flags & BASED_PLAIN)) return &dotprod_kernels;
-#elif defined(BASED_SIMD128)
-    if (!(flags & BASED_PLAIN)) return &simd128_kernels;
+#elif defined(FIXED_KERNELS)
+    if (!(flags & BASED_PLAIN)) return FIXED_KERNELS;
 #endif
     (void)flags;
     return &generic_kernels;

@@ -322,7 +322,8 @@ def test_what_is_kept_survives_the_page(built, browser):
 
 def test_a_link_has_the_settings(built, browser):
     page = (built / "based.html").as_uri()
-    browser.open(page + "#prompt=The+moon%26+%C3%AB&temperature=0.9&penalty=1.1&pace=0&length=never")
+    browser.open(page + "#prompt=The+moon%26+%C3%AB&temperature=0.9&penalty=1.1&pace=0"
+                 "&length=never")
     browser.click("#tell")
     finish(browser)
     seed = re.search(r"seed (\d+)", browser.text("#used")).group(1)
@@ -382,8 +383,9 @@ def test_a_dropped_file_is_opened(built, browser):
     browser.script("""
         const data = new DataTransfer();
         data.items.add(new File(["no model, no memory"], "junk.txt"));
+        const event = { dataTransfer: data, bubbles: true };
         for (const type of ["dragover", "drop"])
-            document.body.dispatchEvent(new DragEvent(type, { dataTransfer: data, bubbles: true }));""")
+            document.body.dispatchEvent(new DragEvent(type, event));""")
     browser.until("return !document.getElementById('failed').hidden")
     assert "junk.txt" in browser.text("#failed")
 
