@@ -245,11 +245,15 @@ def test_endless_story_keeps_its_memory(built, browser):
     coldest_and_fastest(browser)
     browser.type("#length", "endless")
     before = browser.text("#state")
+    taken = "return c.memory.buffer.byteLength"
     browser.click("#tell")
+    browser.until("return told > 9")
+    memory = browser.script(taken)
     browser.until("return +document.getElementById('count').textContent.replace(',', '') > 3000")
     browser.click("#go")
     finish(browser)
     assert browser.text("#state") == before != ""
+    assert browser.script(taken) == memory
     assert int(browser.text("#speed").replace(",", "")) > 0
 
 
