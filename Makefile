@@ -212,19 +212,27 @@ arduino:
 	@mkdir -p $(BUILD)
 	$(PYTHON) tests/arduino/pack.py models/stories260K-q8.bin $(BUILD)/based-arduino.zip
 
-# The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file. WASM_CC needs
-# the headers of wasi-libc and wasm-ld (on Debian: clang-14 lld wasi-libc libclang-rt-14-dev-wasm32).
+# The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file. SOURCE_URL is
+# where the page says that its source is; without one it has no such link.
 WASM_CC ?= clang-14
 WASM    := --target=wasm32-wasi -nostartfiles -msimd128 -mbulk-memory -DBASED_FREESTANDING -I. \
            -Wl,--no-entry,--gc-sections,--strip-all,-z,stack-size=131072
-PAGE    := models/page/index.html
+PAGE    := $(BUILD)/page/index.html
 .PHONY: page
 $(BUILD)/page/based.wasm: models/page/page.c based.c tokenizer.c based.h
 	@mkdir -p $(BUILD)/page
+	@echo '#include <string.h>' | $(WASM_CC) $(WASM) -x c - -o $(BUILD)/page/probe 2>/dev/null || { \
+	  echo 'make page needs a compiler and headers for WebAssembly; on Debian:'; \
+	  echo '    apt-get install clang-14 lld wasi-libc libclang-rt-14-dev-wasm32'; \
+	  echo 'WASM_CC=clang takes another version of clang.'; exit 1; } >&2
+	@rm $(BUILD)/page/probe
 	$(WASM_CC) $(STRICT) -O2 $(WARN) $(WASM) -o $@ models/page/page.c based.c tokenizer.c
+page: MODEL := models/based-4m-story.bin
 page: $(BUILD)/page/based.wasm
-	cp $(PAGE) $(BUILD)/page/
 	cp "$(MODEL)" $(BUILD)/page/model.bin
+	sed -e '/<!-- licence -->/{r LICENSE' -e 'd;}' \
+	    -e 's|<!-- source -->|$(if $(SOURCE_URL),<p><a href="$(subst &,\&amp;,$(SOURCE_URL))">Source</a></p>)|' \
+	    models/page/index.html > $(PAGE)
 	{ sed '/<!-- files -->/q' $(PAGE); \
 	  printf '<script>const FILES = { wasm: "'; base64 < $(BUILD)/page/based.wasm | tr -d '\n'; \
 	  printf '", model: "'; base64 < "$(MODEL)" | tr -d '\n'; \

@@ -188,7 +188,7 @@ static void barrier(const struct thread *th);
 static size_t partition(size_t n, const struct thread *th, size_t end);
 static float *scratch_of(based_session *s, size_t head); /* (m->scratch) for one head at a time */
 static void run_threads(based_session *s, size_t n, size_t n_logits);
-#define FOR_MY_PART(i, n)                                                                          \
+#define FOR_MY_PART(i, n) \
     for (size_t i = partition(n, th, 0), end_##i = partition(n, th, 1); i < end_##i; i++)
 static float dot(const float *a, const float *b, size_t n), sum(const float *a, size_t n);
 static float gelu(float x), gelu_tanh(float x);
@@ -1531,7 +1531,7 @@ struct activations {
     int bits;                   /* of the weights that they are multiplied with */
 };
 
-#define TILE float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w,             \
+#define TILE float *out, size_t out_stride, const uint32_t *scales, const uint32_t *w, \
              const struct activations *x, size_t from, size_t to
 struct matmul_kernels {
     /* called by each thread before and after its work on a block of n vectors; may be NULL */
@@ -4151,7 +4151,7 @@ INLINE void tile_generic(TILE, const int bits) {
 }
 #endif
 
-/* ==== 20. Walled off II: AVX2, AVX-512, AMX, dot products ========================================
+/* ==== 20. Walled off II: AVX2, AVX-512, AMX, dot products of ARM and WebAssembly =================
  * Why: no compiler finds the instructions for sums of products of bytes by itself, so the tiles of
  * quantized weights have a version with intrinsics for each instruction set. The float kernels are
  * those of section 10, compiled again. tile_generic defines the result.
@@ -4621,6 +4621,47 @@ ARM_KERNELS(dotprod, DOTPROD, 4, 1)
 DOT_GROUP(i8mm, I8MM, vusdotq_laneq_s32, 0)
 ARM_KERNELS(i8mm, I8MM, 4, 0)
 #endif
+
+#elif defined(__wasm_simd128__)
+/* ---- WebAssembly: s[h] sums rows 2h and 2h + 1, each in two lanes, as products of 16 bits ---- */
+#include <wasm_simd128.h>
+
+INLINE void tile_simd128(TILE, const int bits) {
+    const v128_t low = wasm_i16x8_splat(15);
+    for (size_t t = from; t < to; t++, out += out_stride) {
+        v128_t y[4] = { 0 };
+        for (size_t g = 0; g < x->groups; g++) {
+            size_t at = group_at(x, t, g), quads = group_columns(x, g, bits) / 4;
+            const uint32_t *word = w + g * group_words(bits);
+            const int8_t *q = x->q + at * group_width(bits);
+            v128_t offset = wasm_i32x4_splat(x->offset[at] - ROUND_MAGIC), s[8] = { 0 };
+            for (size_t c = 0; c < quads; c += 2, q += 8, word += bits == 8 ? 32 : 16) {
+                v128_t q0 = wasm_i16x8_extend_low_i8x16(wasm_v128_load32_splat(q));
+                v128_t q1 = wasm_i16x8_extend_low_i8x16(wasm_v128_load32_splat(q + 4));
+                for (size_t h = 0; h < 8; h++) {
+                    v128_t v = wasm_u16x8_load8x8(word + 2 * h), next = wasm_u16x8_shr(v, 4);
+                    if (bits == 8) next = wasm_u16x8_load8x8(word + 2 * h + 16);
+                    else v = wasm_v128_and(v, low);
+                    s[h] = wasm_i32x4_add(s[h], wasm_i32x4_dot_i16x8(v, q0));
+                    s[h] = wasm_i32x4_add(s[h], wasm_i32x4_dot_i16x8(next, q1));
+                }
+            }
+            for (size_t h = 0; h < 4; h++) {
+                v128_t a = wasm_i32x4_shuffle(s[2 * h], s[2 * h + 1], 0, 2, 4, 6);
+                v128_t b = wasm_i32x4_shuffle(s[2 * h], s[2 * h + 1], 1, 3, 5, 7);
+                v128_t ws = wasm_i32x4_shl(wasm_u32x4_load16x4(scales + g * 8 + 2 * h), 16);
+                a = wasm_i32x4_add(wasm_i32x4_add(a, b), offset);
+                a = wasm_f32x4_mul(wasm_f32x4_convert_i32x4(a), ws);
+                a = wasm_f32x4_mul(a, wasm_f32x4_splat(x->scale[at]));
+                y[h] = wasm_f32x4_add(y[h], a);
+            }
+        }
+        for (size_t h = 0; h < 4; h++) wasm_v128_store(out + 4 * h, y[h]);
+    }
+}
+
+TILE_KERNELS(simd128, )
+KERNELS(simd128, "simd128", NULL, NULL, generic, simd128, generic)
 #endif
 
 /* The best set that the processor has and that `flags` (BASED_PLAIN, ...) allow. */
@@ -4644,6 +4685,8 @@ static const struct kernels *choose_kernels(int flags) {
     if (BASED_DOTPROD) return &dotprod_kernels;
 #endif
     return &neon_kernels;
+#elif defined(__wasm_simd128__)
+    if (!(flags & BASED_PLAIN)) return &simd128_kernels;
 #endif
     (void)flags;
     return &generic_kernels;

@@ -185,8 +185,10 @@ const { instance } = await WebAssembly.instantiate(await readFile(process.argv[2
 process.exit(wasi.start(instance));
 END
 # Without dynamic tiering, because the engine of node 20 now and then dies of it when the program has ended.
-machine "WebAssembly (node)" "clang-14 lld wasi-libc libclang-rt-14-dev-wasm32 nodejs" "node --no-warnings --no-wasm-dynamic-tiering $work/wasi.mjs" \
-    clang-14 --target=wasm32-wasi -O2
+for o in "" -msimd128; do
+    machine "WebAssembly (node)${o:+, SIMD}" "clang-14 lld wasi-libc libclang-rt-14-dev-wasm32 nodejs" \
+        "node --no-warnings --no-wasm-dynamic-tiering $work/wasi.mjs" clang-14 --target=wasm32-wasi -O2 $o
+done
 
 # Windows. The server of wine stays for all runs, and ends by itself.
 wine=$(command -v wine64 || echo /usr/lib/wine/wine64)

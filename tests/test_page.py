@@ -1,10 +1,11 @@
-"""The page of models/page in headless Chromium: the same text as on the command line, bit for bit.
+"""The page of models/page in headless Chromium: the same text as on the command line, bit for bit,
+and usable by all (axe-core).
 
     python3 -m pytest tests/test_page.py
         PAGE=required makes a missing browser or compiler a failure
 
 Drives chromedriver by its HTTP interface. Without Chromium, chromedriver, and clang for WebAssembly
-it is skipped.
+it is skipped; so is the check of accessibility without npm.
 """
 import base64
 import functools
@@ -14,13 +15,16 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import based
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,11 +74,11 @@ class Browser:
     def script(self, text, *args):
         return self.ask("/execute/sync", {"script": text, "args": args})
 
-    def until(self, condition, seconds=60):
+    def until(self, condition, *args, seconds=60):
         end = time.monotonic() + seconds
-        while not self.script(condition):
+        while not self.script(condition, *args):
             assert time.monotonic() < end, (f"not within {seconds} s: {condition}\n"
-                                            f"{self.text('body')}")
+                                            f"{self.script('return document.body.innerText')}")
             time.sleep(0.05)
 
     def find(self, css):
@@ -110,7 +114,8 @@ def built(tmp_path_factory):
          shutil.which(os.environ.get("WASM_CC", "clang-14")) and shutil.which("wasm-ld"))
     build = tmp_path_factory.mktemp("build")
     done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}",
-                           f"BUILD={build}"], capture_output=True, text=True)
+                           f"BUILD={build}", "SOURCE_URL=https://example.org/?a=1&b=2"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return build
 
@@ -165,10 +170,10 @@ def serve():
         server.server_close()
 
 
-def native(prompt, *more):
-    """Text and fingerprint of ./run, greedy, to the end of the story."""
-    done = subprocess.run([str(ROOT / "run"), str(MODEL), "-t", "0", "-n", "-1", "-v",
-                           "-i", prompt, *more], capture_output=True)
+def native(prompt, *settings, model=MODEL):
+    """Text and fingerprint of ./run, greedy if nothing else is said, to the end of the story."""
+    done = subprocess.run([str(ROOT / "run"), str(model), "-n", "-1", "-v", "-i", prompt,
+                           *(settings or ("-t", "0"))], capture_output=True)
     assert done.returncode == 0, done.stderr
     logits = re.search(rb"logits #\w+", done.stderr).group().decode()
     return done.stdout.decode().rstrip("\n"), logits
@@ -241,50 +246,153 @@ def test_endless_story_keeps_its_memory(built, browser):
     coldest_and_fastest(browser)
     browser.type("#length", "endless")
     before = browser.text("#state")
+    taken = "return c.memory.buffer.byteLength"
     browser.click("#tell")
+    browser.until("return told > 9")
+    memory = browser.script(taken)
     browser.until("return +document.getElementById('count').textContent.replace(',', '') > 3000")
     browser.click("#go")
     finish(browser)
     assert browser.text("#state") == before != ""
+    assert browser.script(taken) == memory
     assert int(browser.text("#speed").replace(",", "")) > 0
+
+
+DRAWN = "#temperature=0.9&penalty=1.2&seed=7"
+AS_DRAWN = "-t", "0.9", "--repeat-penalty", "1.2"
+
+
+def tell_some(browser):
+    """Tells the beginning of a story; returns it and the number of tokens read."""
+    browser.click("#tell")
+    browser.until("return document.getElementById('story').textContent.length > 60")
+    browser.click("#go")
+    finish(browser)
+    return browser.text("#story"), int(browser.text("#count"))
+
+
+def tell_the_rest(browser):
+    before = browser.text("#story")
+    browser.type("#pace", "as")
+    browser.click("#go")
+    browser.until("return document.getElementById('story').textContent !== arguments[0]", before)
+    finish(browser)
+    return browser.text("#story")[len(before):].rstrip("\n")
 
 
 def test_a_saved_memory_goes_on_here_and_on_the_command_line(built, browser, tmp_path):
     """Stop, save, reload the page, load, continue: with what was told before, the whole story."""
     page, state = (built / "based.html").as_uri(), tmp_path / "story.state"
-    text, _ = native("Once upon a time")
-    browser.open(page)
-    browser.type("#temperature", HOME)
-    browser.click("#tell")
-    browser.until("return document.getElementById('story').textContent.length > 60")
-    browser.click("#go")
-    finish(browser)
-    told, count = browser.text("#story"), browser.text("#count")
+    text, _ = native("Once upon a time", *AS_DRAWN, "-s", "7")
+    browser.open(page + DRAWN)
+    told, count = tell_some(browser)
     browser.click("#save")
     for _ in range(100):
         if state.exists():
             break
         time.sleep(0.05)
     browser.open(page)
-    coldest_and_fastest(browser)
+    browser.script(f"location.hash = '{DRAWN}'")
     browser.type("#file", str(state))
     browser.until("return document.getElementById('count').textContent !== '0'")
     # The last token shown was not read before.
-    assert int(browser.text("#count")) == int(count) + 1
-    note = browser.text("#story")
-    browser.click("#go")
-    finish(browser)
-    rest = browser.text("#story")[len(note):]
-    assert (told + rest).rstrip("\n") == text
-    done = subprocess.run([str(ROOT / "run"), str(MODEL), "--load", str(state), "-t", "0",
+    assert int(browser.text("#count")) == count + 1
+    rest = tell_the_rest(browser)
+    assert told + rest == text
+    done = subprocess.run([str(ROOT / "run"), str(MODEL), "--load", str(state), *AS_DRAWN,
                            "-n", "-1", "-q"], capture_output=True)
-    assert done.stdout.decode().rstrip("\n") == rest.rstrip("\n"), done.stderr
+    assert done.stdout.decode().rstrip("\n") == rest, done.stderr
     data = bytearray(state.read_bytes())
     data[200] ^= 1
     state.write_bytes(data)
     browser.type("#file", str(state))
     browser.until("return !document.getElementById('failed').hidden")
     assert "story.state" in browser.text("#failed")
+
+
+def test_what_is_kept_survives_the_page(built, browser):
+    page = (built / "based.html").as_uri()
+    browser.open(page + DRAWN)
+    browser.click("#keep")
+    told, count = tell_some(browser)
+    browser.ask("/refresh", {})
+    browser.until("return document.getElementById('count')?.textContent > 0")
+    assert browser.text("#story") == told and int(browser.text("#count")) == count + 1
+    assert told + tell_the_rest(browser) == native("Once upon a time", *AS_DRAWN, "-s", "7")[0]
+    browser.click("#keep")
+    browser.until("return document.getElementById('status').textContent === 'Forgotten'")
+    browser.open(page)
+    assert browser.text("#story") == "" and browser.text("#count") == "0"
+
+
+def test_a_link_has_the_settings(built, browser):
+    page = (built / "based.html").as_uri()
+    browser.open(page + "#prompt=The+moon%26+%C3%AB&temperature=0.9&penalty=1.1&pace=0"
+                 "&length=never")
+    browser.click("#tell")
+    finish(browser)
+    seed = re.search(r"seed (\d+)", browser.text("#used")).group(1)
+    told = browser.text("#story").rstrip("\n"), browser.text("#hash")
+    browser.click("#share")
+    browser.until("return document.getElementById('share').textContent !== 'Copy link'")
+    link = browser.script("return location.href")
+    assert f"seed={seed}" in link and "length=end" in link
+    browser.ask("/url", {"url": "about:blank"})
+    browser.open(link)
+    browser.click("#tell")
+    finish(browser)
+    assert (browser.text("#story").rstrip("\n"), browser.text("#hash")) == told
+    assert told == native("The moon& \u00eb", "-t", "0.9", "--repeat-penalty", "1.1", "-s", seed)
+
+
+def recommend(path, temperature, penalty):
+    """Gives a checkpoint recommended settings."""
+    data = bytearray(path.read_bytes())
+    flags, = struct.unpack_from("<I", data, 32)
+    struct.pack_into("<I", data, 32, flags | 16)
+    struct.pack_into("<ffIffI", data, 148, temperature, 1, 0, 0, penalty, 64)
+    total = based.library().based_checksum(bytes(data[32:]), len(data) - 32)
+    struct.pack_into("<Q", data, 24, total)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("dtype", ["q8", "q4"])
+def test_another_model_is_opened_from_disk(built, browser, tmp_path, dtype):
+    """Quantized weights have kernels of their own here; settings are the recommended ones."""
+    damaged, model = tmp_path / "damaged.bin", tmp_path / "model.bin"
+    done = subprocess.run([sys.executable, str(ROOT / "export.py"), str(MODEL), str(model),
+                           "--dtype", dtype], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    recommend(model, 0.65, 1.15)
+    damaged.write_bytes(model.read_bytes()[:-1])
+    browser.open((built / "based.html").as_uri())
+    browser.type("#file", str(damaged))
+    browser.until("return !document.getElementById('failed').hidden")
+    assert "damaged.bin" in browser.text("#failed")
+    tell_some(browser)                                              # the first is still there
+    before = browser.text("#about")
+    browser.type("#file", str(model))
+    browser.until("return document.getElementById('about').textContent !== arguments[0]", before)
+    assert not browser.visible("#failed") and browser.text("#count") == "0"
+    assert browser.text("#degrees").startswith("0.65") and browser.text("#against") == "1.15"
+    browser.type("#seed", "5")
+    browser.type("#pace", "as")
+    browser.click("#tell")
+    finish(browser)
+    assert (browser.text("#story").rstrip("\n"), browser.text("#hash")) == native(
+        "Once upon a time", "-s", "5", model=model)
+
+
+def test_a_dropped_file_is_opened(built, browser):
+    browser.open((built / "based.html").as_uri())
+    browser.script("""
+        const data = new DataTransfer();
+        data.items.add(new File(["no model, no memory"], "junk.txt"));
+        const event = { dataTransfer: data, bubbles: true };
+        for (const type of ["dragover", "drop"])
+            document.body.dispatchEvent(new DragEvent(type, event));""")
+    browser.until("return !document.getElementById('failed').hidden")
+    assert "junk.txt" in browser.text("#failed")
 
 
 def test_a_damaged_model_is_refused(built, browser, serve, tmp_path):
@@ -320,3 +428,41 @@ def test_it_fits_a_phone_and_every_control_has_a_name(built, browser):
     for control in controls:
         label = browser.ask(f"/element/{control[ELEMENT]}/computedlabel")
         assert label or not browser.ask(f"/element/{control[ELEMENT]}/displayed"), control
+
+
+@pytest.fixture(scope="module")
+def axe():
+    place = ROOT / "build" / "npm"
+    script = place / "node_modules" / "axe-core" / "axe.min.js"
+    if not script.exists():
+        need("npm", shutil.which("npm"))
+        subprocess.run(["npm", "install", "--no-audit", "--no-fund", "--prefix", str(place),
+                        "axe-core@4.14.1"], capture_output=True)
+        need("axe-core", script.exists())
+    return script.read_text()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_finds_nothing(built, browser, axe, scheme):
+    browser.ask("/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": {
+        "features": [{"name": "prefers-color-scheme", "value": scheme}]}})
+    browser.open((built / "based.html").as_uri())
+    browser.click("summary")
+    for step in ("fresh", "told"):
+        browser.script(axe)
+        found = browser.ask("/execute/async", {"args": [], "script":
+                            "axe.run().then(arguments[0], e => arguments[0](String(e)))"})
+        assert found["passes"] and not [(v["id"], v["impact"], v["nodes"][0]["html"])
+                                        for v in found["violations"]], step
+        if step == "fresh":
+            browser.click("summary")
+            tell_some(browser)
+    assert browser.script("return document.querySelector('details a').href"
+                          ) == "https://example.org/?a=1&b=2"
+    assert (ROOT / "LICENSE").read_text().strip() in browser.text("details pre")
+
+
+def test_make_page_says_what_is_missing(tmp_path):
+    done = subprocess.run(["make", "-C", str(ROOT), "page", "WASM_CC=no-such-compiler",
+                           f"BUILD={tmp_path}"], capture_output=True, text=True)
+    assert done.returncode and "apt-get install clang-14 lld wasi-libc" in done.stderr

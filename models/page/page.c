@@ -18,6 +18,7 @@ static based_tokenizer tokenizer;
 static based_decoder decoder;
 static based_sampler sampler;
 static based_error error;
+static int32_t *recent;                 /* tokens that a note holds                               */
 static char *text;                      /* of the last token                                      */
 static int32_t next = -1;               /* chosen but not fed yet                                 */
 static uint32_t hash;
@@ -78,49 +79,56 @@ int EXPORT(open)(const void *bytes, size_t size) {
     text = room(based_decode_bound(&tokenizer) + 12);
     if (!memory || !text) return out_of_memory();
     if (based_session_init(&session, model, memory, n, 32, &error)) return -1;
-    sampler.vocab = based_model_config(model)->vocab;
-    sampler.memory = room(based_sampler_bytes(&sampler));
-    return sampler.memory ? 0 : out_of_memory();
+    const based_config *c = based_model_config(model);
+    int known = (c->flags & BASED_SAMPLING) != 0;
+    sampler = (based_sampler){
+        .temperature = known ? c->temperature : 0.8f, .top_p = known ? c->top_p : 0.9f,
+        .top_k = c->top_k, .min_p = c->min_p, .repeat_penalty = known ? c->repeat_penalty : 1.0f,
+        .repeat_last_n = known ? c->repeat_last_n : 64, .vocab = c->vocab
+    };
+    n = based_sampler_bytes(&sampler);
+    memory = room(n);
+    recent = room((sampler.repeat_last_n + 1) * sizeof *recent);
+    if (!memory || !recent) return out_of_memory();
+    return based_sampler_init(&sampler, memory, n, &error) ? -1 : 0;
 }
 
-/* How to choose from now on. */
-int EXPORT(choose)(float temperature, float top_p, uint32_t seed) {
+/* How to choose from now on; at first as the checkpoint recommends. */
+float EXPORT(temperature)(void) { return sampler.temperature; }
+float EXPORT(penalty)(void) { return sampler.repeat_penalty; }
+void EXPORT(choose)(float temperature, float penalty) {
     sampler.temperature = temperature;
-    sampler.top_p = top_p;
-    sampler.repeat_penalty = 1.0f;
-    sampler.seed = seed;
-    size_t bytes = based_sampler_bytes(&sampler);
-    return based_sampler_init(&sampler, sampler.memory, bytes, &error) ? -1 : 0;
+    sampler.repeat_penalty = penalty;
 }
 
-void EXPORT(forget)(void) {
+/* Begins a new text; the same seed, settings and words give the same text as ./run. */
+void EXPORT(forget)(uint32_t seed) {
     based_reset(session);
+    sampler.state = seed;
+    sampler.seen = 0;
     memset(&decoder, 0, sizeof decoder);
     next = -1;
     hash = 0;
 }
 
-/* Feeds n bytes of text. A token that was chosen but not fed yet stands before them. A first text
- * gets the token that every text begins with. Returns how many tokens were fed, or -1. */
+/* Feeds n bytes of text, the beginning of a new one, after the token that every text begins with.
+ * Returns how many tokens were fed, or -1. */
 int EXPORT(read)(const char *bytes, size_t n) {
     const based_tokenizer *t = &tokenizer;
-    int first = based_count(session) == 0;
-    int bos = first && (t->flags & BASED_TOK_ADD_BOS) && t->bos != BASED_NONE;
-    int32_t start = (int32_t)(bos ? t->bos : t->eos);
+    int bos = (t->flags & BASED_TOK_ADD_BOS) && t->bos != BASED_NONE;
     int32_t *ids = room((based_encode_bound(t, n) + 1) * sizeof *ids);
     void *scratch = room(based_encode_scratch(t, n));
-    int64_t many = 0, from = 0;
+    int64_t many = 0;
     if (!ids || !scratch) return out_of_memory();
-    if (!first && next >= 0) ids[from++] = next;
-    if (first && n == 0 && (uint32_t)start != BASED_NONE) ids[from++] = start;
-    if (n) {
-        many = based_encode(t, bytes, n, bos ? BASED_ADD_BOS : 0, ids + from, scratch, &error);
+    if (n) many = based_encode(t, bytes, n, bos ? BASED_ADD_BOS : 0, ids, scratch, &error);
+    else if ((bos ? t->bos : t->eos) != BASED_NONE) ids[many++] = (int32_t)(bos ? t->bos : t->eos);
+    if (many >= 0 && based_feed(session, ids, (size_t)many, NULL, &error)) many = -1;
+    for (int64_t i = 0; i < many; i++) {
+        based_decode(t, &decoder, ids[i], text);
+        based_sampler_accept(&sampler, ids[i]);
     }
-    if (many >= 0 && based_feed(session, ids, (size_t)(from + many), NULL, &error)) many = -1;
-    for (int64_t i = 0; i < from + many; i++) based_decode(t, &decoder, ids[i], text);
-    if (many >= 0) next = -1;
     drop(ids);
-    return many < 0 ? -1 : (int)(from + many);
+    return (int)many;
 }
 
 /* Chooses one more token. Returns the bytes of its text, or -1 at the end of the text (another call
@@ -132,6 +140,7 @@ int EXPORT(tell)(void) {
     if (!based_logits(session)) return -1;
     hash = based_hash(hash, based_logits(session), based_width(model));
     next = based_sample(&sampler, based_logits(session));
+    based_sampler_accept(&sampler, next);
     if (based_is_stop(&tokenizer, next)) {
         memset(&decoder, 0, sizeof decoder);
         return -1;
@@ -141,21 +150,34 @@ int EXPORT(tell)(void) {
 }
 
 /* ==== Saved states ===============================================================================
- * The note is the one that run.c writes, without a generator and recent tokens, so that each of the
- * two can continue what the other saved.
+ * The note is the one that run.c writes and describes, always with the generator, so that each of
+ * the two continues what the other saved as if it had never been interrupted.
  */
 enum { NOTE = 28 };
 
-size_t EXPORT(save_bytes)(void) { return based_saved_bytes(model, NOTE); }
+size_t EXPORT(save_bytes)(void) {
+    return based_saved_bytes(model, NOTE + 4 * based_sampler_recent(&sampler, recent));
+}
 
-int EXPORT(save)(void *out, size_t room) {
-    unsigned char note[NOTE] = "run\1";
-    if (next >= 0 && based_step(session, next, &error)) return -1;
-    next = -1;                          /* everything that was shown is part of the state         */
+int EXPORT(save)(void *out, size_t bytes) {
+    uint32_t n = (uint32_t)based_sampler_recent(&sampler, recent), seeded = 1;
+    unsigned char *note = room(NOTE + 4 * (size_t)n);
+    if (!note) return out_of_memory();
+    /* everything that was shown is part of the state */
+    int rc = next >= 0 ? based_step(session, next, &error) : 0;
+    next = -1;
+    memset(note, 0, NOTE);
+    memcpy(note, "run\1", 4);
+    memcpy(note + 4, &seeded, 4);
+    memcpy(note + 8, &sampler.state, 8);
     memcpy(note + 16, decoder.held, 4);
     note[20] = decoder.n;
     note[21] = decoder.started;
-    return based_save(session, note, NOTE, out, room, &error) ? -1 : 0;
+    memcpy(note + 24, &n, 4);
+    memcpy(note + NOTE, recent, 4 * (size_t)n);
+    if (!rc) rc = based_save(session, note, NOTE + 4 * (size_t)n, out, bytes, &error);
+    drop(note);
+    return rc ? -1 : 0;
 }
 
 int EXPORT(load)(const void *saved, size_t size) {
@@ -165,11 +187,18 @@ int EXPORT(load)(const void *saved, size_t size) {
     const unsigned char *note = found;
     memset(&decoder, 0, sizeof decoder);
     decoder.started = 1;
+    sampler.seen = 0;
     next = -1;
     hash = 0;
     if (n < NOTE || memcmp(note, "run\1", 4) != 0 || note[20] >= sizeof decoder.held) return 0;
+    if (note[4]) memcpy(&sampler.state, note + 8, 8);
     memcpy(decoder.held, note + 16, 4);
     decoder.n = note[20];
     decoder.started = note[21];
+    for (size_t at = NOTE; n - at >= 4; at += 4) {
+        int32_t id;
+        memcpy(&id, note + at, 4);
+        if (id >= 0 && (uint32_t)id < sampler.vocab) based_sampler_accept(&sampler, id);
+    }
     return 0;
 }
