@@ -3,7 +3,7 @@ CC      ?= cc
 CFLAGS  ?= -O3
 PREFIX  ?= /usr/local
 PYTHON  ?= python3
-DEMO    ?= models/based-45m-english.bin
+DEMO    ?= models/based-82m-english.bin
 
 # based.c turns off the fusing of float operations itself; the flag is for what the programs around it compute.
 # -fno-trapping-math lets gcc turn comparisons of floats into vector code; no result depends on it.
@@ -42,8 +42,7 @@ help:
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
 demo: run
-	./run "$(DEMO)" -s 38 -t 0.75 -p 0.95 --min-p 0.05 --repeat-penalty 1.12 --repeat-last-n 128 \
-	    -i "Once upon a time there was a little mouse who"
+	./run "$(DEMO)" -s 14 -i "The fox looked up at the moon and said"
 
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 

@@ -43,7 +43,7 @@ refused() {
 
 try "git -c advice.detachedHead=false clone -q --depth 1 '$address' based.c"
 cd based.c || { echo "$passed passed, $((failed + 1)) failed"; exit 1; }
-M=models/based-45m-english.bin S=models/stories260K.bin
+M=models/based-82m-english.bin S=models/stories260K.bin
 export M S
 
 # The demo, and a text of one's own.

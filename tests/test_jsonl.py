@@ -20,7 +20,7 @@ from based import Model, Session
 from conftest import FULL
 from test_cli import MODEL, ROOT, run, start
 
-LARGE = str(ROOT / "models" / "based-45m-english.bin")
+LARGE = str(ROOT / "models" / "based-82m-english.bin")
 STORY = ("Once upon a time, there was a girl named Lily. She liked to play with her dog in the "
          "park. One day the dog ran away and ")
 

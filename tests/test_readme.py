@@ -36,7 +36,7 @@ NOT_RUN = {
     "pip install numpy Jinja2 tqdm": "the same",
     "./run models/stories260K.bin --bench":
         "takes half a minute; test_cli.py runs --bench with a smaller model",
-    "parallel --pipe --block 1M --keep-order ./run models/based-45m-english.bin --jsonl - -j 1 -q "
+    "parallel --pipe --block 1M --keep-order ./run models/based-82m-english.bin --jsonl - -j 1 -q "
     "< requests.jsonl > answers.jsonl": "needs GNU parallel; test_engines.py runs it",
     "make firmware": "needs cross compilers and QEMU; test_firmware.py and .ci/run run it",
     'make firmware MODEL=models/based-4m-story.bin WINDOW= FIRMWARE_FLAGS="--ram 128"':

@@ -17,7 +17,7 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-BEAR = "./run models/based-45m-english.bin"
+BEAR = "./run models/based-82m-english.bin"
 COMMANDS = ["make demo", f'{BEAR} -i "The old bear sat down" -n 40 -s 3 --save bear.state',
             f'{BEAR} --load bear.state -n 40 -s 1']
 COLUMNS, LEFT, TOP, WIDTH, HEIGHT = 92, 20, 54, 8.4, 20
