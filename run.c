@@ -109,8 +109,7 @@ typedef struct {                        /* text on its way to stdout            
     buffer       *to;                   /* or to memory, if not NULL                              */
     based_decoder decoder;
     char   *token;                      /* text of one token                                      */
-    char   *held;                       /* (n_held) the end that may be the start of a stop text  */
-    size_t  n_held, room;               /* room of held                                           */
+    buffer  held;                       /* the end that may be the start of a stop text           */
     int     wrote, stopped;             /* something was printed; a stop text was found           */
     int     trims;                      /* spaces at the beginning are not printed                */
 } text_out;
@@ -122,34 +121,28 @@ typedef struct {                        /* a file that is being written; section
     const char *path, *what;            /* "the logits"                                           */
 } output;
 
-typedef struct {                        /* what based_save wrote, in memory                       */
-    unsigned char *bytes;
-    size_t n;
-    char   said[SHORT_BYTES];           /* of a conversation: what came then, in quotes           */
-} saved_state;
-
 typedef struct {                        /* of a conversation                                      */
-    saved_state first, turn[UNDO];      /* before the first turn; before the last ones, a ring    */
-    uint64_t turns, n_undo;             /* put on the ring so far; still there                    */
+    buffer   first;                     /* the state before the first turn                        */
+    struct { buffer state; char said[SHORT_BYTES]; } turn[UNDO];    /* before the last ones, a    */
+    uint64_t turns, n_undo;             /* ring: put there so far; still there                    */
     const char *text[4];                /* what it looks like, by based_chat_text                 */
-    char    *begin;                     /* what stands before the first message                   */
+    buffer   begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
-    char    *line;                      /* the last /save that named a file                       */
-    const char *file;                   /* its name, in the line; or that of --save               */
+    buffer   line, name;                /* what was typed; the file of the last /save, or --save  */
     based_session *snapshot;            /* before the token in which the held text begins         */
-    char    *raw;                       /* (n_raw) the text generated since the snapshot          */
-    size_t   n_raw, room;
+    buffer   raw;                       /* the text generated since the snapshot                  */
     int      has_snapshot;
 } conversation;
 
 typedef struct {                        /* guesses at the next tokens, from the text so far; 10   */
     int32_t  *text;                     /* (RECALLED) its newest tokens, a ring                   */
     uint64_t *last;                     /* (RECALLED) by the hash of two tokens: where the text   */
-    uint64_t *before;                   /* went on behind them; and by that place, the last time  */
+    uint64_t *before;                   /* (RECALLED) went on behind them; and by that place, the */
+                                        /* last time; one block of memory with last               */
     uint64_t  n, from;                  /* tokens so far; where it went on as it might do now     */
     size_t    same, enough;             /* tokens that agree before `from`; that make a guess     */
-    int32_t  *draft;                    /* (1 + o->lookup) the newest token, then guesses         */
-    float    *rows, *old;               /* of based_feed_draft                                    */
+    int32_t   draft[BLOCK];             /* the newest token, then guesses                         */
+    float    *rows, *old;               /* of based_feed_draft; one block                         */
     size_t    fed, used;                /* tokens of the draft that are fed; those in the text    */
     double    step, more;               /* seconds for one token; for a guess, in steps           */
     uint64_t  guessed, right;           /* tokens in all                                          */
@@ -175,7 +168,8 @@ typedef struct {                        /* one run of the program               
     float          *rows;               /* (block, width) logits of fed tokens; NULL: not needed  */
     text_out        out;
     output          dump;
-    saved_state     saved;
+    buffer          input;              /* what was read, by read_input                           */
+    buffer          saved;              /* the state, as based_save wrote it                      */
     conversation    chat;
     lookup          lookup;
 
@@ -290,8 +284,8 @@ enum lead { CONTINUES, OPENS, BEGINS, PREDICTS };
 enum extent { ALL, LINE, STATE };
 
 /* What sections 2 to 8 need of the later ones, each with the number of its section. */
-static int     save_state(run *r, saved_state *s);                  /*  4: in memory              */
-static int     load_state(run *r, const saved_state *s, const char *path);              /*  4     */
+static int     save_state(run *r, buffer *s);                       /*  4: in memory              */
+static int     load_state(run *r, const buffer *s, const char *path);       /*  4                 */
 static int     load_from_file(run *r, const char *path);            /*  4: /load                  */
 static int     save_to_file(run *r, const char *path);              /*  4: --save, /save          */
 static int     load_prompt(run *r);                                 /*  4: --load                 */
@@ -316,15 +310,14 @@ static int     dump_rows(run *r, const float *rows, size_t n);      /* 10: --dum
 static void    clear_progress(run *r);                              /* 10: before an error line   */
 static void    describe(const run *r, const char *what);            /* 10: the lines of -v        */
 static void    report(const run *r, const char *feeding, int reading);      /* 10                 */
-static size_t  drop_mark(char *text, size_t n);                     /* 11: at the beginning       */
-static size_t  drop_newline(char *text, size_t n);                  /* 11: at the end             */
-static int     read_input(const char *path, enum extent extent, char **bytes, size_t *n);   /* 11 */
-static int     check_output(const run *r, const char *path, const char *what);          /* 11     */
+static int     read_text(run *r, const char *path);                 /* 11: to r->input            */
+static int     read_input(const char *path, enum extent extent, buffer *to);            /* 11     */
+static void    drop_mark(buffer *text);                             /* 11: at the beginning       */
+static void    drop_newline(buffer *text);                          /* 11: at the end             */
 static int     open_output(const run *r, output *f, const char *path, const char *what);    /* 11 */
 static int     output_failed(const output *f);                      /* 11: an error line          */
 static int     close_output(output *f, int rc);                     /* 11: and gives it its name  */
 static double  seconds(void);                                       /* 12: a clock                */
-static long    read_some(FILE *file, char *to, size_t n, int wait); /* 12: of what is there       */
 static void    catch_signals(int all);                              /* 12: Ctrl-C ends the text   */
 static void    leave_signals(int all);                              /* 12: or the program         */
 static int     is_terminal(FILE *file);                             /* 12: is a person there?     */
@@ -360,15 +353,33 @@ static int flush_text(void) {
     return fflush(stdout) == 0 && !ferror(stdout) ? DONE : write_failed();
 }
 
+/* Makes room for n more bytes and a zero. Returns 0 if there is not enough memory. */
+static int reserve(buffer *b, size_t n) {
+    size_t least = b->n + n, room = 2 * least + 64;
+    if (b->room > least) return 1;
+    char *more = room > least ? realloc(b->bytes, room) : NULL;
+    if (more) b->bytes = more, b->room = room;
+    return more != NULL;
+}
+
 static int append(buffer *b, const void *bytes, size_t n) {
-    if (b->room - b->n < n) {
-        size_t room = b->n + n < 64 ? 64 : 2 * (b->n + n);
-        char *more = room > n ? realloc(b->bytes, room) : NULL;
-        if (!more) return out_of_memory("the text");
-        b->bytes = more, b->room = room;
-    }
+    if (!reserve(b, n)) return out_of_memory("the text");
     if (n > 0) memcpy(b->bytes + b->n, bytes, n);
     b->n += n;
+    return DONE;
+}
+
+/* Appends text, and a zero that does not count. */
+static int put(buffer *b, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(NULL, 0, format, arguments);
+    va_end(arguments);
+    if (n < 0 || !reserve(b, (size_t)n)) return out_of_memory("the text");
+    va_start(arguments, format);
+    vsnprintf(b->bytes + b->n, (size_t)n + 1, format, arguments);
+    va_end(arguments);
+    b->n += (size_t)n;
     return DONE;
 }
 
@@ -382,7 +393,7 @@ static int write_text(text_out *out, const char *text, size_t n) {
 /* The text of one token, into r->out.token; returns its length. Without a tokenizer it is the
  * number of the token. */
 static size_t decode(run *r, int32_t id) {
-    const char *format = r->out.wrote || r->out.n_held ? " %ld" : "%ld";
+    const char *format = r->out.wrote || r->out.held.n ? " %ld" : "%ld";
     if (r->has_tokenizer) return based_decode(&r->tokenizer, &r->out.decoder, id, r->out.token);
     return (size_t)snprintf(r->out.token, NUMBER_BYTES, format, (long)id);
 }
@@ -391,27 +402,27 @@ static size_t decode(run *r, int32_t id) {
  * stop text; all of it if `last`. The first stop text found ends the text. */
 static int put_text(run *r, const char *text, size_t n, int last) {
     text_out *out = &r->out;
-    memcpy(out->held + out->n_held, text, n);
-    out->n_held += n;
+    buffer *held = &out->held;
+    TRY(append(held, text, n));         /* prepare has made room                                  */
 
     /* ready: where a stop text begins that is there as a whole; else where one begins that runs
      * over the end of the held text */
-    size_t ready = out->n_held;
-    for (size_t at = 0; at < out->n_held && !out->stopped; at++) {
-        size_t rest = out->n_held - at;
+    size_t ready = held->n;
+    for (size_t at = 0; at < held->n && !out->stopped; at++) {
+        size_t rest = held->n - at;
         for (size_t i = 0; i < r->o->n_stops; i++) {
             const char *stop = r->o->stops[i];
             size_t bytes = strlen(stop);
-            if (memcmp(out->held + at, stop, bytes < rest ? bytes : rest) != 0) continue;
+            if (memcmp(held->bytes + at, stop, bytes < rest ? bytes : rest) != 0) continue;
             out->stopped |= bytes <= rest;
             if (bytes <= rest || (!last && at < ready)) ready = at;
         }
     }
 
     /* print that much and move the rest to the front */
-    TRY(write_text(out, out->held, ready));
-    out->n_held -= ready;
-    memmove(out->held, out->held + ready, out->n_held);
+    TRY(write_text(out, held->bytes, ready));
+    held->n -= ready;
+    memmove(held->bytes, held->bytes + ready, held->n);
     return ready > 0 && !out->to ? flush_text() : DONE;
 }
 
@@ -469,22 +480,16 @@ static int feed_prompt(run *r) {
  * the model made up. The token just printed is not fed yet; n is the length of its text. */
 static void take_snapshot(run *r, size_t n) {
     conversation *c = &r->chat;
-    if (r->out.n_held == 0) {
-        c->has_snapshot = 0;
-        return;
-    }
-    if (r->out.n_held <= n || !c->has_snapshot || c->n_raw + n > c->room) {
+    size_t held = r->out.held.n;
+    if (held == 0) c->has_snapshot = 0;
+    if (held == 0) return;
+    if (held <= n || !c->has_snapshot || c->raw.n + n > c->raw.room) {
         c->has_snapshot = 1;
-        c->n_raw = 0;
+        c->raw.n = 0;
         based_copy(c->snapshot, r->session, NULL);
     }
-    memcpy(c->raw + c->n_raw, r->out.token, n);
-    c->n_raw += n;
-}
-
-/* Does the model end the text with this token? */
-static int is_stop_token(const run *r, int32_t id) {
-    return r->has_tokenizer && based_is_stop(&r->tokenizer, id);
+    memcpy(c->raw.bytes + c->raw.n, r->out.token, n);
+    c->raw.n += n;
 }
 
 /* Draws the next token from the logits and prints it. *ended: the model has ended the text. */
@@ -494,7 +499,7 @@ static int write_token(run *r, int *ended) {
     TRY(check_logits(r, logits, count_of(r)));
     if (!o->dump) hash_logits(r, logits);
     int32_t id = based_sample(&r->sampler, logits);
-    int stops = is_stop_token(r, id);
+    int stops = r->has_tokenizer && based_is_stop(&r->tokenizer, id);
     *ended = stops && !o->ignore_eos;
     if (*ended) return DONE;
     based_sampler_accept(&r->sampler, id);
@@ -555,16 +560,24 @@ static int prepare(run *r) {
     for (size_t i = 0; i < o->n_stops; i++) {
         if (strlen(o->stops[i]) > longest) longest = strlen(o->stops[i]);
     }
-    r->out.room = token + longest;
     r->out.token = malloc(token);
-    r->out.held = malloc(r->out.room);
     r->sampler_memory = malloc(based_sampler_bytes(&r->sampler) + 1);
     r->recent = malloc(((size_t)r->sampler.repeat_last_n + 1) * sizeof *r->recent);
-    if (!r->out.token || !r->out.held || !r->sampler_memory || !r->recent) {
+    if (!r->out.token || !reserve(&r->out.held, token + longest) || !r->sampler_memory
+        || !r->recent) {
         return out_of_memory("sampling");
     }
-    TRY(open_lookup(r));
     return reset_sampler(r) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", r->error.text);
+}
+
+/* What prepare made. */
+static void free_text(run *r) {
+    free(r->sampler_memory);
+    free(r->recent);
+    free(r->out.token);
+    free(r->out.held.bytes);
+    r->sampler_memory = r->recent = NULL;
+    r->out.token = r->out.held.bytes = NULL;
 }
 
 /* For -v: the seed and the settings. */
@@ -578,6 +591,7 @@ static int generate(run *r) {
     TRY(open_session(r, r->o->dump != NULL));
     TRY(read_prompt(r));
     TRY(prepare(r));
+    TRY(open_lookup(r));
     if (r->o->load) TRY(load_prompt(r));
     if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     catch_signals(0);
@@ -613,9 +627,10 @@ static int generate(run *r) {
  * there. */
 static void push_undo(run *r, const char *said) {
     conversation *c = &r->chat;
-    saved_state *place = &c->turn[c->turns++ % UNDO], oldest = *place;
-    *place = r->saved;
-    sanitize(memcpy(place->said, QUOTE(said), SHORT_BYTES));
+    size_t at = c->turns++ % UNDO;
+    buffer oldest = c->turn[at].state;
+    c->turn[at].state = r->saved;
+    sanitize(memcpy(c->turn[at].said, QUOTE(said), SHORT_BYTES));
     r->saved = oldest;
     c->n_undo += c->n_undo < UNDO;
 }
@@ -624,9 +639,9 @@ static int undo(run *r) {
     conversation *c = &r->chat;
     if (c->n_undo == 0) return fail(BAD_INPUT, "there is no turn to take back");
     c->n_undo--;
-    saved_state *last = &c->turn[--c->turns % UNDO];
-    TRY(load_state(r, last, "the last turn"));
-    if (!r->o->quiet) fprintf(stderr, "took back %s\n", last->said);
+    size_t at = --c->turns % UNDO;
+    TRY(load_state(r, &c->turn[at].state, "the last turn"));
+    if (!r->o->quiet) fprintf(stderr, "took back %s\n", c->turn[at].said);
     return DONE;
 }
 
@@ -635,10 +650,10 @@ static int undo(run *r) {
 static int commit_reply(run *r) {
     conversation *c = &r->chat;
     int stopped = r->out.stopped;
-    size_t n_held = r->out.n_held, printed = c->n_raw > n_held ? c->n_raw - n_held : 0;
+    size_t held = r->out.held.n, printed = c->raw.n > held ? c->raw.n - held : 0;
     int rc = ferror(stdout) ? BAD_INPUT : end_text(r);      /* one error line is enough           */
     r->out.stopped = r->out.wrote = 0;
-    r->out.n_held = 0;
+    r->out.held.n = 0;
     if (!stopped) {
         TRY(feed_newest(r, 0));
         return rc;
@@ -649,7 +664,7 @@ static int commit_reply(run *r) {
     based_copy(r->session, c->snapshot, NULL);
     c->has_snapshot = 0;
     if (printed > 0) {
-        TRY(encode_message(r, c->raw, printed, CONTINUES, 0, printed));
+        TRY(encode_message(r, c->raw.bytes, printed, CONTINUES, 0, printed));
         TRY(feed_prompt(r));
     }
     return rc;
@@ -664,24 +679,18 @@ static int chat_turn(run *r, const char *message, size_t n) {
     const char *user = c->text[BASED_CHAT_USER], *said = strstr(user, "{}"),
                *reply = c->text[BASED_CHAT_REPLY], *end = strstr(reply, "{}");
     int first = based_history(r->session) == c->start;
-    const char *lead = first ? c->begin : end + 2;
-    const struct { const char *text; size_t n; } parts[] = {
-        { lead, strlen(lead) }, { user, (size_t)(said - user) }, { message, n },
-        { said + 2, strlen(said + 2) }, { reply, (size_t)(end - reply) }
-    };
-    size_t from = parts[0].n + parts[1].n, bytes = from + n + parts[3].n + parts[4].n, at = 0;
-    char *text = malloc(bytes + 1);
-    if (!text) return out_of_memory("a turn");
-    for (size_t i = 0; i < COUNT(parts); at += parts[i++].n) {
-        memcpy(text + at, parts[i].text, parts[i].n);
-    }
     enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
-    int rc = save_state(r, &r->saved);
+    buffer text = { 0 };
+    int rc = put(&text, "%s%.*s", first ? c->begin.bytes : end + 2, (int)(said - user), user);
+    size_t from = text.n;
+    if (rc == DONE) rc = append(&text, message, n);
+    if (rc == DONE) rc = put(&text, "%s%.*s", said + 2, (int)(end - reply), reply);
+    if (rc == DONE) rc = save_state(r, &r->saved);
     if (rc == DONE) {
-        rc = o->specials ? encode(r, text, bytes, opens)
-                         : encode_message(r, text, bytes, opens, from, from + n);
+        rc = o->specials ? encode(r, text.bytes, text.n, opens)
+                         : encode_message(r, text.bytes, text.n, opens, from, from + n);
     }
-    free(text);
+    free(text.bytes);
     TRY(rc);
     TRY(feed_prompt(r));
     if (interrupted) return load_state(r, &r->saved, "the last turn");
@@ -696,8 +705,8 @@ static int chat_turn(run *r, const char *message, size_t n) {
 }
 
 /* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
- * the chat goes on. Returns 0 if it is to end. The line is kept if it is r->chat.line then. */
-static int run_command(run *r, char *line, size_t n) {
+ * the chat goes on. Returns 0 if it is to end. */
+static int run_command(run *r, const char *line, size_t n) {
     conversation *c = &r->chat;
     size_t word = strcspn(line, " ");
     const char *file = line + word + strspn(line + word, " ");
@@ -707,12 +716,11 @@ static int run_command(run *r, char *line, size_t n) {
     } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
         return 0;
     } else if (named && strncmp(line, "/save", 5) == 0) {
-        if (!*file && !c->file) {
+        if (!*file && c->name.n == 0) {
             fail(BAD_INPUT, "/save needs the name of a file the first time");
-        } else if (save_to_file(r, *file ? file : c->file) == DONE && *file) {
-            free(c->line);
-            c->line = line;
-            c->file = file;
+        } else if (save_to_file(r, *file ? file : c->name.bytes) == DONE && *file) {
+            c->name.n = 0;
+            put(&c->name, "%s", file);
         }
     } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
         if (save_state(r, &r->saved) != DONE) return 1;
@@ -769,16 +777,14 @@ static int begin_chat(run *r) {
     const char *lead = o->load ? strstr(c->text[BASED_CHAT_REPLY], "{}") + 2
                      : o->system ? "" : c->text[BASED_CHAT_BEGIN];
     const char *system = c->text[BASED_CHAT_SYSTEM], *hole = strstr(system, "{}");
-    const char *said = o->system ? o->system : "";
-    size_t n = strlen(lead) + strlen(system) + strlen(said) + 1;
     if (o->system && !hole) {
         return fail(BAD_USAGE, "%s knows no system prompt; put the text into your first message",
                     o->checkpoint);
     }
-    c->begin = malloc(n);
-    if (!c->begin) return out_of_memory("the conversation");
-    int before = o->system ? (int)(hole - system) : 0;
-    snprintf(c->begin, n, "%s%.*s%s%s", lead, before, system, said, o->system ? hole + 2 : "");
+    TRY(put(&c->begin, "%s", lead));
+    if (o->system) {
+        TRY(put(&c->begin, "%.*s%s%s", (int)(hole - system), system, o->system, hole + 2));
+    }
     if (o->load) {
         TRY(load_from_file(r, o->load));
     } else if (c->text[BASED_CHAT_USER] == o->turn) {
@@ -792,17 +798,13 @@ static int begin_chat(run *r) {
 static int chat(run *r) {
     const options *o = r->o;
     conversation *c = &r->chat;
-    int rc = DONE, asking = is_terminal(stdin) && !o->quiet, saves = o->save != NULL, first = 1;
-    char *text = NULL;
-    size_t n;
+    int rc = DONE, asking = is_terminal(stdin) && !o->quiet, saves = o->save != NULL;
     TRY(open_session(r, 0));
-    if (!r->has_tokenizer) return no_tokenizer(r);
     TRY(prepare(r));
+    TRY(open_lookup(r));
     TRY(new_session(r, &c->snapshot, 1));
-    c->file = o->save;
-    c->room = 4096 + r->out.room;
-    c->raw = malloc(c->room);
-    if (!c->raw) return out_of_memory("the conversation");
+    if (saves) TRY(put(&c->name, "%s", o->save));
+    if (!reserve(&c->raw, 4096 + r->out.held.room)) return out_of_memory("the conversation");
     catch_signals(saves);
 
     r->out.decoder.started = 1;
@@ -814,25 +816,24 @@ static int chat(run *r) {
     /* the first message may come from -i or -f */
     if (o->prompt) rc = chat_turn(r, o->prompt, strlen(o->prompt));
     if (o->file) {
-        TRY(read_input(o->file, ALL, &text, &n));
-        n = drop_newline(text, drop_mark(text, n));
-        rc = chat_turn(r, text, n);
-        free(text);
+        TRY(read_text(r, o->file));
+        rc = chat_turn(r, r->input.bytes, r->input.n);
     }
 
     /* the others line by line; while a line is waited for, Ctrl-C ends the program */
-    for (int more = 1; rc == DONE && more; first = 0) {
+    for (int first = 1, more = 1; rc == DONE && more; first = 0) {
+        buffer *line = &c->line;
         leave_signals(saves);
         if (interrupted) break;         /* by a signal that ends the conversation                 */
         if (asking) fputs("> ", stderr);
-        rc = read_input("-", LINE, &text, &n);
+        rc = read_input("-", LINE, line);
         if (rc != DONE) break;
         catch_signals(saves);
-        more = n > 0;
-        n = drop_newline(text, first ? drop_mark(text, n) : n);
-        if (text[0] == '/') more &= run_command(r, text, n);
-        else if (n > 0) rc = chat_turn(r, text, n);
-        if (text != c->line) free(text);
+        more = line->n > 0;
+        if (first) drop_mark(line);
+        drop_newline(line);
+        if (line->bytes[0] == '/') more &= run_command(r, line->bytes, line->n);
+        else if (line->n > 0) rc = chat_turn(r, line->bytes, line->n);
     }
     catch_signals(saves);
     if (asking) fputc('\n', stderr);
@@ -868,32 +869,33 @@ static uint64_t get_little(const unsigned char *from, size_t n) {
 }
 
 /* Saves the state in memory. The memory of s is used again. */
-static int save_state(run *r, saved_state *s) {
+static int save_state(run *r, buffer *s) {
     size_t n = based_sampler_recent(&r->sampler, r->recent), note_bytes = NOTE_HEADER + 4 * n;
     size_t bytes = based_saved_bytes(r->model, note_bytes);
-    unsigned char *note = calloc(1, note_bytes), *more = bytes ? realloc(s->bytes, bytes) : NULL;
-    if (more) s->bytes = more, s->n = bytes;
-    int rc = note && more ? DONE : out_of_memory("the saved past");
-    if (rc == DONE) {
-        /* the note, as above; what is not set is zero */
-        memcpy(note, "run\1", 4);
-        put_little(note + 4, (uint64_t)r->o->has_seed, 4);
-        if (r->o->has_seed) put_little(note + 8, r->sampler.state, 8);
-        memcpy(note + 16, r->out.decoder.held, 4);
-        note[20] = r->out.decoder.n;
-        note[21] = r->out.decoder.started;
-        put_little(note + 24, n, 4);
-        for (size_t i = 0; i < n; i++) {
-            put_little(note + NOTE_HEADER + 4 * i, (uint32_t)r->recent[i], 4);
-        }
-
-        /* the session and the note */
-        if (based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error) != BASED_OK) {
-            rc = library_failed(r, r->o->checkpoint);
-        }
+    unsigned char *note = calloc(1, note_bytes);
+    s->n = 0;
+    if (!note || !bytes || !reserve(s, bytes)) {
+        free(note);
+        return out_of_memory("the saved past");
     }
+
+    /* the note, as above; what is not set is zero */
+    memcpy(note, "run\1", 4);
+    put_little(note + 4, (uint64_t)r->o->has_seed, 4);
+    if (r->o->has_seed) put_little(note + 8, r->sampler.state, 8);
+    memcpy(note + 16, r->out.decoder.held, 4);
+    note[20] = r->out.decoder.n;
+    note[21] = r->out.decoder.started;
+    put_little(note + 24, n, 4);
+    for (size_t i = 0; i < n; i++) {
+        put_little(note + NOTE_HEADER + 4 * i, (uint32_t)r->recent[i], 4);
+    }
+
+    /* the session and the note */
+    s->n = bytes;
+    int status = based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error);
     free(note);
-    return rc;
+    return status == BASED_OK ? DONE : library_failed(r, r->o->checkpoint);
 }
 
 /* Another program may save a state with a note of its own; that note is ignored. */
@@ -951,7 +953,7 @@ static void read_note(run *r, const unsigned char *note, size_t n) {
     d->started = note[21];
 }
 
-static int load_state(run *r, const saved_state *s, const char *path) {
+static int load_state(run *r, const buffer *s, const char *path) {
     const void *note;
     size_t n;
     TRY_LIB(based_load(r->session, s->bytes, s->n, &note, &n, &r->error), path);
@@ -986,17 +988,14 @@ static void show_recent(run *r) {
 }
 
 static int load_from_file(run *r, const char *path) {
-    char *bytes;
-    size_t n;
-    TRY(read_input(path, STATE, &bytes, &n));
-    int rc = load_state(r, &(saved_state){ .bytes = (unsigned char *)bytes, .n = n }, path);
-    free(bytes);
-    if (rc == DONE && !r->o->quiet) {
+    TRY(read_input(path, STATE, &r->input));
+    TRY(load_state(r, &r->input, path));
+    if (!r->o->quiet) {
         fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(n));
+                AMOUNT(r->input.n));
         if (r->o->chat) show_recent(r);
     }
-    return rc;
+    return DONE;
 }
 
 /* Does the text of the n saved tokens end inside a token of the prompt, which is like it before? */
@@ -1081,15 +1080,12 @@ static int score_rows(run *r, size_t first, size_t n) {
 static int measure(run *r) {
     const based_tokenizer *t = &r->tokenizer;
     const char *path = r->o->perplexity;
-    char *text = NULL;
-    size_t bytes = 0, n = 0;
+    const buffer *text = &r->input;
+    size_t n = 0;
     TRY(open_session(r, 1));
-    if (!r->has_tokenizer) return no_tokenizer(r);
-    TRY(read_input(path, ALL, &text, &bytes));
-    bytes = drop_mark(text, bytes);
-    int rc = encode(r, text, bytes, PREDICTS);
-    free(text);
-    TRY(rc);
+    TRY(read_input(path, ALL, &r->input));
+    drop_mark(&r->input);
+    TRY(encode(r, text->bytes, text->n, PREDICTS));
     if (r->n_ids < 3) {
         return fail(BAD_INPUT, "%s is too short to measure; it takes several tokens", path);
     }
@@ -1110,14 +1106,15 @@ static int measure(run *r) {
 
     /* bytes that were predicted: not a first token without a start token before it, and not the
      * names of special tokens, which stand for no text */
-    size_t predicted = bytes;
-    if (start_token(t) < 0 && based_token_bytes(t, r->ids[0], &n) && n < bytes) predicted -= n;
+    size_t predicted = text->n;
+    if (start_token(t) < 0 && based_token_bytes(t, r->ids[0], &n) && n < predicted) predicted -= n;
     for (size_t i = 1; i < r->n_ids; i++) {
         int32_t id = r->ids[i];
         if (based_token_bytes(t, id, &n) && n == 0) predicted -= t->start[id + 1] - t->start[id];
     }
     if (!r->o->quiet) {
-        fprintf(stderr, "%s tokens predicted, %s bytes\n", THOUSANDS(r->scored), THOUSANDS(bytes));
+        fprintf(stderr, "%s tokens predicted, %s bytes\n", THOUSANDS(r->scored),
+                THOUSANDS(text->n));
     }
     printf("Final estimate: PPL = %.4f +/- %.5f, %.4f bits per byte\n", perplexity,
            perplexity * sqrt(r->squares / tokens / (tokens - 1)),
@@ -1500,10 +1497,15 @@ static int check(run *r) {
  * For a model without an embedding: rows of little-endian float32 in, rows of logits out. A
  * bidirectional model reads the file as one window.
  */
-static int feed_vectors(run *r, char *bytes, size_t n) {
+static int vectors(run *r) {
     const based_config *c = based_model_config(r->model);
+    if (c->input == 0) {
+        return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
+    }
+    TRY(read_input(r->o->vectors, ALL, &r->input));
+    char *bytes = r->input.bytes;
     int window = (c->flags & BASED_BIDIRECTIONAL) != 0;
-    size_t width = based_width(r->model), rows = n / 4 / c->input, block = window ? rows : BLOCK;
+    size_t n = r->input.n, rows = n / 4 / c->input, block = window ? rows : BLOCK;
     if (n == 0 || n % (4 * (size_t)c->input) != 0) {
         return fail(BAD_INPUT, "%s has %zu bytes; expected rows of %u numbers, 4 bytes each",
                     r->o->vectors, n, (unsigned)c->input);
@@ -1518,7 +1520,7 @@ static int feed_vectors(run *r, char *bytes, size_t n) {
     }
     const float *x = (const float *)(void *)bytes;              /* (rows, input)                  */
     TRY(new_session(r, &r->session, block));
-    r->rows = malloc(block * width * sizeof(float));            /* (block, width)                 */
+    r->rows = malloc(block * based_width(r->model) * sizeof(float));    /* (block, width)         */
     if (!r->rows) return out_of_memory("the result");
     TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     for (size_t at = 0; at < rows; at += block) {
@@ -1530,18 +1532,6 @@ static int feed_vectors(run *r, char *bytes, size_t n) {
     TRY(close_output(&r->dump, DONE));
     if (r->o->verbose) fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
     return DONE;
-}
-
-static int vectors(run *r) {
-    char *bytes;
-    size_t n;
-    if (based_model_config(r->model)->input == 0) {
-        return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
-    }
-    TRY(read_input(r->o->vectors, ALL, &bytes, &n));
-    int rc = feed_vectors(r, bytes, n);
-    free(bytes);
-    return rc;
 }
 
 /* ==== 9. From text to tokens =====================================================================
@@ -1679,8 +1669,6 @@ static int read_prompt(run *r) {
     const options *o = r->o;
     int append = o->load && !(o->prompt || o->file || o->tokens);
     const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
-    char *bytes = NULL;
-    size_t n = text ? strlen(text) : 0;
     if (append && !text) return DONE;
     if (o->tokens) return read_tokens(r, o->tokens);
     if (!r->has_tokenizer) return no_tokenizer(r);
@@ -1694,16 +1682,14 @@ static int read_prompt(run *r) {
         }
     }
     if (path) {
-        TRY(read_input(path, ALL, &bytes, &n));
-        n = drop_newline(bytes, drop_mark(bytes, n));
+        TRY(read_text(r, path));
+        TRY(encode(r, r->input.bytes, r->input.n, append ? CONTINUES : BEGINS));
+    } else {
+        TRY(encode(r, text, text ? strlen(text) : 0, append ? CONTINUES : BEGINS));
     }
-    int rc = encode(r, path ? bytes : text, n, append ? CONTINUES : BEGINS);
-    free(bytes);
-    if (rc == DONE && r->n_ids == 0 && !append) {
-        return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
-                    o->checkpoint);
-    }
-    return rc;
+    if (r->n_ids > 0 || append) return DONE;
+    return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
+                o->checkpoint);
 }
 
 /* ==== 10. Feeding and statistics =================================================================
@@ -1731,7 +1717,9 @@ static int open_session(run *r, int every_row) {
     r->unfed = -1;
     TRY(new_session(r, &r->session, r->block));
     if (every_row) r->rows = malloc(r->block * row);
-    return r->rows || !every_row ? DONE : out_of_memory("logits");
+    if (every_row && !r->rows) return out_of_memory("logits");
+    return r->has_tokenizer || !(r->o->chat || r->o->perplexity || r->o->jsonl) ? DONE
+                                                                               : no_tokenizer(r);
 }
 
 /* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
@@ -1812,6 +1800,7 @@ static void show_progress(run *r, size_t done, size_t total) {
 static int feed_ids(run *r, size_t n) {
     const options *o = r->o;
     int32_t start = start_token(&r->tokenizer);
+    float *rows = o->perplexity || o->dump ? r->rows : NULL;
     r->begun = seconds();
     for (size_t i = r->n_loaded, some; i < n && !interrupted; i += some) {
         some = n - i < r->block ? n - i : r->block;
@@ -1826,7 +1815,7 @@ static int feed_ids(run *r, size_t n) {
         int alone = o->perplexity || based_count(r->session) > 0;
         size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
         if (prefix > 0 && some > prefix) some = prefix;
-        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, r->rows,
+        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, rows,
                                                           &r->error) != BASED_OK) {
             clear_progress(r);
             return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
@@ -1856,14 +1845,14 @@ static int open_lookup(run *r) {
     if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
     l->enough = 16;
     l->more = 0.25;                     /* until it has been measured                             */
+    size_t rows = most * based_width(r->model), old = most * based_draft_width(r->model);
     l->text = calloc(RECALLED, sizeof *l->text);
-    l->last = calloc(RECALLED, sizeof *l->last);
-    l->before = calloc(RECALLED, sizeof *l->before);
-    l->draft = malloc(most * sizeof *l->draft);
-    l->rows = malloc(most * based_width(r->model) * sizeof *l->rows);
-    l->old = malloc(most * based_draft_width(r->model) * sizeof *l->old);
-    return l->text && l->last && l->before && l->draft && l->rows && l->old
-               ? DONE : out_of_memory("guesses; --lookup 0 makes none");
+    l->last = calloc(2 * RECALLED, sizeof *l->last);
+    l->rows = malloc((rows + old) * sizeof *l->rows);
+    if (!l->text || !l->last || !l->rows) return out_of_memory("guesses; --lookup 0 makes none");
+    l->before = l->last + RECALLED;
+    l->old = l->rows + rows;
+    return DONE;
 }
 
 static int32_t token_at(const lookup *l, uint64_t at) { return l->text[at % RECALLED]; }
@@ -1987,42 +1976,26 @@ static void report(const run *r, const char *feeding, int reading) {
  */
 
 /* Reads a file, or standard input for "-"; all of it, or only its next line, newline included, or
- * only its beginning if a saved state was expected and it is none. The n bytes are followed by a
- * zero, and the caller frees them. n is 0 at the end of the input. */
-static int read_input(const char *path, enum extent extent, char **bytes, size_t *n) {
-    int standard = strcmp(path, "-") == 0;
+ * only its beginning if a saved state was expected and it is none. The bytes are followed by a zero
+ * that does not count; there are none at the end of the input. */
+static int read_input(const char *path, enum extent extent, buffer *to) {
+    int standard = strcmp(path, "-") == 0, enough = 1;
     FILE *file = standard ? stdin : fopen(path, "rb");
-    size_t room = 0, wanted = 0, got = 0;
-    char *text = NULL;
-    *n = 0;
+    size_t wanted = 0, got = 0;
+    to->n = 0;
     while (file && got == wanted) {
-        if (extent == LINE && *n > 0 && text[*n - 1] == '\n') break;
-        if (extent == STATE && *n >= 8 && memcmp(text, BASED_STATE_MAGIC, 8) != 0) break;
-        /* room for one more byte and the zero */
-        if (room - *n < 2) {
-            room = room ? 2 * room : 256;
-            char *more = room > *n ? realloc(text, room) : NULL;
-            if (!more) {
-                free(text);
-                text = NULL;
-                errno = ENOMEM;
-                break;
-            }
-            text = more;
-        }
-        wanted = extent == LINE ? 1 : room - 1 - *n;
-        got = fread(text + *n, 1, wanted, file);
-        *n += got;
+        if (extent == LINE && to->n > 0 && to->bytes[to->n - 1] == '\n') break;
+        if (extent == STATE && to->n >= 8 && memcmp(to->bytes, BASED_STATE_MAGIC, 8) != 0) break;
+        enough = reserve(to, 1);
+        if (!enough) break;
+        wanted = extent == LINE ? 1 : to->room - 1 - to->n;
+        got = fread(to->bytes + to->n, 1, wanted, file);
+        to->n += got;
     }
-    int good = text && !ferror(file), error = errno;
+    int good = file && enough && !ferror(file), error = enough ? errno : ENOMEM;
+    if (good) to->bytes[to->n] = '\0';
     if (file && !standard) fclose(file);
-    *bytes = text;
-    if (good) {
-        text[*n] = '\0';
-        return DONE;
-    }
-    free(text);
-    *bytes = NULL;
+    if (good) return DONE;
     if (interrupted && error == EINTR) {
         clearerr(stdin);
         return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
@@ -2031,18 +2004,26 @@ static int read_input(const char *path, enum extent extent, char **bytes, size_t
                 strerror(error));
 }
 
-/* Drops a byte order mark, which is no part of a text. Returns the new length. */
-static size_t drop_mark(char *text, size_t n) {
-    if (n < 3 || memcmp(text, "\xef\xbb\xbf", 3) != 0) return n;
-    memmove(text, text + 3, n - 2);     /* with the zero at the end                               */
-    return n - 3;
+/* Drops a byte order mark, which is no part of a text. */
+static void drop_mark(buffer *text) {
+    if (text->n < 3 || memcmp(text->bytes, "\xef\xbb\xbf", 3) != 0) return;
+    text->n -= 3;
+    memmove(text->bytes, text->bytes + 3, text->n + 1);
 }
 
-/* Drops one newline at the end, \n or \r\n. Returns the new length. */
-static size_t drop_newline(char *text, size_t n) {
-    if (n > 0 && text[n - 1] == '\n') n -= n > 1 && text[n - 2] == '\r' ? 2 : 1;
-    text[n] = '\0';
-    return n;
+/* Drops one newline at the end, \n or \r\n. */
+static void drop_newline(buffer *text) {
+    if (text->n == 0 || text->bytes[text->n - 1] != '\n') return;
+    text->n -= text->n > 1 && text->bytes[text->n - 2] == '\r' ? 2 : 1;
+    text->bytes[text->n] = '\0';
+}
+
+/* Reads a text, as a person would type it. */
+static int read_text(run *r, const char *path) {
+    TRY(read_input(path, ALL, &r->input));
+    drop_mark(&r->input);
+    drop_newline(&r->input);
+    return DONE;
 }
 
 static int output_failed(const output *f) {
@@ -3022,17 +3003,16 @@ typedef struct {
     size_t   parallel, n_running;
     based_session *kept[KEPT];          /* beginnings of prompts                                  */
     uint64_t used[KEPT], clock;         /* when each was used last                                */
-    float   *rows;                      /* (block, width) logits of a continuation                */
     buffer   answer;
 
     FILE    *file;                      /* requests; bytes.bytes[at .. bytes.n - 1] were read     */
     buffer   bytes;
     size_t   at;
     span     line;                      /* the newest line                                        */
-    uint64_t lines, left, index;        /* read so far; texts of this line still to come          */
+    uint64_t lines, texts, index;       /* read so far; texts of this line, and how many came     */
     int      ended, too_long, status;   /* of the file; the newest line; of reading               */
     double   file_bytes, done_bytes;    /* 0: not known                                           */
-    uint64_t requests, errors, prompt_tokens, shared_tokens, tokens;
+    uint64_t requests, answered, errors, prompt_tokens, shared_tokens, tokens;
 } batch;
 
 /* ---- JSON: one object of texts, numbers, true, false, null, and one list ----------------------*/
@@ -3048,9 +3028,15 @@ static int refuse(reader *in, const char *wrong) {
 
 /* The next byte that is not blank; -1 at the end. */
 static int peek(reader *in) {
-    while (in->at < in->end && (*in->at == ' ' || (*in->at >= '\t' && *in->at <= '\r'
-                                && *in->at != '\v' && *in->at != '\f'))) in->at++;
+    while (in->at < in->end && memchr(" \t\r\n", *in->at, 4)) in->at++;
     return in->at < in->end ? (unsigned char)*in->at : -1;
+}
+
+/* Takes this byte, if it is the next one. */
+static int take(reader *in, char c) {
+    if (peek(in) != c) return 0;
+    in->at++;
+    return 1;
 }
 
 /* The length of the UTF-8 character that p begins with; 0 if it is not valid. */
@@ -3136,7 +3122,7 @@ static int is_number(const char *text) {
 }
 
 /* The keys of a request. A number has the range of the flag. */
-enum key { ID, TO_CONTINUE, TO_SCORE, STOP, LOGPROBS, NUMBERS };
+enum { ID, TO_CONTINUE, TO_SCORE, STOP, LOGPROBS };
 static const struct { const char *name, *takes, *flag; } keys[] = {
     {"id", "a text or a number", NULL}, {"prompt", "a text", NULL},
     {"continuation", "a text", NULL}, {"stop", "a text or a list of at most 16, none empty", NULL},
@@ -3149,25 +3135,22 @@ enum { KEYS = (int)COUNT(keys) };
 
 /* One stop text, or the list of them. Returns 0 if it is something else. */
 static int read_stops(job *j, reader *in) {
-    int list = peek(in) == '[', c = ',';
-    in->at += list;
+    int list = take(in, '[');
     j->o.stops = j->stops;
     j->o.n_stops = 0;
-    if (list && peek(in) == ']') c = ']', in->at++;
-    while (c == ',') {
+    if (list && take(in, ']')) return 1;
+    do {
         span stop;
         if (peek(in) != '"' || !read_string(in, &stop)) return 0;
         if (stop.n == 0 || strlen(stop.text) < stop.n || j->o.n_stops == STOPS) return 0;
         j->stops[j->o.n_stops++] = stop.text;
-        if (!list) return 1;
-        c = peek(in);
-        in->at += c == ',' || c == ']';
-    }
-    return c == ']';
+    } while (list && take(in, ','));
+    return !list || take(in, ']');
 }
 
 /* The value of a key. null is as if the key were not there. */
 static int read_value(job *j, reader *in, int key) {
+    static const char letters[] = "+-.0123456789Eaeflnrstu";
     const flag *f = NULL;
     char word[WORD_BYTES] = "";
     span source = { in->at, 0 };        /* of a word                                              */
@@ -3175,7 +3158,7 @@ static int read_value(job *j, reader *in, int key) {
     for (const flag *g = flags; g < flags + FLAGS && keys[key].flag; g++) {
         if (strcmp(g->name, keys[key].flag) == 0) f = g;
     }
-    if (peek(in) == '"' && (key == ID || key == TO_CONTINUE || key == TO_SCORE)) {
+    if (peek(in) == '"' && key <= TO_SCORE) {
         span *to = key == ID ? &j->id : key == TO_CONTINUE ? &j->prompt : &j->continuation;
         if (!read_string(in, to)) return 0;
         good = 1;
@@ -3184,9 +3167,9 @@ static int read_value(job *j, reader *in, int key) {
         good = read_stops(j, in);
         if (in->wrong) return 0;
     } else {
-        for (source.text = in->at; in->at < in->end && source.n + 1 < WORD_BYTES; source.n++) {
-            if (!strchr("+-.0123456789Eaeflnrstu", *in->at) || *in->at == '\0') break;
-            word[source.n] = *in->at++;
+        while (in->at < in->end && source.n + 1 < WORD_BYTES
+               && memchr(letters, *in->at, sizeof letters - 1)) {
+            word[source.n++] = *in->at++;
         }
         if (strcmp(word, "null") == 0) return 1;
         if (key == ID) good = is_number(word), j->id = good ? source : j->id;
@@ -3203,36 +3186,26 @@ static int read_value(job *j, reader *in, int key) {
     return refuse(in, j->detail);
 }
 
-static int read_member(job *j, reader *in, unsigned *seen) {
-    span name;
-    int key = 0;
-    if (peek(in) != '"') return refuse(in, "a key in quotes is expected");
-    if (!read_string(in, &name)) return 0;
-    while (key < KEYS && (strlen(keys[key].name) != name.n
-                          || memcmp(keys[key].name, name.text, name.n) != 0)) key++;
-    if (key == KEYS || *seen >> key & 1) {
-        snprintf(j->detail, sizeof j->detail, key == KEYS ? "there is no key %s; the help for "
-                 "--jsonl lists them all" : "there are two keys %s", QUOTE(name.text));
-        return refuse(in, j->detail);
-    }
-    *seen |= 1u << key;
-    if (peek(in) != ':') return refuse(in, "a colon is expected");
-    in->at++;
-    peek(in);
-    return read_value(j, in, key);
-}
-
 static int read_members(job *j, reader *in) {
     unsigned seen = 0;
-    int c = peek(in);
-    if (c != '{') return refuse(in, "an object, {...}, is expected");
-    in->at++;
-    if (peek(in) == '}') c = '}', in->at++;
-    while (c != '}') {
-        if (!read_member(j, in, &seen)) return 0;
-        c = peek(in);
-        if (c != ',' && c != '}') return refuse(in, "a comma or } is expected");
-        in->at++;
+    if (!take(in, '{')) return refuse(in, "an object, {...}, is expected");
+    for (int more = !take(in, '}'); more; ) {
+        span name;
+        int key = 0;
+        if (peek(in) != '"') return refuse(in, "a key in quotes is expected");
+        if (!read_string(in, &name)) return 0;
+        while (key < KEYS && !is_name(keys[key].name, name.text, name.n)) key++;
+        if (key == KEYS || seen >> key & 1) {
+            snprintf(j->detail, sizeof j->detail, key == KEYS ? "there is no key %s; the help for "
+                     "--jsonl lists them all" : "there are two keys %s", QUOTE(name.text));
+            return refuse(in, j->detail);
+        }
+        seen |= 1u << key;
+        if (!take(in, ':')) return refuse(in, "a colon is expected");
+        peek(in);
+        if (!read_value(j, in, key)) return 0;
+        more = take(in, ',');
+        if (!more && !take(in, '}')) return refuse(in, "a comma or } is expected");
     }
     return peek(in) == -1 || refuse(in, "something stands behind the object");
 }
@@ -3278,12 +3251,7 @@ static int next_line(batch *b, int wait) {
         if (b->bytes.n > 0 && b->at > 0) memmove(b->bytes.bytes, from, b->bytes.n);
         searched = b->bytes.n;
         b->at = 0;
-        if (b->bytes.room - b->bytes.n < BUFSIZ) {
-            size_t room = 2 * b->bytes.room;
-            char *more = room > b->bytes.room ? realloc(b->bytes.bytes, room) : NULL;
-            if (more) b->bytes.bytes = more, b->bytes.room = room;
-            else b->too_long = 1, b->bytes.n = searched = 0;
-        }
+        if (!reserve(&b->bytes, BUFSIZ)) b->too_long = 1, b->bytes.n = searched = 0;
         if (wait) leave_signals(0);     /* while it waits, Ctrl-C ends the program                */
         long got = read_some(b->file, b->bytes.bytes + b->bytes.n, b->bytes.room - b->bytes.n,
                              wait);
@@ -3304,87 +3272,64 @@ static job *add_job(batch *b) {
     j->r.o = &j->o;
     j->r.out = (text_out){ .to = &j->text, .decoder = b->r->out.decoder };
     j->r.sampler_memory = NULL, j->r.recent = NULL;
-    if (b->last) b->last->next = j;
-    else b->first = j;
+    *(b->first ? &b->last->next : &b->first) = j;
     b->last = j;
     if (!b->waiting) b->waiting = j;
     b->n_queued++;
     return j;
 }
 
-/* The tokens of a request: the prompt, or the start token, and then the continuation. */
-static int encode_request(job *j) {
+/* The tokens of a request: the prompt, or the start token, and then the continuation. Returns what
+ * is wrong with it, or NULL. */
+static const char *encode_request(job *j) {
     run *r = &j->r;
     size_t n = j->prompt.n, more = j->continuation.n;
     int unprompted = j->continuation.text && n == 0;    /* all of the text is scored              */
     char *text = malloc(n + more + 1);
-    if (!text) {
-        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its text" };
-        return 0;
-    }
+    if (!text) return "not enough memory for its text";
     if (j->prompt.text) memcpy(text, j->prompt.text, n);
     if (j->continuation.text) memcpy(text + n, j->continuation.text, more);
     int status = encode_quietly(r, text, n + more, unprompted ? PREDICTS : BEGINS, n, n);
     free(text);
-    if (status != BASED_OK) return 0;
+    if (status != BASED_OK) return r->error.text;
     if (r->n_ids == 0 || (unprompted && start_token(&r->tokenizer) < 0)) {
-        r->error = (based_error){ BASED_EINVAL, "no token begins a text; give a prompt" };
-        return 0;
+        return "no token begins a text; give a prompt";
     }
     j->n_prompt = unprompted ? 1 : r->n_first;
     j->n_scored = r->n_ids - j->n_prompt;
-    return 1;
+    return NULL;
 }
 
 /* Puts the next text that is asked for into the queue; a request that is not valid as a job that
  * has ended. */
 static int read_job(batch *b, int wait, int *got) {
-    *got = 0;
-    if (b->left == 0) {
-        if (!next_line(b, wait)) return DONE;
-        b->left = 1;
-        b->index = 0;
-    }
+    *got = b->index < b->texts || next_line(b, wait);
+    if (!*got) return DONE;
+    if (b->index == b->texts) b->index = 0, b->texts = 1;
     job *j = add_job(b);
     if (!j) return out_of_memory("the requests");
-    *got = 1;
     j->index = b->index++;
     j->line_number = b->lines;
-    b->left--;
+    b->requests += j->index == 0;
 
     /* a copy of the line, which becomes its texts */
     char *copy = b->too_long ? NULL : malloc(b->line.n + 1);
-    int good = copy != NULL;
-    if (good) {
+    if (!copy) {
+        j->wrong = "not enough memory for so long a line";
+    } else {
         j->line = (span){ memcpy(copy, b->line.text, b->line.n), b->line.n };
         b->queued_bytes += b->line.n;
-        good = read_request(j, copy, b->line.n);
-    } else {
-        j->wrong = "not enough memory for so long a line";
-    }
-    if (good) {
-        if (j->index == 0 && j->o.branches > 1 && !j->continuation.text) {
-            b->left = (uint64_t)j->o.branches - 1;
+        if (read_request(j, copy, b->line.n)) j->wrong = encode_request(j);
+        if (j->byte == 0 && j->index == 0 && j->o.branches > 1 && !j->continuation.text) {
+            b->texts = (uint64_t)j->o.branches;
         }
         j->o.seed += j->index;
-        if (!encode_request(j)) j->wrong = j->r.error.text;
     }
     if (j->wrong) {
         j->finish = "error";
         b->errors++;
     }
-    b->requests += j->index == 0;
     return DONE;
-}
-
-/* What a job holds while it is running. */
-static void free_text(job *j) {
-    free(j->r.sampler_memory);
-    free(j->r.recent);
-    free(j->r.out.token);
-    free(j->r.out.held);
-    j->r.out.token = j->r.out.held = NULL;
-    j->r.sampler_memory = j->r.recent = NULL;
 }
 
 static void free_first(batch *b) {
@@ -3394,7 +3339,7 @@ static void free_first(batch *b) {
     if (b->waiting == j) b->waiting = b->first;
     b->n_queued--;
     b->queued_bytes -= j->line.n;
-    free_text(j);
+    free_text(&j->r);
     if (!b->r->o->branches) free(j->r.ids);
     free(j->text.bytes);
     free(j->tokens.bytes);
@@ -3404,15 +3349,6 @@ static void free_first(batch *b) {
 }
 
 /* ---- Answers ----------------------------------------------------------------------------------*/
-static int put(buffer *b, const char *format, ...) {
-    char text[400];
-    va_list arguments;
-    va_start(arguments, format);
-    int n = vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    return append(b, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
-}
-
 static int put_quoted(buffer *b, const char *text, size_t n) {
     TRY(put(b, "\""));
     for (size_t i = 0; i < n; i++) {
@@ -3442,19 +3378,18 @@ static int note_token(batch *b, job *j, const float *logits, int32_t id) {
 }
 
 /* The answer is complete in memory before it is written, as a whole line, by one call. */
-static int write_answer(batch *b, const job *j) {
+static int write_answer(batch *b, job *j) {
     buffer *a = &b->answer;
     a->n = 0;
     TRY(put(a, "{\"id\": "));
     if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
     else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
     if (j->wrong) {
-        char text[320];
-        int n = snprintf(text, sizeof text, "line %llu", (unsigned long long)j->line_number);
-        if (j->byte) n += snprintf(text + n, 32, ", byte %llu", (unsigned long long)j->byte);
-        snprintf(text + n, sizeof text - (size_t)n, ": %s", j->wrong);
+        TRY(put(&j->text, "line %llu", (unsigned long long)j->line_number));
+        if (j->byte) TRY(put(&j->text, ", byte %llu", (unsigned long long)j->byte));
+        TRY(put(&j->text, ": %s", j->wrong));
         TRY(put(a, ", \"error\": "));
-        TRY(put_quoted(a, text, strlen(text)));
+        TRY(put_quoted(a, j->text.bytes, j->text.n));
     } else if (j->continuation.text) {
         TRY(put(a, ", \"logprob\": "));
         TRY(put_log(a, j->score));
@@ -3493,7 +3428,7 @@ static int deliver(batch *b) {
         if (!j->finish || j->delivered) continue;
         clear_progress(b->r);
         TRY(b->r->o->branches ? write_branch(b, j) : write_answer(b, j));
-        b->done_bytes += (double)(j->index == 0) * (double)(j->line.n + 1);
+        if (j->index == 0) b->answered++, b->done_bytes += (double)j->line.n + 1;
         j->delivered = 1;
     }
     while (b->first && b->first->delivered) free_first(b);
@@ -3504,10 +3439,8 @@ static void show_requests(batch *b) {
     char line[160];
     double spent = seconds() - b->r->begun;
     if (!b->r->o->jsonl || !progress_is_due(b->r)) return;
-    uint64_t open = 0;
-    for (const job *j = b->first; j; j = j->next) open += j->index == 0 && !j->finish;
     int n = snprintf(line, sizeof line, "answered %s requests, %s tokens, %.0f tok/s",
-                     THOUSANDS(b->requests - open), THOUSANDS(b->tokens),
+                     THOUSANDS(b->answered), THOUSANDS(b->tokens),
                      per_second(b->tokens, spent));
     if (b->file_bytes > 0 && b->done_bytes > 0) {
         snprintf(line + n, sizeof line - (size_t)n, ", %.0f s left",
@@ -3598,9 +3531,9 @@ static int score_continuation(batch *b, job *j) {
     j->greedy = 1;
     for (size_t at = 0, some; at < n && !interrupted; at += some) {
         some = n - at < r->block ? n - at : r->block;
-        TRY_LIB(based_feed(r->session, ids + at - 1, some, b->rows, &r->error), r->o->jsonl);
+        TRY_LIB(based_feed(r->session, ids + at - 1, some, r->rows, &r->error), r->o->jsonl);
         for (size_t i = 0; i < some; i++) {
-            const float *logits = b->rows + i * width;
+            const float *logits = r->rows + i * width;
             TRY(check_logits(r, logits, based_count(r->session)));
             j->greedy &= is_best(logits, width, ids[at + i]);
             TRY(note_token(b, j, logits, ids[at + i]));
@@ -3614,7 +3547,7 @@ static int score_continuation(batch *b, job *j) {
 static int finish(job *j, const char *reason) {
     j->finish = reason;
     TRY(j->o.branches && !j->o.jsonl ? end_text(&j->r) : put_rest(&j->r));
-    free_text(j);
+    free_text(&j->r);
     return DONE;
 }
 
@@ -3624,23 +3557,18 @@ static int start_job(batch *b) {
     run *r = b->r;
     b->waiting = j->next;
     if (j->finish) return DONE;
+    const int32_t *before = j->r.ids;   /* what was read before the text                          */
+    size_t n = j->r.n_ids;
     if (r->o->branches) {
-        size_t n = based_sampler_recent(&r->sampler, r->recent);
-        TRY(prepare(&j->r));
-        j->r.sampler.seed = r->sampler.seed + j->index;
-        reset_sampler(&j->r);
-        for (size_t i = 0; i < n; i++) based_sampler_accept(&j->r.sampler, r->recent[i]);
-        TRY(show_prompt(&j->r, !j->o.no_display_prompt));
+        before = r->recent, n = based_sampler_recent(&r->sampler, r->recent);
     } else {
         TRY(read_job_prompt(b, j));
         if (interrupted) return DONE;
         if (j->continuation.text) return score_continuation(b, j);
-        TRY(prepare(&j->r));
-        for (size_t i = 0; i < j->r.n_ids; i++) {
-            based_sampler_accept(&j->r.sampler, j->r.ids[i]);
-        }
-        TRY(show_prompt(&j->r, 0));
     }
+    TRY(prepare(&j->r));
+    for (size_t i = 0; i < n; i++) based_sampler_accept(&j->r.sampler, before[i]);
+    TRY(show_prompt(&j->r, r->o->branches && !r->o->no_display_prompt));
     if (j->o.predict == 0) return finish(j, "length");
 
     /* the first session lends its scratch memory to all */
@@ -3719,11 +3647,9 @@ static int run_jobs(batch *b) {
 }
 
 static int open_batch(batch *b) {
-    size_t bytes = based_session_bytes(b->r->model, 1);
+    size_t fit = SESSIONS_BYTES / based_session_bytes(b->r->model, 1);
     b->parallel = (size_t)b->r->o->parallel;
-    if (b->parallel == 0) b->parallel = SESSIONS_BYTES / bytes < PARALLEL ? SESSIONS_BYTES / bytes
-                                                                         : PARALLEL;
-    if (b->parallel == 0) b->parallel = 1;
+    if (b->parallel == 0) b->parallel = fit > PARALLEL ? PARALLEL : fit > 0 ? fit : 1;
     b->running = calloc(b->parallel, sizeof(job *));
     b->session = calloc(b->parallel, sizeof(based_session *));
     return b->running && b->session ? DONE : out_of_memory("so many texts");
@@ -3735,7 +3661,6 @@ static void close_batch(batch *b) {
     for (size_t i = 0; i < KEPT; i++) based_session_free(b->kept[i]);
     free(b->running);
     free(b->session);
-    free(b->rows);
     free(b->answer.bytes);
     free(b->bytes.bytes);
     if (b->file && b->file != stdin) fclose(b->file);
@@ -3748,8 +3673,8 @@ static int write_branches(run *r) {
     double begun = seconds();
     for (uint64_t i = 0; i < (uint64_t)r->o->branches && rc == DONE; i++) {
         job *j = add_job(&b);
-        if (j) j->index = i;
-        else rc = out_of_memory("so many texts");
+        if (!j) rc = out_of_memory("so many texts");
+        else j->index = i, j->o.has_seed = 1, j->o.seed = r->sampler.seed + i;
     }
     if (rc == DONE) rc = run_jobs(&b);
     for (size_t i = 0; i < b.n_running && rc == INTERRUPTED; i++) {     /* what there is so far   */
@@ -3767,8 +3692,7 @@ static int open_requests(batch *b) {
     b->file = strcmp(r->o->jsonl, "-") == 0 ? stdin : fopen(r->o->jsonl, "rb");
     if (!b->file) return fail(BAD_INPUT, "cannot read %s: %s", r->o->jsonl, strerror(errno));
     b->file_bytes = file_size(b->file);
-    b->bytes = (buffer){ .bytes = malloc(2 * BUFSIZ), .room = 2 * BUFSIZ };
-    if (!b->bytes.bytes) return out_of_memory("the requests");
+    if (!reserve(&b->bytes, BUFSIZ)) return out_of_memory("the requests");
     setvbuf(stdout, NULL, _IONBF, 0);   /* a line is written by one call                          */
     return DONE;
 }
@@ -3776,12 +3700,6 @@ static int open_requests(batch *b) {
 static int answer_requests(run *r) {
     batch b = { .r = r };
     TRY(open_session(r, 1));
-    b.rows = r->rows;                   /* reading a prompt fills none                            */
-    r->rows = NULL;
-    if (!r->has_tokenizer) {
-        free(b.rows);
-        return no_tokenizer(r);
-    }
     int rc = open_batch(&b);
     if (rc == DONE) rc = open_requests(&b);
     catch_signals(0);
@@ -3850,24 +3768,20 @@ int main(int argc, char **argv) {
     if (rc == DONE) rc = do_job(&r, &o);
 
     close_output(&r.dump, BAD_INPUT);   /* a file that is complete was closed before              */
-    for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].bytes);
+    for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].state.bytes);
     free(r.chat.first.bytes);
-    free(r.chat.line);
-    free(r.chat.raw);
-    free(r.chat.begin);
+    free(r.chat.line.bytes);
+    free(r.chat.name.bytes);
+    free(r.chat.raw.bytes);
+    free(r.chat.begin.bytes);
+    free(r.input.bytes);
     free(r.saved.bytes);
-    free(r.out.token);
-    free(r.out.held);
+    free_text(&r);
     free(r.rows);
     free(r.lookup.text);
     free(r.lookup.last);
-    free(r.lookup.before);
-    free(r.lookup.draft);
     free(r.lookup.rows);
-    free(r.lookup.old);
     free(r.ids);
-    free(r.sampler_memory);
-    free(r.recent);
     based_session_free(r.chat.snapshot);
     based_session_free(r.session);
     based_close(r.model);
