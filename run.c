@@ -43,6 +43,7 @@
 #define _XOPEN_SOURCE 700               /* POSIX 2008, and realpath                               */
 #endif
 #include <errno.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -218,6 +219,7 @@ static int fail(int status, const char *format, ...) {
 #define TRY(call) do { int rc_ = (call); if (rc_ != DONE) return rc_; } while (0)
 #define TRY_LIB(call, where) \
     do { if ((call) != BASED_OK) return library_failed(r, where); } while (0)
+#define TRY_MODEL(call) TRY_LIB(call, r->o->checkpoint)
 
 static int library_failed(const run *r, const char *where) {
     return fail(BAD_INPUT, "%s: %s", where, r->error.text);
@@ -235,7 +237,7 @@ static int out_of_memory(const char *what) {
 #define AMOUNT(bytes) amount((char[SHORT_BYTES]){ 0 }, (double)(bytes))
 
 static const char *thousands(char out[SHORT_BYTES], uint64_t value) {
-    int n = snprintf(out, SHORT_BYTES, "%llu", (unsigned long long)value);
+    int n = snprintf(out, SHORT_BYTES, "%" PRIu64, value);
     for (int at = n - 3; at > 0; at -= 3) {
         memmove(out + at + 1, out + at, strlen(out + at) + 1);
         out[at] = ',';
@@ -561,7 +563,7 @@ static void free_text(run *r) {
 /* For -v: the seed and the settings. */
 static void tell_sampling(const run *r) {
     if (!r->o->verbose) return;
-    fprintf(stderr, "seed:   %llu\nsample:", (unsigned long long)r->sampler.seed);
+    fprintf(stderr, "seed:   %" PRIu64 "\nsample:", r->sampler.seed);
     print_settings(r, stderr);
 }
 
@@ -1319,9 +1321,9 @@ static void describe(const run *r, const char *what) {
 }
 
 static void time_line(const char *what, double spent, uint64_t n, const char *unit) {
-    fprintf(stderr, "%16s = %10.2f ms / %5llu %-6s (%8.2f ms per token, %8.2f tokens per second)\n",
-            what, 1e3 * spent, (unsigned long long)n, unit, n > 0 ? 1e3 * spent / (double)n : 0,
-            per_second(n, spent));
+    fprintf(stderr, "%16s = %10.2f ms / %5" PRIu64 " %-6s (%8.2f ms per token, "
+            "%8.2f tokens per second)\n", what, 1e3 * spent, n, unit,
+            n > 0 ? 1e3 * spent / (double)n : 0, per_second(n, spent));
 }
 
 /* The statistics. Scripts written for llama2.c look for the last line, the speed: of reading, or of
@@ -1461,8 +1463,8 @@ static int read_tokens(run *r, const char *list) {
         if (strspn(list, "0123456789") < n || id >= vocab) {
             char word[SHORT_BYTES];
             snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
-            return fail(BAD_USAGE, "--tokens takes ids from 0 to %llu separated by spaces, got %s",
-                        (unsigned long long)vocab - 1, QUOTE(word));
+            return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
+                        "got %s", vocab - 1, QUOTE(word));
         }
         r->ids[r->n_ids++] = (int32_t)id;
     }
@@ -1935,9 +1937,8 @@ static int score_rows(run *r, size_t first, size_t n) {
         double nats = -based_log_probability(logits, width, r->ids[first + i + 1]);
         if (nats - nats != 0) {         /* infinite, or not a number                              */
             clear_progress(r);
-            return fail(BAD_INPUT, "%s gives token %llu of %s no probability; the checkpoint is "
-                        "broken", r->o->checkpoint, (unsigned long long)(first + i + 1),
-                        r->o->perplexity);
+            return fail(BAD_INPUT, "%s gives token %zu of %s no probability; the checkpoint is "
+                        "broken", r->o->checkpoint, first + i + 1, r->o->perplexity);
         }
         hash_logits(r, logits);
 
@@ -2061,7 +2062,7 @@ static int feed_any(run *r, uint64_t n) {
     for (uint64_t done = 0, some; done < n; done += some) {
         some = n - done < BLOCK ? n - done : BLOCK;
         for (size_t i = 0; i < some; i++) ids[i] = any_token(r, based_count(r->session) + i);
-        TRY_LIB(based_feed(r->session, ids, (size_t)some, NULL, &r->error), r->o->checkpoint);
+        TRY_MODEL(based_feed(r->session, ids, (size_t)some, NULL, &r->error));
         if (interrupted) return INTERRUPTED;
     }
     return DONE;
@@ -2084,7 +2085,7 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
         if (!sessions) TRY(feed_any(r, n));
         for (uint64_t step = 0; sessions && step < n; step++) {
             for (size_t s = 0; s < sessions; s++) ids[s] = any_token(r, s * 977 + step);
-            TRY_LIB(based_step_many(b->session, ids, sessions, &r->error), r->o->checkpoint);
+            TRY_MODEL(based_step_many(b->session, ids, sessions, &r->error));
             if (interrupted) return INTERRUPTED;
         }
         each[i] = b->speed = tokens / (seconds() - begun);
@@ -2099,10 +2100,9 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
     double bandwidth = mean / tokens * bytes * 1e-9;
     double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
     if (r->o->csv) {
-        printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model,
-               based_model_kernels(r->model), b->threads, (unsigned long long)b->weights,
-               (unsigned long long)b->state, (unsigned long long)b->memory, reads, test, mean,
-               spread, bandwidth, used);
+        printf("\"%s\",%s,%d,%" PRIu64 ",%" PRIu64 ",%" PRIu64 ",%.3f,%s,%.2f,%.2f,%.3f,%.1f\n",
+               b->model, based_model_kernels(r->model), b->threads, b->weights, b->state,
+               b->memory, reads, test, mean, spread, bandwidth, used);
     } else {
         printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread,
                bandwidth, reads, used);
@@ -2128,7 +2128,7 @@ static int run_tests(run *r, benchmark *b) {
 
     /* read a prompt */
     for (size_t i = 0; i < 3; i++) {
-        snprintf(test, sizeof test, "pp%llu", (unsigned long long)prompts[i]);
+        snprintf(test, sizeof test, "pp%" PRIu64, prompts[i]);
         TRY(time_test(r, b, test, 0, prompts[i], 1));
     }
     double prompt_speed = b->speed;
@@ -2138,7 +2138,7 @@ static int run_tests(run *r, benchmark *b) {
     for (size_t have = 1, many = 1; many <= BATCH_MOST; many *= 4) {
         for (; have < many; have++) {
             TRY(new_session(r, &b->session[have], BATCH_MOST));
-            TRY_LIB(based_copy(b->session[have], r->session, &r->error), r->o->checkpoint);
+            TRY_MODEL(based_copy(b->session[have], r->session, &r->error));
         }
         snprintf(test, sizeof test, "tg%d x %zu", BATCH_STEPS, many);
         TRY(time_test(r, b, test, many, BATCH_STEPS, 0));
@@ -2149,7 +2149,7 @@ static int run_tests(run *r, benchmark *b) {
     for (size_t i = 0; i < 4; i++) {
         uint64_t depth = depths[i], count = based_count(r->session);
         double wait = ((double)depth - (double)count) / prompt_speed;
-        snprintf(test, sizeof test, "tg%d @ %llu", DECODED, (unsigned long long)depth);
+        snprintf(test, sizeof test, "tg%d @ %" PRIu64, DECODED, depth);
         if (wait > (double)LONGEST_WAIT) {
             fprintf(stderr, "%s is left out: reading so long a text first would take %.0f "
                     "minutes\n", test, wait / 60.0);
@@ -2350,7 +2350,7 @@ static int check_few(run *r) {
                    : based_feed(r->session, ids, FEW, rows, &r->error);
     for (size_t i = 0; i < total && status == BASED_OK; i++) bad += rows[i] - rows[i] != 0;
     free(rows);
-    TRY_LIB(status, r->o->checkpoint);
+    TRY_MODEL(status);
     if (bad == 0) return DONE;
     return fail(BAD_INPUT, "%s: all weights are finite, but %s of the %s logits after the first %d "
                 "tokens are NaN or infinite; the checkpoint is broken", r->o->checkpoint,
@@ -2359,7 +2359,7 @@ static int check_few(run *r) {
 
 /* Opening has checked everything except the weights and what they compute. */
 static int check(run *r) {
-    TRY_LIB(based_check_weights(r->model, &r->error), r->o->checkpoint);
+    TRY_MODEL(based_check_weights(r->model, &r->error));
     TRY(check_few(r));
     printf("%s is sound: header, sizes, %s%s and %s parameters\n", r->o->checkpoint,
            r->o->no_checksum ? "" : "checksum, ", r->has_tokenizer ? "tokenizer" : "no tokenizer",
@@ -2399,8 +2399,8 @@ static int vectors(run *r) {
     TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     for (size_t at = 0; at < rows; at += block) {
         size_t some = rows - at < block ? rows - at : block;
-        TRY_LIB((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
-                x + at * c->input, some, r->rows, &r->error), r->o->checkpoint);
+        TRY_MODEL((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
+                x + at * c->input, some, r->rows, &r->error));
         TRY(dump_rows(r, r->rows, some));
     }
     TRY(close_output(&r->dump, DONE));
@@ -2419,7 +2419,7 @@ enum kind { SWITCH, TEXT, TEXTS, NAME, WHOLE, REAL, SEED, MODE };
 enum {
     PROMPT = 1, CHAT = 2, JOB = 4, BENCH = 8, SAVE = 16, LOAD = 32, BRANCHES = 64, DUMP = 128,
     VERBOSE = 256, JSONL = 512,
-    NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES      /* what a job excludes            */
+    NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES | DUMP       /* what a job excludes    */
 };
 
 typedef struct {
@@ -2526,7 +2526,7 @@ static const flag flags[] = {
              "input. Other keys: temperature, top_p, top_k, min_p, repeat_penalty, "
              "repeat_last_n, seed, stop, logprobs, n; or continuation, a text to be scored. What a "
              "line leaves out is as the options say",
-     .is = JOB | JSONL, .excludes = NO_TEXT | DUMP},
+     .is = JOB | JSONL, .excludes = NO_TEXT},
     {0, "parallel", "N", WHOLE, AT(parallel),
      .help = "Compute at most N texts together; the answers are the same for any number. 0 is "
              "64, or fewer if the model's memory of so many texts takes more than 1 GB",
@@ -2556,21 +2556,21 @@ static const flag flags[] = {
      .help = "Measure how well the model predicts the text in FILE, of any length; \"-\" is "
              "standard input. Documents that an end-of-text token separates begin from nothing "
              "each",
-     .is = JOB, .excludes = NO_TEXT | DUMP},
+     .is = JOB, .excludes = NO_TEXT},
     {'b', "bench", NULL, SWITCH, AT(bench),
      .help = "Measure speed: prompts, texts of several lengths, several texts at once; beside "
              "each the share of the memory's speed that it uses",
-     .is = JOB | BENCH, .excludes = NO_TEXT | DUMP},
+     .is = JOB | BENCH, .excludes = NO_TEXT},
     {0, "csv", NULL, SWITCH, AT(csv),
      .help = "With --bench: comma-separated values instead of a table",
      .needs = BENCH},
     {0, "info", NULL, SWITCH, AT(info),
      .help = "Say what this checkpoint is: its layers, parameters and sizes",
-     .is = JOB, .excludes = NO_TEXT | DUMP},
+     .is = JOB, .excludes = NO_TEXT},
     {0, "check", NULL, SWITCH, AT(check),
      .help = "Check all of this checkpoint, each weight too, and say in one line whether it is "
              "sound (status 0) or what is wrong first (status 1)",
-     .is = JOB, .excludes = NO_TEXT | DUMP},
+     .is = JOB, .excludes = NO_TEXT},
     {0, "dump-logits", "FILE", NAME, AT(dump),
      .help = "Write the logits after every token read, row after row, as little-endian float32",
      .is = DUMP, .excludes = CHAT},
@@ -2788,7 +2788,7 @@ static int check_options(const options *o) {
             if (g->is & f->needs) needed = g;
             if (g == f || !is_on(o, g)) continue;
             others |= g->is;
-            if (g->is & f->excludes) {
+            if (g->is & f->excludes & ~f->needs) {
                 return fail(BAD_USAGE, "--%s does not go with --%s%s; leave one of them out",
                             f->name, g->name, g->kind == MODE ? " chat" : "");
             }
@@ -3364,8 +3364,8 @@ static int write_answer(batch *b, job *j) {
     if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
     else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
     if (j->wrong) {
-        TRY(put(&j->text, "line %llu", (unsigned long long)j->line_number));
-        if (j->byte) TRY(put(&j->text, ", byte %llu", (unsigned long long)j->byte));
+        TRY(put(&j->text, "line %" PRIu64, j->line_number));
+        if (j->byte) TRY(put(&j->text, ", byte %" PRIu64, j->byte));
         TRY(put(&j->text, ": %s", j->wrong));
         TRY(put(a, ", \"error\": "));
         TRY(put_quoted(a, j->text.bytes, j->text.n));
@@ -3374,7 +3374,7 @@ static int write_answer(batch *b, job *j) {
         TRY(put_log(a, j->score));
         TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
     } else {
-        TRY(put(a, ", \"index\": %llu, \"text\": ", (unsigned long long)j->index));
+        TRY(put(a, ", \"index\": %" PRIu64 ", \"text\": ", j->index));
         TRY(put_quoted(a, j->text.bytes, j->text.n));
     }
     if (!j->wrong) {
@@ -3389,14 +3389,13 @@ static int write_answer(batch *b, job *j) {
 }
 
 static int write_branch(batch *b, const job *j) {
-    printf("--- branch %s of %s, seed %llu ---\n", THOUSANDS(j->index + 1),
-           THOUSANDS((uint64_t)b->r->o->branches), (unsigned long long)j->r.sampler.seed);
+    printf("--- branch %s of %s, seed %" PRIu64 " ---\n", THOUSANDS(j->index + 1),
+           THOUSANDS((uint64_t)b->r->o->branches), j->r.sampler.seed);
     TRY(write_text(&b->r->out, j->text.bytes, j->text.n));
     TRY(flush_text());
     b->r->hash = j->r.hash;
     if (b->r->o->verbose) {
-        fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)j->index + 1,
-                (unsigned)j->r.hash);
+        fprintf(stderr, "branch %" PRIu64 ": logits #%08" PRIx32 "\n", j->index + 1, j->r.hash);
     }
     return DONE;
 }
@@ -3691,12 +3690,11 @@ static int answer_requests(run *r) {
     r->timed = b.tokens;
     r->generate_time = seconds() - begun;
     if (r->o->verbose) {
-        fprintf(stderr, "{\"requests\": %llu, \"errors\": %llu, \"prompt_tokens\": %llu, "
-                "\"shared_tokens\": %llu, \"tokens\": %llu, \"seconds\": %.3f, "
-                "\"tokens_per_second\": %.1f}\n", (unsigned long long)b.requests,
-                (unsigned long long)b.errors, (unsigned long long)b.prompt_tokens,
-                (unsigned long long)b.shared_tokens, (unsigned long long)b.tokens,
-                r->generate_time, per_second(b.tokens, r->generate_time));
+        fprintf(stderr, "{\"requests\": %" PRIu64 ", \"errors\": %" PRIu64 ", \"prompt_tokens\": %"
+                PRIu64 ", \"shared_tokens\": %" PRIu64 ", \"tokens\": %" PRIu64 ", \"seconds\": "
+                "%.3f, \"tokens_per_second\": %.1f}\n", b.requests, b.errors, b.prompt_tokens,
+                b.shared_tokens, b.tokens, r->generate_time,
+                per_second(b.tokens, r->generate_time));
     }
     if (b.errors > 0 && rc == DONE) {
         return fail(BAD_INPUT, "%s of %s requests were not valid; their answers say why",
@@ -3722,7 +3720,7 @@ static int do_job(run *r, options *o) {
     if (!r->model) return no_checkpoint(r);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
     if (r->has_tokenizer) {
-        TRY_LIB(based_tokenizer_open(&r->tokenizer, r->model, &r->error), o->checkpoint);
+        TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
     }
     take_recommended(o, based_model_config(r->model));
     if (o->vectors) return vectors(r);
