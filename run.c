@@ -25,16 +25,16 @@
  *      1. Data and error lines       what one run of the program holds
  *      2. Continue a text            feed the prompt; then sample, print and feed each token
  *         -- readers who only want to know how a text is written can stop there --
- *      3. Chat                       the same in turns, with commands
- *      4. Saved states               --save, --load, and what /undo goes back to
- *      5. Perplexity                 -x
- *      6. Bench                      -b
- *      7. Info and check             --info, --check
- *      8. Vectors                    --vectors, for models that do not read text
- *      9. From text to tokens        prompts from everywhere
- *     10. Feeding and statistics     blocks of tokens, the progress line, times
- *     11. Files                      reading, and writing a file that appears only when complete
- *     12. The operating system       all that is not C99
+ *      3. The operating system       all that is not C99
+ *      4. Files                      reading, and writing a file that appears only when complete
+ *      5. Feeding and statistics     blocks of tokens, guesses, the progress line, times
+ *      6. From text to tokens        prompts from everywhere
+ *      7. Saved states               --save, --load, and what /undo goes back to
+ *      8. Chat                       turns, with commands
+ *      9. Perplexity                 -x
+ *     10. Bench                      -b
+ *     11. Info and check             --info, --check
+ *     12. Vectors                    --vectors, for models that do not read text
  *     13. Options                    one table: parsing, help, errors, what goes with what
  *     14. Many texts at once         --jsonl, --branches
  *     15. main
@@ -43,6 +43,7 @@
 #define _XOPEN_SOURCE 700               /* POSIX 2008, and realpath                               */
 #endif
 #include <errno.h>
+#include <inttypes.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -109,47 +110,40 @@ typedef struct {                        /* text on its way to stdout            
     buffer       *to;                   /* or to memory, if not NULL                              */
     based_decoder decoder;
     char   *token;                      /* text of one token                                      */
-    char   *held;                       /* (n_held) the end that may be the start of a stop text  */
-    size_t  n_held, room;               /* room of held                                           */
+    buffer  held;                       /* the end that may be the start of a stop text           */
     int     wrote, stopped;             /* something was printed; a stop text was found           */
     int     trims;                      /* spaces at the beginning are not printed                */
 } text_out;
 
-typedef struct {                        /* a file that is being written; section 11               */
+typedef struct {                        /* a file that is being written; section 4                */
     FILE       *file;
     char       *temporary;              /* its name until it is complete; NULL: written in place  */
     char       *target;                 /* the name that it gets then; NULL: path                 */
     const char *path, *what;            /* "the logits"                                           */
 } output;
 
-typedef struct {                        /* what based_save wrote, in memory                       */
-    unsigned char *bytes;
-    size_t n;
-    char   said[SHORT_BYTES];           /* of a conversation: what came then, in quotes           */
-} saved_state;
-
 typedef struct {                        /* of a conversation                                      */
-    saved_state first, turn[UNDO];      /* before the first turn; before the last ones, a ring    */
-    uint64_t turns, n_undo;             /* put on the ring so far; still there                    */
+    buffer   first;                     /* the state before the first turn                        */
+    struct { buffer state; char said[SHORT_BYTES]; } turn[UNDO];    /* before the last ones, a    */
+    uint64_t turns, n_undo;             /* ring: put there so far; still there                    */
     const char *text[4];                /* what it looks like, by based_chat_text                 */
-    char    *begin;                     /* what stands before the first message                   */
+    buffer   begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
-    char    *line;                      /* the last /save that named a file                       */
-    const char *file;                   /* its name, in the line; or that of --save               */
+    buffer   line, name;                /* what was typed; the file of the last /save, or --save  */
     based_session *snapshot;            /* before the token in which the held text begins         */
-    char    *raw;                       /* (n_raw) the text generated since the snapshot          */
-    size_t   n_raw, room;
+    buffer   raw;                       /* the text generated since the snapshot                  */
     int      has_snapshot;
 } conversation;
 
-typedef struct {                        /* guesses at the next tokens, from the text so far; 10   */
+typedef struct {                        /* guesses at the next tokens, from the text so far; 5    */
     int32_t  *text;                     /* (RECALLED) its newest tokens, a ring                   */
     uint64_t *last;                     /* (RECALLED) by the hash of two tokens: where the text   */
-    uint64_t *before;                   /* went on behind them; and by that place, the last time  */
+    uint64_t *before;                   /* (RECALLED) went on behind them; and by that place, the */
+                                        /* last time; one block of memory with last               */
     uint64_t  n, from;                  /* tokens so far; where it went on as it might do now     */
     size_t    same, enough;             /* tokens that agree before `from`; that make a guess     */
-    int32_t  *draft;                    /* (1 + o->lookup) the newest token, then guesses         */
-    float    *rows, *old;               /* of based_feed_draft                                    */
+    int32_t   draft[BLOCK];             /* the newest token, then guesses                         */
+    float    *rows, *old;               /* of based_feed_draft; one block                         */
     size_t    fed, used;                /* tokens of the draft that are fed; those in the text    */
     double    step, more;               /* seconds for one token; for a guess, in steps           */
     uint64_t  guessed, right;           /* tokens in all                                          */
@@ -175,7 +169,8 @@ typedef struct {                        /* one run of the program               
     float          *rows;               /* (block, width) logits of fed tokens; NULL: not needed  */
     text_out        out;
     output          dump;
-    saved_state     saved;
+    buffer          input;              /* what was read, by read_input                           */
+    buffer          saved;              /* the state, as based_save wrote it                      */
     conversation    chat;
     lookup          lookup;
 
@@ -224,6 +219,7 @@ static int fail(int status, const char *format, ...) {
 #define TRY(call) do { int rc_ = (call); if (rc_ != DONE) return rc_; } while (0)
 #define TRY_LIB(call, where) \
     do { if ((call) != BASED_OK) return library_failed(r, where); } while (0)
+#define TRY_MODEL(call) TRY_LIB(call, r->o->checkpoint)
 
 static int library_failed(const run *r, const char *where) {
     return fail(BAD_INPUT, "%s: %s", where, r->error.text);
@@ -241,7 +237,7 @@ static int out_of_memory(const char *what) {
 #define AMOUNT(bytes) amount((char[SHORT_BYTES]){ 0 }, (double)(bytes))
 
 static const char *thousands(char out[SHORT_BYTES], uint64_t value) {
-    int n = snprintf(out, SHORT_BYTES, "%llu", (unsigned long long)value);
+    int n = snprintf(out, SHORT_BYTES, "%" PRIu64, value);
     for (int at = n - 3; at > 0; at -= 3) {
         memmove(out + at + 1, out + at, strlen(out + at) + 1);
         out[at] = ',';
@@ -289,52 +285,29 @@ enum lead { CONTINUES, OPENS, BEGINS, PREDICTS };
 /* What read_input reads: all of a file; the next line; a saved state, if it begins as one. */
 enum extent { ALL, LINE, STATE };
 
-/* What sections 2 to 8 need of the later ones, each with the number of its section. */
-static int     save_state(run *r, saved_state *s);                  /*  4: in memory              */
-static int     load_state(run *r, const saved_state *s, const char *path);              /*  4     */
-static int     load_from_file(run *r, const char *path);            /*  4: /load                  */
-static int     save_to_file(run *r, const char *path);              /*  4: --save, /save          */
-static int     load_prompt(run *r);                                 /*  4: --load                 */
-static int     score_rows(run *r, size_t first, size_t n);          /*  5: for feed_ids           */
-static int     no_tokenizer(const run *r);                          /*  9: an error line          */
-static int32_t start_token(const based_tokenizer *t);               /*  9: begins a text; or -1   */
-static int     encode(run *r, const char *text, size_t n, enum lead lead);  /* 9: to r->ids       */
-static int     encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                              size_t to);                           /*  9: a turn, to r->ids      */
-static int     check_logits(run *r, const float *logits, uint64_t token);   /* 10: are there any? */
-static int32_t any_token(const run *r, uint64_t i);                 /*  6                         */
-static int     read_prompt(run *r);                                 /*  9: -i, -f, ... to r->ids  */
-static int     open_session(run *r, int every_row);                 /* 10: r->session             */
-static int     new_session(run *r, based_session **s, size_t block);        /* 10: one more       */
-static int     feed_ids(run *r, size_t n);                          /* 10: the first n of r->ids  */
-static void    hash_logits(run *r, const float *logits);            /* 10: for -v                 */
-static int     open_lookup(run *r);                                 /* 10: --lookup               */
-static void    look_up(run *r, int32_t id);                         /* 10: one more token of text */
-static int     feed_ahead(run *r, int32_t id, uint64_t most);       /* 10: it, and guesses        */
-static int     drop_guesses(run *r);                                /* 10: out of the session     */
-static int     dump_rows(run *r, const float *rows, size_t n);      /* 10: --dump-logits          */
-static void    clear_progress(run *r);                              /* 10: before an error line   */
-static void    describe(const run *r, const char *what);            /* 10: the lines of -v        */
-static void    report(const run *r, const char *feeding, int reading);      /* 10                 */
-static size_t  drop_mark(char *text, size_t n);                     /* 11: at the beginning       */
-static size_t  drop_newline(char *text, size_t n);                  /* 11: at the end             */
-static int     read_input(const char *path, enum extent extent, char **bytes, size_t *n);   /* 11 */
-static int     check_output(const run *r, const char *path, const char *what);          /* 11     */
-static int     open_output(const run *r, output *f, const char *path, const char *what);    /* 11 */
-static int     output_failed(const output *f);                      /* 11: an error line          */
-static int     close_output(output *f, int rc);                     /* 11: and gives it its name  */
-static double  seconds(void);                                       /* 12: a clock                */
-static long    read_some(FILE *file, char *to, size_t n, int wait); /* 12: of what is there       */
-static void    catch_signals(int all);                              /* 12: Ctrl-C ends the text   */
-static void    leave_signals(int all);                              /* 12: or the program         */
-static int     is_terminal(FILE *file);                             /* 12: is a person there?     */
-static int     input_comes(void);                                   /* 12: from a pipe or a file  */
-static int     sync_file(FILE *file);                               /* 12: to the disk            */
-static int     same_file(const char *path, const char *other);      /* 12: under two names?       */
-static int     can_be_written(const char *path);                    /* 12: if not, errno says why */
-static FILE   *open_place(output *f);                               /* 12                         */
-static int     give_name(output *f);                                /* 12: to a complete file     */
-static void    drop_temporary(output *f);                           /* 12                         */
+/* What is used before its section, with the number of that. */
+static int     save_to_file(run *r, const char *path);              /*  7: --save, /save          */
+static int     load_prompt(run *r);                                 /*  7: --load                 */
+static int     score_rows(run *r, size_t first, size_t n);          /*  9: for feed_ids           */
+static int     no_tokenizer(const run *r);                          /*  6: an error line          */
+static int32_t start_token(const based_tokenizer *t);               /*  6: begins a text; or -1   */
+static int     check_logits(run *r, const float *logits, uint64_t token);   /*  5: are there any? */
+static int     read_prompt(run *r);                                 /*  6: -i, -f, ... to r->ids  */
+static int     open_session(run *r, int every_row);                 /*  5: r->session             */
+static int     feed_ids(run *r, size_t n);                          /*  5: the first n of r->ids  */
+static void    hash_logits(run *r, const float *logits);            /*  5: for -v                 */
+static int     open_lookup(run *r);                                 /*  5: --lookup               */
+static void    look_up(run *r, int32_t id);                         /*  5: one more token of text */
+static int     feed_ahead(run *r, int32_t id, uint64_t most);       /*  5: it, and guesses        */
+static int     drop_guesses(run *r);                                /*  5: out of the session     */
+static int     dump_rows(run *r, const float *rows, size_t n);      /*  5: --dump-logits          */
+static void    clear_progress(run *r);                              /*  5: before an error line   */
+static void    describe(const run *r, const char *what);            /*  5: the lines of -v        */
+static void    report(const run *r, const char *feeding, int reading);      /*  5                 */
+static int     open_output(const run *r, output *f, const char *path, const char *what);    /*  4 */
+static int     close_output(output *f, int rc);                     /*  4: and gives it its name  */
+static double  seconds(void);                                       /*  3: a clock                */
+static void    catch_signals(int all);                              /*  3: Ctrl-C ends the text   */
 static void    print_settings(const run *r, FILE *to);              /* 13: of the sampler         */
 static int     write_branches(run *r);                              /* 14: --branches             */
 
@@ -360,15 +333,33 @@ static int flush_text(void) {
     return fflush(stdout) == 0 && !ferror(stdout) ? DONE : write_failed();
 }
 
+/* Makes room for n more bytes and a zero. Returns 0 if there is not enough memory. */
+static int reserve(buffer *b, size_t n) {
+    size_t least = b->n + n, room = 2 * least + 64;
+    if (b->room > least) return 1;
+    char *more = room > least ? realloc(b->bytes, room) : NULL;
+    if (more) b->bytes = more, b->room = room;
+    return more != NULL;
+}
+
 static int append(buffer *b, const void *bytes, size_t n) {
-    if (b->room - b->n < n) {
-        size_t room = b->n + n < 64 ? 64 : 2 * (b->n + n);
-        char *more = room > n ? realloc(b->bytes, room) : NULL;
-        if (!more) return out_of_memory("the text");
-        b->bytes = more, b->room = room;
-    }
+    if (!reserve(b, n)) return out_of_memory("the text");
     if (n > 0) memcpy(b->bytes + b->n, bytes, n);
     b->n += n;
+    return DONE;
+}
+
+/* Appends text, and a zero that does not count. */
+static int put(buffer *b, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int n = vsnprintf(NULL, 0, format, arguments);
+    va_end(arguments);
+    if (n < 0 || !reserve(b, (size_t)n)) return out_of_memory("the text");
+    va_start(arguments, format);
+    vsnprintf(b->bytes + b->n, (size_t)n + 1, format, arguments);
+    va_end(arguments);
+    b->n += (size_t)n;
     return DONE;
 }
 
@@ -382,7 +373,7 @@ static int write_text(text_out *out, const char *text, size_t n) {
 /* The text of one token, into r->out.token; returns its length. Without a tokenizer it is the
  * number of the token. */
 static size_t decode(run *r, int32_t id) {
-    const char *format = r->out.wrote || r->out.n_held ? " %ld" : "%ld";
+    const char *format = r->out.wrote || r->out.held.n ? " %ld" : "%ld";
     if (r->has_tokenizer) return based_decode(&r->tokenizer, &r->out.decoder, id, r->out.token);
     return (size_t)snprintf(r->out.token, NUMBER_BYTES, format, (long)id);
 }
@@ -391,27 +382,27 @@ static size_t decode(run *r, int32_t id) {
  * stop text; all of it if `last`. The first stop text found ends the text. */
 static int put_text(run *r, const char *text, size_t n, int last) {
     text_out *out = &r->out;
-    memcpy(out->held + out->n_held, text, n);
-    out->n_held += n;
+    buffer *held = &out->held;
+    TRY(append(held, text, n));         /* prepare has made room                                  */
 
     /* ready: where a stop text begins that is there as a whole; else where one begins that runs
      * over the end of the held text */
-    size_t ready = out->n_held;
-    for (size_t at = 0; at < out->n_held && !out->stopped; at++) {
-        size_t rest = out->n_held - at;
+    size_t ready = held->n;
+    for (size_t at = 0; at < held->n && !out->stopped; at++) {
+        size_t rest = held->n - at;
         for (size_t i = 0; i < r->o->n_stops; i++) {
             const char *stop = r->o->stops[i];
             size_t bytes = strlen(stop);
-            if (memcmp(out->held + at, stop, bytes < rest ? bytes : rest) != 0) continue;
+            if (memcmp(held->bytes + at, stop, bytes < rest ? bytes : rest) != 0) continue;
             out->stopped |= bytes <= rest;
             if (bytes <= rest || (!last && at < ready)) ready = at;
         }
     }
 
     /* print that much and move the rest to the front */
-    TRY(write_text(out, out->held, ready));
-    out->n_held -= ready;
-    memmove(out->held, out->held + ready, out->n_held);
+    TRY(write_text(out, held->bytes, ready));
+    held->n -= ready;
+    memmove(held->bytes, held->bytes + ready, held->n);
     return ready > 0 && !out->to ? flush_text() : DONE;
 }
 
@@ -469,22 +460,16 @@ static int feed_prompt(run *r) {
  * the model made up. The token just printed is not fed yet; n is the length of its text. */
 static void take_snapshot(run *r, size_t n) {
     conversation *c = &r->chat;
-    if (r->out.n_held == 0) {
-        c->has_snapshot = 0;
-        return;
-    }
-    if (r->out.n_held <= n || !c->has_snapshot || c->n_raw + n > c->room) {
+    size_t held = r->out.held.n;
+    if (held == 0) c->has_snapshot = 0;
+    if (held == 0) return;
+    if (held <= n || !c->has_snapshot || c->raw.n + n > c->raw.room) {
         c->has_snapshot = 1;
-        c->n_raw = 0;
+        c->raw.n = 0;
         based_copy(c->snapshot, r->session, NULL);
     }
-    memcpy(c->raw + c->n_raw, r->out.token, n);
-    c->n_raw += n;
-}
-
-/* Does the model end the text with this token? */
-static int is_stop_token(const run *r, int32_t id) {
-    return r->has_tokenizer && based_is_stop(&r->tokenizer, id);
+    memcpy(c->raw.bytes + c->raw.n, r->out.token, n);
+    c->raw.n += n;
 }
 
 /* Draws the next token from the logits and prints it. *ended: the model has ended the text. */
@@ -494,7 +479,7 @@ static int write_token(run *r, int *ended) {
     TRY(check_logits(r, logits, count_of(r)));
     if (!o->dump) hash_logits(r, logits);
     int32_t id = based_sample(&r->sampler, logits);
-    int stops = is_stop_token(r, id);
+    int stops = r->has_tokenizer && based_is_stop(&r->tokenizer, id);
     *ended = stops && !o->ignore_eos;
     if (*ended) return DONE;
     based_sampler_accept(&r->sampler, id);
@@ -555,22 +540,30 @@ static int prepare(run *r) {
     for (size_t i = 0; i < o->n_stops; i++) {
         if (strlen(o->stops[i]) > longest) longest = strlen(o->stops[i]);
     }
-    r->out.room = token + longest;
     r->out.token = malloc(token);
-    r->out.held = malloc(r->out.room);
     r->sampler_memory = malloc(based_sampler_bytes(&r->sampler) + 1);
     r->recent = malloc(((size_t)r->sampler.repeat_last_n + 1) * sizeof *r->recent);
-    if (!r->out.token || !r->out.held || !r->sampler_memory || !r->recent) {
+    if (!r->out.token || !reserve(&r->out.held, token + longest) || !r->sampler_memory
+        || !r->recent) {
         return out_of_memory("sampling");
     }
-    TRY(open_lookup(r));
     return reset_sampler(r) == BASED_OK ? DONE : fail(BAD_USAGE, "%s", r->error.text);
+}
+
+/* What prepare made. */
+static void free_text(run *r) {
+    free(r->sampler_memory);
+    free(r->recent);
+    free(r->out.token);
+    free(r->out.held.bytes);
+    r->sampler_memory = r->recent = NULL;
+    r->out.token = r->out.held.bytes = NULL;
 }
 
 /* For -v: the seed and the settings. */
 static void tell_sampling(const run *r) {
     if (!r->o->verbose) return;
-    fprintf(stderr, "seed:   %llu\nsample:", (unsigned long long)r->sampler.seed);
+    fprintf(stderr, "seed:   %" PRIu64 "\nsample:", r->sampler.seed);
     print_settings(r, stderr);
 }
 
@@ -578,6 +571,7 @@ static int generate(run *r) {
     TRY(open_session(r, r->o->dump != NULL));
     TRY(read_prompt(r));
     TRY(prepare(r));
+    TRY(open_lookup(r));
     if (r->o->load) TRY(load_prompt(r));
     if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     catch_signals(0);
@@ -601,1546 +595,7 @@ static int generate(run *r) {
 
 /* ---- If you wanted to know how a text is written with based.h, you can stop reading here. ---- */
 
-/* ==== 3. Chat ====================================================================================
- * A conversation is one text. Each message is put into a template and fed. The checkpoint has one
- * if the model was trained to converse; then a stop token ends the reply. With the plain template a
- * reply ends where the model begins the next turn, which is a stop text. After each reply the
- * session has read exactly the text that is on the screen; what stands between a reply and the next
- * message is fed with that message. Before each turn the state is put on a ring of UNDO states.
- */
-
-/* Puts the state in r->saved on the ring, with what was said. Only a turn that went well gets
- * there. */
-static void push_undo(run *r, const char *said) {
-    conversation *c = &r->chat;
-    saved_state *place = &c->turn[c->turns++ % UNDO], oldest = *place;
-    *place = r->saved;
-    sanitize(memcpy(place->said, QUOTE(said), SHORT_BYTES));
-    r->saved = oldest;
-    c->n_undo += c->n_undo < UNDO;
-}
-
-static int undo(run *r) {
-    conversation *c = &r->chat;
-    if (c->n_undo == 0) return fail(BAD_INPUT, "there is no turn to take back");
-    c->n_undo--;
-    saved_state *last = &c->turn[--c->turns % UNDO];
-    TRY(load_state(r, last, "the last turn"));
-    if (!r->o->quiet) fprintf(stderr, "took back %s\n", last->said);
-    return DONE;
-}
-
-/* Ends a reply. What was printed gets fed; what is held back does not, even if one token is partly
- * both: then the session goes back to the snapshot and reads the printed part as text. */
-static int commit_reply(run *r) {
-    conversation *c = &r->chat;
-    int stopped = r->out.stopped;
-    size_t n_held = r->out.n_held, printed = c->n_raw > n_held ? c->n_raw - n_held : 0;
-    int rc = ferror(stdout) ? BAD_INPUT : end_text(r);      /* one error line is enough           */
-    r->out.stopped = r->out.wrote = 0;
-    r->out.n_held = 0;
-    if (!stopped) {
-        TRY(feed_newest(r, 0));
-        return rc;
-    }
-
-    /* a stop text: back to before it, then up to it */
-    r->unfed = -1;
-    based_copy(r->session, c->snapshot, NULL);
-    c->has_snapshot = 0;
-    if (printed > 0) {
-        TRY(encode_message(r, c->raw, printed, CONTINUES, 0, printed));
-        TRY(feed_prompt(r));
-    }
-    return rc;
-}
-
-/* One turn: a message of n bytes and the reply to it. */
-static int chat_turn(run *r, const char *message, size_t n) {
-    const options *o = r->o;
-    const conversation *c = &r->chat;
-
-    /* the message in its template, then the beginning of a reply */
-    const char *user = c->text[BASED_CHAT_USER], *said = strstr(user, "{}"),
-               *reply = c->text[BASED_CHAT_REPLY], *end = strstr(reply, "{}");
-    int first = based_history(r->session) == c->start;
-    const char *lead = first ? c->begin : end + 2;
-    const struct { const char *text; size_t n; } parts[] = {
-        { lead, strlen(lead) }, { user, (size_t)(said - user) }, { message, n },
-        { said + 2, strlen(said + 2) }, { reply, (size_t)(end - reply) }
-    };
-    size_t from = parts[0].n + parts[1].n, bytes = from + n + parts[3].n + parts[4].n, at = 0;
-    char *text = malloc(bytes + 1);
-    if (!text) return out_of_memory("a turn");
-    for (size_t i = 0; i < COUNT(parts); at += parts[i++].n) {
-        memcpy(text + at, parts[i].text, parts[i].n);
-    }
-    enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
-    int rc = save_state(r, &r->saved);
-    if (rc == DONE) {
-        rc = o->specials ? encode(r, text, bytes, opens)
-                         : encode_message(r, text, bytes, opens, from, from + n);
-    }
-    free(text);
-    TRY(rc);
-    TRY(feed_prompt(r));
-    if (interrupted) return load_state(r, &r->saved, "the last turn");
-    push_undo(r, message);
-
-    /* the reply */
-    r->chat.has_snapshot = 0;
-    rc = continue_text(r);
-    if (rc != DONE && !ferror(stdout)) return rc;
-    int committed = commit_reply(r);    /* the session knows what was said, even if nobody reads  */
-    return rc != DONE ? rc : committed;
-}
-
-/* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
- * the chat goes on. Returns 0 if it is to end. The line is kept if it is r->chat.line then. */
-static int run_command(run *r, char *line, size_t n) {
-    conversation *c = &r->chat;
-    size_t word = strcspn(line, " ");
-    const char *file = line + word + strspn(line + word, " ");
-    int named = word == 5 && (*file || line[word] == '\0');
-    if (strlen(line) < n) {
-        fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
-    } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
-        return 0;
-    } else if (named && strncmp(line, "/save", 5) == 0) {
-        if (!*file && !c->file) {
-            fail(BAD_INPUT, "/save needs the name of a file the first time");
-        } else if (save_to_file(r, *file ? file : c->file) == DONE && *file) {
-            free(c->line);
-            c->line = line;
-            c->file = file;
-        }
-    } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
-        if (save_state(r, &r->saved) != DONE) return 1;
-        if ((*file ? load_from_file(r, file)
-                   : load_state(r, &c->first, "the beginning")) == DONE) push_undo(r, line);
-        else load_state(r, &r->saved, "what was there before");
-    } else if (strcmp(line, "/undo") == 0) {
-        undo(r);
-    } else if (strcmp(line, "/stats") == 0) {
-        const char *size = AMOUNT(based_saved_bytes(r->model, NOTE_HEADER
-                                                     + 4 * (size_t)r->o->repeat_last_n));
-        fprintf(stderr, "%s tokens read and written, remembered in %s\n"
-                "%d turns can be taken back (at most %d, %s each)\n%.1f tokens per second\n",
-                THOUSANDS(based_count(r->session)), size, (int)c->n_undo, UNDO, size,
-                per_second(r->timed, r->generate_time));
-    } else if (strcmp(line, "/help") == 0) {
-        fputs("/save FILE   write all that the model remembers to a file; later without its name\n"
-              "/load FILE   go on from such a file\n"
-              "/undo        take back the last turn, /load or /reset\n"
-              "/reset       begin anew\n"
-              "/stats       what is remembered, and how fast\n"
-              "/quit        end, as Ctrl-D does; Ctrl-C ends a reply\n"
-              "Started as \"rlwrap ", stderr);
-        fprintf(stderr, "%s ...\", lines can be edited and come back with the arrow keys\n",
-                program);
-    } else {
-        fail(BAD_INPUT, "%s is no command; /help lists them", QUOTE(line));
-    }
-    return 1;
-}
-
-/* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
-static void choose_template(run *r, options *o) {
-    const char *const plain[4] = { "{}\n", o->turn, "{}\n", "" };
-    char name[65];
-    if (!o->chat || !r->has_tokenizer) return;
-    if (r->tokenizer.chat[0] && !o->chat_template) {
-        memcpy(r->chat.text, r->tokenizer.chat, sizeof r->chat.text);
-        return;
-    }
-    memcpy(r->chat.text, plain, sizeof r->chat.text);
-    o->stops[o->n_stops++] = o->stop;
-    if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
-    if (o->chat_template || o->quiet) return;
-    fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
-            "two people might\n", model_name(r, name));
-}
-
-/* Feeds the start token if the template does not name it, and sets what stands before the first
- * message: the system prompt or what is there without one, or after --load the end of a reply. */
-static int begin_chat(run *r) {
-    const options *o = r->o;
-    conversation *c = &r->chat;
-    const char *lead = o->load ? strstr(c->text[BASED_CHAT_REPLY], "{}") + 2
-                     : o->system ? "" : c->text[BASED_CHAT_BEGIN];
-    const char *system = c->text[BASED_CHAT_SYSTEM], *hole = strstr(system, "{}");
-    const char *said = o->system ? o->system : "";
-    size_t n = strlen(lead) + strlen(system) + strlen(said) + 1;
-    if (o->system && !hole) {
-        return fail(BAD_USAGE, "%s knows no system prompt; put the text into your first message",
-                    o->checkpoint);
-    }
-    c->begin = malloc(n);
-    if (!c->begin) return out_of_memory("the conversation");
-    int before = o->system ? (int)(hole - system) : 0;
-    snprintf(c->begin, n, "%s%.*s%s%s", lead, before, system, said, o->system ? hole + 2 : "");
-    if (o->load) {
-        TRY(load_from_file(r, o->load));
-    } else if (c->text[BASED_CHAT_USER] == o->turn) {
-        TRY(encode(r, "", 0, BEGINS));
-        TRY(feed_prompt(r));
-    }
-    c->start = based_history(r->session);
-    return save_state(r, &c->first);
-}
-
-static int chat(run *r) {
-    const options *o = r->o;
-    conversation *c = &r->chat;
-    int rc = DONE, asking = is_terminal(stdin) && !o->quiet, saves = o->save != NULL, first = 1;
-    char *text = NULL;
-    size_t n;
-    TRY(open_session(r, 0));
-    if (!r->has_tokenizer) return no_tokenizer(r);
-    TRY(prepare(r));
-    TRY(new_session(r, &c->snapshot, 1));
-    c->file = o->save;
-    c->room = 4096 + r->out.room;
-    c->raw = malloc(c->room);
-    if (!c->raw) return out_of_memory("the conversation");
-    catch_signals(saves);
-
-    r->out.decoder.started = 1;
-    r->out.trims = 1;
-    TRY(begin_chat(r));
-    tell_sampling(r);
-    if (asking) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
-
-    /* the first message may come from -i or -f */
-    if (o->prompt) rc = chat_turn(r, o->prompt, strlen(o->prompt));
-    if (o->file) {
-        TRY(read_input(o->file, ALL, &text, &n));
-        n = drop_newline(text, drop_mark(text, n));
-        rc = chat_turn(r, text, n);
-        free(text);
-    }
-
-    /* the others line by line; while a line is waited for, Ctrl-C ends the program */
-    for (int more = 1; rc == DONE && more; first = 0) {
-        leave_signals(saves);
-        if (interrupted) break;         /* by a signal that ends the conversation                 */
-        if (asking) fputs("> ", stderr);
-        rc = read_input("-", LINE, &text, &n);
-        if (rc != DONE) break;
-        catch_signals(saves);
-        more = n > 0;
-        n = drop_newline(text, first ? drop_mark(text, n) : n);
-        if (text[0] == '/') more &= run_command(r, text, n);
-        else if (n > 0) rc = chat_turn(r, text, n);
-        if (text != c->line) free(text);
-    }
-    catch_signals(saves);
-    if (asking) fputc('\n', stderr);
-
-    /* what was said is saved also if a signal or a closed terminal ended the conversation */
-    int ended = rc == DONE || interrupted || ferror(stdin) || ferror(stdout);
-    int saved = saves && ended ? save_to_file(r, o->save) : DONE;
-    if (rc == DONE) rc = interrupted ? 128 + (int)interrupted : saved;
-    if (rc != BAD_INPUT) report(r, "prompt eval time", o->predict == 0);
-    return rc;
-}
-
-/* ==== 4. Saved states ============================================================================
- * What a session knows goes in and out through based_save and based_load. What only this program
- * knows travels with it as the note, little-endian:
- *
- *      0   "run", and 1 for this version         16   the decoder: held[4], n, started, two zeros
- *      4   uint32 1 if a generator is saved      24   uint32 number of recent tokens
- *      8   uint64 state of the generator         28   int32 each, oldest first
- *
- * The generator is saved only if a seed was asked for. Then a loaded text goes on as if it had
- * never been interrupted, unless another seed is given. Without a seed, each continuation of a
- * saved text is a different one.
- */
-static void put_little(unsigned char *to, uint64_t value, size_t n) {
-    for (size_t i = 0; i < n; i++) to[i] = (unsigned char)(value >> (8 * i) & 0xff);
-}
-
-static uint64_t get_little(const unsigned char *from, size_t n) {
-    uint64_t value = 0;
-    for (size_t i = 0; i < n; i++) value |= (uint64_t)from[i] << (8 * i);
-    return value;
-}
-
-/* Saves the state in memory. The memory of s is used again. */
-static int save_state(run *r, saved_state *s) {
-    size_t n = based_sampler_recent(&r->sampler, r->recent), note_bytes = NOTE_HEADER + 4 * n;
-    size_t bytes = based_saved_bytes(r->model, note_bytes);
-    unsigned char *note = calloc(1, note_bytes), *more = bytes ? realloc(s->bytes, bytes) : NULL;
-    if (more) s->bytes = more, s->n = bytes;
-    int rc = note && more ? DONE : out_of_memory("the saved past");
-    if (rc == DONE) {
-        /* the note, as above; what is not set is zero */
-        memcpy(note, "run\1", 4);
-        put_little(note + 4, (uint64_t)r->o->has_seed, 4);
-        if (r->o->has_seed) put_little(note + 8, r->sampler.state, 8);
-        memcpy(note + 16, r->out.decoder.held, 4);
-        note[20] = r->out.decoder.n;
-        note[21] = r->out.decoder.started;
-        put_little(note + 24, n, 4);
-        for (size_t i = 0; i < n; i++) {
-            put_little(note + NOTE_HEADER + 4 * i, (uint32_t)r->recent[i], 4);
-        }
-
-        /* the session and the note */
-        if (based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error) != BASED_OK) {
-            rc = library_failed(r, r->o->checkpoint);
-        }
-    }
-    free(note);
-    return rc;
-}
-
-/* Another program may save a state with a note of its own; that note is ignored. */
-static int is_our_note(const unsigned char *note, size_t n) {
-    return n >= 4 && memcmp(note, "run\1", 4) == 0;
-}
-
-/* Are these n bytes nothing, or the beginning of a UTF-8 character that needs more bytes? */
-static int begins_character(const unsigned char *p, size_t n) {
-    size_t whole = p[0] < 0xc2 || p[0] > 0xf4 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
-    int low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
-    int high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
-    return n == 0 || (n < whole && (n < 2 || (p[1] >= low && p[1] <= high))
-                                && (n < 3 || (p[2] & 0xc0) == 0x80));
-}
-
-/* A note of ours may be forged: based_load checks only that its bytes are not damaged. */
-static int check_note(const run *r, const unsigned char *note, size_t n, const char *path) {
-    if (n < NOTE_HEADER || n - NOTE_HEADER != 4 * get_little(note + 24, 4)) {
-        return fail(BAD_INPUT, "%s: its note has %zu bytes, expected %d and 4 for each recent "
-                    "token", path, n, NOTE_HEADER);
-    }
-    if (get_little(note + 4, 4) > 1 || note[21] > 1 || note[22] || note[23]) {
-        return fail(BAD_INPUT, "%s: its note has a mark that is neither 0 nor 1", path);
-    }
-    if (!begins_character(note + 16, note[20])) {
-        return fail(BAD_INPUT, "%s: its note holds %d bytes, %02x %02x %02x, expected the "
-                    "beginning of a character", path, note[20], note[16], note[17], note[18]);
-    }
-    for (size_t at = NOTE_HEADER; at < n; at += 4) {
-        uint64_t id = get_little(note + at, 4);
-        if (id >= r->sampler.vocab) {
-            return fail(BAD_INPUT, "%s: its note has token %u, but the vocabulary has %u", path,
-                        (unsigned)id, (unsigned)r->sampler.vocab);
-        }
-    }
-    return DONE;
-}
-
-/* Makes sampler and decoder go on as the note says. The generator keeps its state unless one was
- * saved: going back in a chat must not bring the same reply again. */
-static void read_note(run *r, const unsigned char *note, size_t n) {
-    based_decoder *d = &r->out.decoder;
-    uint64_t generator = r->sampler.state;
-    reset_sampler(r);
-    r->sampler.state = generator;
-    *d = (based_decoder){ .started = 1 };
-    if (!is_our_note(note, n)) return;
-    for (size_t at = NOTE_HEADER; at < n; at += 4) {
-        based_sampler_accept(&r->sampler, (int32_t)get_little(note + at, 4));
-    }
-    if (get_little(note + 4, 4) && !r->o->has_seed) r->sampler.state = get_little(note + 8, 8);
-    memcpy(d->held, note + 16, 4);
-    d->n = note[20];
-    d->started = note[21];
-}
-
-static int load_state(run *r, const saved_state *s, const char *path) {
-    const void *note;
-    size_t n;
-    TRY_LIB(based_load(r->session, s->bytes, s->n, &note, &n, &r->error), path);
-    if (is_our_note(note, n)) TRY(check_note(r, note, n, path));
-    read_note(r, note, n);
-    r->unfed = -1;
-    return DONE;
-}
-
-static int save_to_file(run *r, const char *path) {
-    output f;
-    TRY(feed_newest(r, 0));             /* all that was printed is saved                          */
-    TRY(save_state(r, &r->saved));
-    TRY(open_output(r, &f, path, "the past"));
-    int good = fwrite(r->saved.bytes, 1, r->saved.n, f.file) == r->saved.n;
-    TRY(close_output(&f, good ? DONE : output_failed(&f)));
-    if (!r->o->quiet && !ferror(stdin) && !ferror(stdout)) {    /* nothing behind an error line   */
-        fprintf(stderr, "saved %s tokens in %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(r->saved.n));
-    }
-    return DONE;
-}
-
-/* The end of a text that was loaded: the tokens that its note tells. */
-static void show_recent(run *r) {
-    size_t n = based_sampler_recent(&r->sampler, r->recent), bytes;
-    for (size_t i = 0; i < n; i++) {
-        const char *text = based_token_bytes(&r->tokenizer, r->recent[i], &bytes);
-        fwrite(text, 1, bytes, stderr);
-    }
-    if (n > 0) fputc('\n', stderr);
-}
-
-static int load_from_file(run *r, const char *path) {
-    char *bytes;
-    size_t n;
-    TRY(read_input(path, STATE, &bytes, &n));
-    int rc = load_state(r, &(saved_state){ .bytes = (unsigned char *)bytes, .n = n }, path);
-    free(bytes);
-    if (rc == DONE && !r->o->quiet) {
-        fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(n));
-        if (r->o->chat) show_recent(r);
-    }
-    return rc;
-}
-
-/* Does the text of the n saved tokens end inside a token of the prompt, which is like it before? */
-static int ends_inside(run *r, size_t n) {
-    size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes, some;
-    for (size_t k = 1; k <= 16 && k <= recent && k <= n; k++) { /* the last k are others          */
-        const int32_t *last = r->recent + recent - k;
-        size_t same = n - k, at = 0;
-        if (same >= r->n_ids || based_history_of(based_history_of(0, r->ids, same), last, k)
-                                != based_history(r->session)) continue;
-        const char *whole = based_token_bytes(&r->tokenizer, r->ids[same], &bytes);
-        for (size_t i = 0; i < k; i++, at += some) {
-            const char *text = based_token_bytes(&r->tokenizer, last[i], &some);
-            if (some > bytes - at || memcmp(whole + at, text, some) != 0) return 0;
-        }
-        return 1;
-    }
-    return 0;
-}
-
-/* --load, before a text is continued. A prompt is the whole text: it must begin with the saved one.
- * Then only the rest has to be fed, and the result is the same as if all of it had been fed. */
-static int load_prompt(run *r) {
-    const options *o = r->o;
-    TRY(load_from_file(r, o->load));
-    uint64_t n = based_count(r->session);
-
-    /* no prompt: the saved text goes on */
-    if (!(o->prompt || o->file || o->tokens)) {
-        if (n + r->n_ids > 0) return DONE;
-        return fail(BAD_INPUT, "%s: nothing had been read when it was saved; give a prompt with -i",
-                    o->load);
-    }
-
-    /* the history is a hash of all tokens that were fed */
-    if (n > r->n_ids || based_history_of(0, r->ids, (size_t)n) != based_history(r->session)) {
-        if (!o->tokens && ends_inside(r, (size_t)n)) {
-            return fail(BAD_INPUT, "the text saved in %s ends inside a token of this prompt; give "
-                        "what follows it with --append, or save where a word ends", o->load);
-        }
-        return fail(BAD_INPUT, "the prompt does not begin with the %s tokens saved in %s; to put "
-                    "it behind them, use --append", THOUSANDS(n), o->load);
-    }
-
-    /* decoder and sampler will get all of the prompt */
-    r->n_loaded = (size_t)n;
-    r->out.decoder = (based_decoder){ .started = 0 };
-    reset_sampler(r);
-    return DONE;
-}
-
-/* ==== 5. Perplexity ==============================================================================
- * How well is a text predicted? Each token is scored by the logits after all tokens before it; the
- * first one is predicted from the start token. Mean and variance are running ones (Welford), so
- * their error does not grow with the length of the text.
- */
-
-/* Scores the n tokens that follow those just fed. `first` is the index of the first one fed. */
-static int score_rows(run *r, size_t first, size_t n) {
-    size_t width = based_width(r->model);
-    for (size_t i = 0; i < n; i++) {
-        const float *logits = r->rows + i * width;
-        double nats = -based_log_probability(logits, width, r->ids[first + i + 1]);
-        if (nats - nats != 0) {         /* infinite, or not a number                              */
-            clear_progress(r);
-            return fail(BAD_INPUT, "%s gives token %llu of %s no probability; the checkpoint is "
-                        "broken", r->o->checkpoint, (unsigned long long)(first + i + 1),
-                        r->o->perplexity);
-        }
-        hash_logits(r, logits);
-
-        /* Welford */
-        double off = nats - r->mean;
-        r->scored++;
-        r->nats += nats;
-        r->mean += off / (double)r->scored;
-        r->squares += off * (nats - r->mean);
-    }
-    return DONE;
-}
-
-static int measure(run *r) {
-    const based_tokenizer *t = &r->tokenizer;
-    const char *path = r->o->perplexity;
-    char *text = NULL;
-    size_t bytes = 0, n = 0;
-    TRY(open_session(r, 1));
-    if (!r->has_tokenizer) return no_tokenizer(r);
-    TRY(read_input(path, ALL, &text, &bytes));
-    bytes = drop_mark(text, bytes);
-    int rc = encode(r, text, bytes, PREDICTS);
-    free(text);
-    TRY(rc);
-    if (r->n_ids < 3) {
-        return fail(BAD_INPUT, "%s is too short to measure; it takes several tokens", path);
-    }
-    catch_signals(0);
-    describe(r, "text:");
-    TRY(feed_ids(r, r->n_ids - 1));
-    double tokens = (double)r->scored, perplexity = exp(r->nats / tokens);
-
-    /* after Ctrl-C nothing on stdout may look like a result */
-    if (interrupted) {
-        if (!r->o->quiet && r->scored > 0) {
-            fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n",
-                    THOUSANDS(r->scored), perplexity);
-        }
-        report(r, "eval time", 1);
-        return INTERRUPTED;
-    }
-
-    /* bytes that were predicted: not a first token without a start token before it, and not the
-     * names of special tokens, which stand for no text */
-    size_t predicted = bytes;
-    if (start_token(t) < 0 && based_token_bytes(t, r->ids[0], &n) && n < bytes) predicted -= n;
-    for (size_t i = 1; i < r->n_ids; i++) {
-        int32_t id = r->ids[i];
-        if (based_token_bytes(t, id, &n) && n == 0) predicted -= t->start[id + 1] - t->start[id];
-    }
-    if (!r->o->quiet) {
-        fprintf(stderr, "%s tokens predicted, %s bytes\n", THOUSANDS(r->scored), THOUSANDS(bytes));
-    }
-    printf("Final estimate: PPL = %.4f +/- %.5f, %.4f bits per byte\n", perplexity,
-           perplexity * sqrt(r->squares / tokens / (tokens - 1)),
-           r->nats / log(2.0) / (double)predicted);
-    TRY(flush_text());
-    report(r, "eval time", 1);
-    return DONE;
-}
-
-/* ==== 6. Bench ===================================================================================
- * How fast is it? Prompts, several texts at once, and texts of several lengths. A token cannot be
- * computed faster than its weights can be read from memory, so beside each speed stands the part of
- * the memory's bandwidth that it uses. The bandwidth is measured before each repetition, because
- * other programs on the machine use it too.
- */
-enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 262144 };
-enum { LONGEST_WAIT = 600 };            /* seconds for a text before its test is left out         */
-
-typedef struct {
-    char     name[65];
-    const char *model;
-    int      threads;
-    uint64_t weights, state, memory;    /* bytes: read per token, of a session, of the process    */
-    unsigned char *bytes;               /* (weights) what is read to measure the memory           */
-    double   speed;                     /* of the last test, tokens per second                    */
-    based_session *session[BATCH_MOST];
-} benchmark;
-
-/* Two ways to read all cache lines of a block: one byte of each line, at addresses known
- * beforehand; and a search for a byte that is not there, for which the C library uses the widest
- * instructions of the machine. */
-static int read_lines(const unsigned char *p, size_t n) {
-    int found = 0;
-    for (size_t i = 0; i < n; i += 64) found |= p[i];
-    return found >> 1;
-}
-
-static int search(const unsigned char *p, size_t n) { return memchr(p, 2, n) != NULL; }
-
-/* How many bytes per second can be read now, by as many threads as the model uses? 0 if that cannot
- * be measured. The best of several readings, because a block that fits into a cache is there only
- * after the first ones. */
-static double read_memory(const benchmark *b) {
-    size_t part = (size_t)b->weights / (size_t)b->threads;
-    double most = 0.0, enough = seconds() + 0.05;
-    int found = 0;
-    for (int way = 0; b->bytes && (way < 2 || seconds() < enough); way++) {
-        double begun = seconds(), spent;
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(b->threads) schedule(static) reduction(| : found)
-#endif
-        for (int i = 0; i < b->threads; i++) {
-            found |= (way % 2 ? search : read_lines)(b->bytes + (size_t)i * part, part);
-        }
-        spent = seconds() - begun;
-        if (!found && spent > 0.0 && (double)b->weights / spent > most) {
-            most = (double)b->weights / spent;
-        }
-    }
-    return most;
-}
-
-static int32_t any_token(const run *r, uint64_t i) {
-    return (int32_t)((i * 2654435761u >> 7) % based_model_config(r->model)->vocab);
-}
-
-/* Feeds n tokens that mean nothing. */
-static int feed_any(run *r, uint64_t n) {
-    int32_t ids[BLOCK];
-    for (uint64_t done = 0, some; done < n; done += some) {
-        some = n - done < BLOCK ? n - done : BLOCK;
-        for (size_t i = 0; i < some; i++) ids[i] = any_token(r, based_count(r->session) + i);
-        TRY_LIB(based_feed(r->session, ids, (size_t)some, NULL, &r->error), r->o->checkpoint);
-        if (interrupted) return INTERRUPTED;
-    }
-    return DONE;
-}
-
-/* Times one test and prints its line. sessions > 0: n steps of so many sessions at once; 0: a
- * prompt of n tokens. reset: each repetition begins with an empty session. */
-static int time_test(run *r, benchmark *b, const char *test, size_t sessions, uint64_t n,
-                     int reset) {
-    double tokens = (double)n * (sessions ? (double)sessions : 1);
-    double readings = sessions ? (double)n : ceil((double)n / (double)BLOCK);   /* of weights */
-    double each[REPEATS], mean = 0.0, spread = 0.0, reads = 0.0;
-    int32_t ids[BATCH_MOST];
-    for (int i = 0; i < REPEATS; i++) {
-        reads += read_memory(b) * 1e-9 / (double)REPEATS;
-        if (reset) based_reset(r->session);
-
-        /* the prompt, or the steps */
-        double begun = seconds();
-        if (!sessions) TRY(feed_any(r, n));
-        for (uint64_t step = 0; sessions && step < n; step++) {
-            for (size_t s = 0; s < sessions; s++) ids[s] = any_token(r, s * 977 + step);
-            TRY_LIB(based_step_many(b->session, ids, sessions, &r->error), r->o->checkpoint);
-            if (interrupted) return INTERRUPTED;
-        }
-        each[i] = b->speed = tokens / (seconds() - begun);
-        mean += each[i] / (double)REPEATS;
-    }
-
-    /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
-     * the state, of which each step reads all */
-    for (int i = 0; i < REPEATS; i++) spread += (each[i] - mean) * (each[i] - mean);
-    spread = sqrt(spread / (REPEATS - 1));
-    double bytes = readings * (double)b->weights + (sessions ? tokens * (double)b->state : 0.0);
-    double bandwidth = mean / tokens * bytes * 1e-9;
-    double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
-    if (r->o->csv) {
-        printf("\"%s\",%s,%d,%llu,%llu,%llu,%.3f,%s,%.2f,%.2f,%.3f,%.1f\n", b->model,
-               based_model_kernels(r->model), b->threads, (unsigned long long)b->weights,
-               (unsigned long long)b->state, (unsigned long long)b->memory, reads, test, mean,
-               spread, bandwidth, used);
-    } else {
-        printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread,
-               bandwidth, reads, used);
-    }
-    fflush(stdout);
-    return DONE;
-}
-
-static int run_tests(run *r, benchmark *b) {
-    static const uint64_t prompts[] = { 128, 512, 2048 }, depths[] = { 0, 1024, 16384, DEEPEST };
-    char test[32];
-    if (r->o->csv) {
-        puts("model,kernels,threads,weight bytes,state bytes,peak memory,read GB/s,test,tokens/s,"
-             "spread,GB/s,% of read speed");
-    } else {
-        printf("%s, %s kernels, %d thread%s: %s bytes of weights per token, %s bytes of state, "
-               "%s bytes of memory at most with one session\n\n"
-               "| test           |  tokens/s |  spread |   GB/s | memory | used |\n"
-               "|----------------|-----------|---------|--------|--------|------|\n",
-               b->model, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s",
-               THOUSANDS(b->weights), THOUSANDS(b->state), THOUSANDS(b->memory));
-    }
-
-    /* read a prompt */
-    for (size_t i = 0; i < 3; i++) {
-        snprintf(test, sizeof test, "pp%llu", (unsigned long long)prompts[i]);
-        TRY(time_test(r, b, test, 0, prompts[i], 1));
-    }
-    double prompt_speed = b->speed;
-
-    /* many texts, one token of each at a time, behind the last prompt: an empty state is faster */
-    b->session[0] = r->session;
-    for (size_t have = 1, many = 1; many <= BATCH_MOST; many *= 4) {
-        for (; have < many; have++) {
-            TRY(new_session(r, &b->session[have], BATCH_MOST));
-            TRY_LIB(based_copy(b->session[have], r->session, &r->error), r->o->checkpoint);
-        }
-        snprintf(test, sizeof test, "tg%d x %zu", BATCH_STEPS, many);
-        TRY(time_test(r, b, test, many, BATCH_STEPS, 0));
-    }
-
-    /* behind texts of several lengths. The longest test comes last: Ctrl-C loses only that one */
-    based_reset(r->session);
-    for (size_t i = 0; i < 4; i++) {
-        uint64_t depth = depths[i], count = based_count(r->session);
-        double wait = ((double)depth - (double)count) / prompt_speed;
-        snprintf(test, sizeof test, "tg%d @ %llu", DECODED, (unsigned long long)depth);
-        if (wait > (double)LONGEST_WAIT) {
-            fprintf(stderr, "%s is left out: reading so long a text first would take %.0f "
-                    "minutes\n", test, wait / 60.0);
-            continue;
-        }
-        if (depth > count) TRY(feed_any(r, depth - count));
-        TRY(time_test(r, b, test, 1, DECODED, depth == 0));
-    }
-    return flush_text();
-}
-
-static int bench(run *r) {
-    benchmark b = { .memory = 0 };
-    char line[128];
-    TRY(open_session(r, 0));
-    catch_signals(0);
-    b.model = model_name(r, b.name);
-    b.weights = based_model_weight_bytes(r->model);
-    b.state = based_state_bytes(r->model);
-
-    /* The most memory that the process ever had, where the system tells (Linux), after all that a
-     * session uses was used. getrusage would count what was there before this program started. */
-    TRY(feed_any(r, BLOCK));
-    b.threads = based_threads(r->session);      /* that there can be                              */
-    FILE *f = fopen("/proc/self/status", "r");
-    while (f && b.memory == 0 && fgets(line, sizeof line, f)) {
-        if (strncmp(line, "VmHWM:", 6) == 0) b.memory = strtoull(line + 6, NULL, 10) * 1024;
-    }
-    if (f) fclose(f);
-
-    /* as many bytes as the weights; fewer would stay in a cache */
-    b.bytes = b.weights <= SIZE_MAX ? malloc((size_t)b.weights) : NULL;
-    if (b.bytes) memset(b.bytes, 1, (size_t)b.weights);
-    int rc = run_tests(r, &b);
-    for (size_t i = 1; i < BATCH_MOST; i++) based_session_free(b.session[i]);
-    free(b.bytes);
-    return rc;
-}
-
-/* ==== 7. Info and check ==========================================================================
- * What a checkpoint says of itself, in words; and whether it is sound.
- */
-#define NAME_OF(names, value) ((value) < COUNT(names) ? (names)[value] : "unknown")
-
-static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
-static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
-static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU", "tanh GELU"};
-static const char *const dtype_names[] = {"f32", "q8", "q4"};
-static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
-
-static void print_size(const char *label, uint64_t bytes, const char *note) {
-    printf("%-12s %15s bytes%s\n", label, THOUSANDS(bytes), note);
-}
-
-/* The line of layers first..last, which are all alike. */
-static void print_layers(const based_layer *l, unsigned first, unsigned last) {
-    char range[NUMBER_BYTES], heads[48], shape[120] = "";
-    snprintf(range, sizeof range, first == last ? "%u" : "%u-%u", first, last);
-    int n = snprintf(heads, sizeof heads, "%u heads", (unsigned)l->heads);
-    if (l->kv_heads != l->heads) {
-        snprintf(heads + n, sizeof heads - (size_t)n, " (%u key/value)", (unsigned)l->kv_heads);
-    }
-    if (l->mixer == BASED_CONV) {
-        snprintf(shape, sizeof shape, "%u channels, width %u", (unsigned)l->head_dim_v,
-                 (unsigned)l->conv_width);
-    } else if (l->mixer == BASED_TAYLOR) {
-        n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, %s %u", heads,
-                     (unsigned)l->head_dim_k, (unsigned)l->head_dim_v,
-                     l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree", (unsigned)l->degree);
-        if (l->window) {
-            snprintf(shape + n, sizeof shape - (size_t)n, ", last %u tokens exact",
-                     (unsigned)l->window);
-        }
-    } else if (l->mixer == BASED_WINDOW) {
-        snprintf(shape, sizeof shape, "%s of %u, last %u tokens", heads, (unsigned)l->head_dim_k,
-                 (unsigned)l->window);
-    }
-    printf("%-12s %-8s %-52s %s", range, NAME_OF(mixer_names, l->mixer), shape,
-           NAME_OF(mlp_names, l->mlp));
-    if (l->mlp != BASED_MLP_NONE) printf(" %u", (unsigned)l->hidden_dim);
-    putchar('\n');
-    if (l->sinks) printf("%22s the first %u tokens stay for ever\n", "", (unsigned)l->sinks);
-    if (l->decay > 0) {
-        printf("%22s %sfade to one half in %.0f tokens\n", "", l->sinks ? "others " : "tokens ",
-               l->chunk * log(0.5) / log1p(-(double)l->decay));
-    }
-    if (l->fading) {
-        printf("%22s tokens fade by %s\n", "", l->fading == BASED_GATED
-               ? "a gate of each token" : "a fixed factor of each head");
-    }
-}
-
-static int print_info(run *r) {
-    const based_config *c = based_model_config(r->model);
-    const based_tokenizer *t = &r->tokenizer;
-    char name[65];
-
-    /* one dtype, if all matrices have the same */
-    int same = c->rows == 0 || c->head_dtype == c->embedding_dtype;
-    for (uint32_t i = 0; i < c->layers; i++) {
-        const based_layer *l = based_model_layer(r->model, i);
-        if (l->mixer != BASED_MIXER_NONE) same &= l->in_dtype == c->embedding_dtype;
-        if (l->mlp != BASED_MLP_NONE) same &= l->up_dtype == c->embedding_dtype;
-    }
-
-    /* the header */
-    printf("%-12s %s\n", "name", model_name(r, name));
-    printf("%-12s %u, checksum %08x%08x is %s\n", "format", (unsigned)c->format,
-           (unsigned)c->checksum[1], (unsigned)c->checksum[0],
-           r->o->no_checksum ? "not compared" : "right");
-    printf("%-12s %s (%s)\n", "parameters", THOUSANDS(based_model_parameters(r->model)),
-           same ? NAME_OF(dtype_names, c->embedding_dtype) : "mixed");
-    printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim,
-           (unsigned)c->layers, NAME_OF(norm_names, c->final_norm));
-    printf("%-12s %s tokens, %u rows, head %s\n", "vocabulary", THOUSANDS(c->vocab),
-           (unsigned)c->rows, c->flags & BASED_TIED ? "tied to the embedding" : "of its own");
-    if (c->context > 0) {
-        printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
-               THOUSANDS(c->context));
-    }
-    if (c->prefix > 0) {
-        printf("%-12s the first %s tokens of a prompt see each other\n", "prefix",
-               THOUSANDS(c->prefix));
-    }
-
-    /* the tokenizer */
-    if (r->has_tokenizer) {
-        printf("%-12s %s, %s tokens, %u special", "tokenizer", NAME_OF(tokenizer_names, t->kind),
-               THOUSANDS(t->size), (unsigned)t->specials);
-        if (t->bos != BASED_NONE) {
-            printf(", begin %u%s", (unsigned)t->bos,
-                   t->flags & BASED_TOK_ADD_BOS ? " before every text" : "");
-        }
-        if (t->eos != BASED_NONE) printf(", end %u", (unsigned)t->eos);
-        for (uint32_t i = 0; i < t->stops; i++) {
-            printf("%s%u", i || t->eos != BASED_NONE ? " or " : ", end ", (unsigned)t->stop_id[i]);
-        }
-        putchar('\n');
-        printf("%-12s %s\n", "chat", t->chat[0] ? "by a template of its own" : "no: a base model");
-    } else {
-        puts("tokenizer    none");
-    }
-
-    if (c->rows > 0) {
-        printf("%-12s", "sampling");
-        print_settings(r, stdout);
-    }
-
-    /* one letter for each layer shows the order of the mixers; then a line for each run of layers
-     * that are alike */
-    for (uint32_t i = 0; i < c->layers; i++) {
-        uint32_t mixer = based_model_layer(r->model, i)->mixer;
-        if (i % 64 == 0) printf("%s%-12s ", i ? "\n" : "", i ? "" : "mixers");
-        putchar(mixer < 4 ? "-ctw"[mixer] : '?');
-    }
-    puts(c->layers ? "  (c conv, t taylor, w window)" : "");
-    printf("\n%-12s %-8s %-52s %s\n", "layer", "mixer", "shape", "MLP");
-    for (uint32_t first = 0, next; first < c->layers; first = next) {
-        const based_layer *l = based_model_layer(r->model, first);
-        for (next = first + 1; next < c->layers; next++) {
-            if (memcmp(l, based_model_layer(r->model, next), sizeof *l) != 0) break;
-        }
-        print_layers(l, first, next - 1);
-    }
-
-    /* bytes */
-    uint64_t file = (uint64_t)c->file_size[1] << 32 | c->file_size[0];
-    uint64_t header = sizeof *c + (uint64_t)c->layers * sizeof(based_layer);
-    putchar('\n');
-    print_size("file", file, "");
-    print_size("  header", header, "");
-    print_size("  tokenizer", c->tokenizer_bytes, "");
-    print_size("  weights", file - header - c->tokenizer_bytes, ", gaps between sections included");
-    print_size("per token", based_model_weight_bytes(r->model), " of weights are read");
-    print_size("state", based_state_bytes(r->model), " of one session, however long the text");
-    print_size("session", based_session_bytes(r->model, 1), " with scratch memory");
-    return flush_text();
-}
-
-/* Feeds a few tokens, or vectors, and looks for logits that are not finite: weights may be finite
- * and still too large. */
-static int check_few(run *r) {
-    enum { FEW = 8 };
-    const based_config *c = based_model_config(r->model);
-    size_t total = FEW * based_width(r->model), bad = 0, inputs = FEW * (size_t)c->input;
-    int32_t ids[FEW], start = r->has_tokenizer ? start_token(&r->tokenizer) : -1;
-    for (int i = 0; i < FEW && c->vocab; i++) {
-        ids[i] = i == 0 && start >= 0 ? start : any_token(r, (uint64_t)i);
-    }
-    TRY(new_session(r, &r->session, FEW));
-    float *rows = calloc(total + inputs, sizeof(float));        /* (FEW, width), (FEW, input)     */
-    if (!rows) return out_of_memory("logits");
-    float *x = rows + total;
-    for (size_t i = 0; i < inputs; i++) x[i] = (float)((int)(i % 7) - 3) / 4;
-    int status = c->flags & BASED_BIDIRECTIONAL
-        ? based_feed_bidirectional(r->session, x, FEW, rows, &r->error)
-        : c->input ? based_feed_vectors(r->session, x, FEW, rows, &r->error)
-                   : based_feed(r->session, ids, FEW, rows, &r->error);
-    for (size_t i = 0; i < total && status == BASED_OK; i++) bad += rows[i] - rows[i] != 0;
-    free(rows);
-    TRY_LIB(status, r->o->checkpoint);
-    if (bad == 0) return DONE;
-    return fail(BAD_INPUT, "%s: all weights are finite, but %s of the %s logits after the first %d "
-                "tokens are NaN or infinite; the checkpoint is broken", r->o->checkpoint,
-                THOUSANDS(bad), THOUSANDS(total), FEW);
-}
-
-/* Opening has checked everything except the weights and what they compute. */
-static int check(run *r) {
-    TRY_LIB(based_check_weights(r->model, &r->error), r->o->checkpoint);
-    TRY(check_few(r));
-    printf("%s is sound: header, sizes, %s%s and %s parameters\n", r->o->checkpoint,
-           r->o->no_checksum ? "" : "checksum, ", r->has_tokenizer ? "tokenizer" : "no tokenizer",
-           THOUSANDS(based_model_parameters(r->model)));
-    return flush_text();
-}
-
-/* ==== 8. Vectors =================================================================================
- * For a model without an embedding: rows of little-endian float32 in, rows of logits out. A
- * bidirectional model reads the file as one window.
- */
-static int feed_vectors(run *r, char *bytes, size_t n) {
-    const based_config *c = based_model_config(r->model);
-    int window = (c->flags & BASED_BIDIRECTIONAL) != 0;
-    size_t width = based_width(r->model), rows = n / 4 / c->input, block = window ? rows : BLOCK;
-    if (n == 0 || n % (4 * (size_t)c->input) != 0) {
-        return fail(BAD_INPUT, "%s has %zu bytes; expected rows of %u numbers, 4 bytes each",
-                    r->o->vectors, n, (unsigned)c->input);
-    }
-    if (block > BASED_MAX_BLOCK) {
-        return fail(BAD_INPUT, "%s has %zu rows; this model sees all of a window at once, at most "
-                    "%u", r->o->vectors, rows, BASED_MAX_BLOCK);
-    }
-    for (size_t i = 0; i < n; i += 4) {                         /* become floats in place         */
-        uint32_t bits = (uint32_t)get_little((unsigned char *)bytes + i, 4);
-        memcpy(bytes + i, &bits, 4);
-    }
-    const float *x = (const float *)(void *)bytes;              /* (rows, input)                  */
-    TRY(new_session(r, &r->session, block));
-    r->rows = malloc(block * width * sizeof(float));            /* (block, width)                 */
-    if (!r->rows) return out_of_memory("the result");
-    TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
-    for (size_t at = 0; at < rows; at += block) {
-        size_t some = rows - at < block ? rows - at : block;
-        TRY_LIB((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
-                x + at * c->input, some, r->rows, &r->error), r->o->checkpoint);
-        TRY(dump_rows(r, r->rows, some));
-    }
-    TRY(close_output(&r->dump, DONE));
-    if (r->o->verbose) fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
-    return DONE;
-}
-
-static int vectors(run *r) {
-    char *bytes;
-    size_t n;
-    if (based_model_config(r->model)->input == 0) {
-        return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
-    }
-    TRY(read_input(r->o->vectors, ALL, &bytes, &n));
-    int rc = feed_vectors(r, bytes, n);
-    free(bytes);
-    return rc;
-}
-
-/* ==== 9. From text to tokens =====================================================================
- * Prompts come from -i, -f, --tokens, --append or standard input, and end up in r->ids.
- */
-static int no_tokenizer(const run *r) {
-    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a "
-                "tokenizer", r->o->checkpoint);
-}
-
-/* The token that the model saw before every text in training; -1 if there is none. */
-static int32_t start_token(const based_tokenizer *t) {
-    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
-    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
-}
-
-/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
- * follow their letter) and this one does not. */
-static void warn_of_nfc(run *r, const char *text, size_t n) {
-    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
-    for (size_t i = 0; i + 1 < n && !quiet; i++) {
-        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
-        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
-        clear_progress(r);
-        fputs("note: some accents of this text stand apart from their letters; the model was "
-              "trained on text without such (Unicode's NFC), and understands it less well\n",
-              stderr);
-        quiet = r->told_nfc = 1;
-    }
-}
-
-/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
- * text[from .. to - 1]. Returns a status of the library; r->error says more. */
-static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                          size_t to) {
-    based_tokenizer t = r->tokenizer;
-    const size_t end[3] = { from, to, n };
-    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
-    int64_t got = 0;
-    warn_of_nfc(r, text, n);
-    if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
-
-    /* room for the start token and as many others as there can be */
-    size_t bound = based_encode_bound(&t, n), size = sizeof *r->ids;
-    free(r->ids);
-    r->n_ids = r->n_loaded = 0;
-    r->ids = bound >= SIZE_MAX / size ? NULL : malloc((bound + 1) * size);
-    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
-    if (!r->ids || !scratch) {
-        free(scratch);
-        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
-        return BASED_ENOMEM;
-    }
-
-    /* the start token, where based_encode does not put it */
-    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
-        r->ids[r->n_ids++] = start_token(&t);
-    }
-    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
-        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
-        if (part == 1) r->n_first = r->n_ids;
-        if (end[part] == at) continue;
-        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
-        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
-                           &r->error);
-        /* only the first text gets a prefix space */
-        for (int64_t i = 0; i < got; i++) {
-            size_t shown;
-            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
-            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
-        }
-    }
-    free(scratch);
-    return got < 0 ? (int)got : BASED_OK;
-}
-
-static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                        size_t to) {
-    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
-    return DONE;
-}
-
-static int encode(run *r, const char *text, size_t n, enum lead lead) {
-    return encode_parts(r, text, n, lead, n, n);
-}
-
-/* The length of the special token's name that the text begins with; or 0. */
-static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
-    for (uint32_t i = 0; i < t->specials; i++) {
-        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
-        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
-    }
-    return 0;
-}
-
-/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
- * text there. The text is cut only at special tokens of the template, where it would be cut in any
- * case; so without such names the tokens are those of encode. */
-static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                          size_t to) {
-    size_t begin = 0, name;
-    for (size_t at = 0; at < from; ) {
-        name = special_name(&r->tokenizer, text + at, from - at);
-        at += name ? name : 1;
-        if (name) begin = at;
-    }
-    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
-    return encode_parts(r, text, n, lead, begin, to);
-}
-
-/* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
-static int read_tokens(run *r, const char *list) {
-    static const char separators[] = " ,\t\r\n";
-    uint64_t id, vocab = based_width(r->model);
-    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
-    if (!r->ids) return out_of_memory("the tokens");
-    for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
-        n = strcspn(list, separators);
-        id = strtoull(list, NULL, 10);
-        if (strspn(list, "0123456789") < n || id >= vocab) {
-            char word[SHORT_BYTES];
-            snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
-            return fail(BAD_USAGE, "--tokens takes ids from 0 to %llu separated by spaces, got %s",
-                        (unsigned long long)vocab - 1, QUOTE(word));
-        }
-        r->ids[r->n_ids++] = (int32_t)id;
-    }
-    if (r->n_ids > 0) return DONE;
-    return fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
-}
-
-/* The prompt. Without one a new text begins with the start token. After --load the prompt is the
- * text of --append, or nothing. */
-static int read_prompt(run *r) {
-    const options *o = r->o;
-    int append = o->load && !(o->prompt || o->file || o->tokens);
-    const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
-    char *bytes = NULL;
-    size_t n = text ? strlen(text) : 0;
-    if (append && !text) return DONE;
-    if (o->tokens) return read_tokens(r, o->tokens);
-    if (!r->has_tokenizer) return no_tokenizer(r);
-    if (text && strcmp(text, "-") == 0) path = "-";
-    if (!text && !path && !same_file(o->checkpoint, "-")) {
-        int comes = input_comes();
-        if (comes > 0) path = "-";
-        if (comes < 0 && !o->quiet) {
-            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
-                  "-i - waits for it\n", stderr);
-        }
-    }
-    if (path) {
-        TRY(read_input(path, ALL, &bytes, &n));
-        n = drop_newline(bytes, drop_mark(bytes, n));
-    }
-    int rc = encode(r, path ? bytes : text, n, append ? CONTINUES : BEGINS);
-    free(bytes);
-    if (rc == DONE && r->n_ids == 0 && !append) {
-        return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
-                    o->checkpoint);
-    }
-    return rc;
-}
-
-/* ==== 10. Feeding and statistics =================================================================
- * Sessions, blocks of tokens with a progress line where a person is waiting, and what is told on
- * stderr.
- */
-static int new_session(run *r, based_session **s, size_t block) {
-    *s = based_session_new(r->model, (uint32_t)block, &r->error);
-    if (!*s) return library_failed(r, r->o->checkpoint);
-    based_set_threads(*s, (int)r->o->threads);
-    return DONE;
-}
-
-/* Opens a session for text. every_row: with room for the logits of every token of a block, which is
- * smaller then if the vocabulary is large. */
-static int open_session(run *r, int every_row) {
-    const based_config *c = based_model_config(r->model);
-    size_t row = based_width(r->model) * sizeof(float), fit = ROWS_BYTES / (row > 0 ? row : 1);
-    if (c->input > 0 || c->rows == 0) {
-        return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors; see "
-                    "--vectors", r->o->checkpoint);
-    }
-    r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
-    if (c->prefix > r->block) r->block = c->prefix;     /* it is fed in one block */
-    r->unfed = -1;
-    TRY(new_session(r, &r->session, r->block));
-    if (every_row) r->rows = malloc(r->block * row);
-    return r->rows || !every_row ? DONE : out_of_memory("logits");
-}
-
-/* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
-static void hash_logits(run *r, const float *logits) {
-    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
-}
-
-/* If no logit is finite, there is nothing to choose from. */
-static int check_logits(run *r, const float *logits, uint64_t token) {
-    for (size_t i = 0; i < based_width(r->model); i++) {
-        if (logits[i] - logits[i] == 0) return DONE;
-    }
-    clear_progress(r);
-    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
-                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
-                r->o->vectors ? ", or the vectors are" : "");
-}
-
-/* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
-static int dump_rows(run *r, const float *rows, size_t n) {
-    size_t width = based_width(r->model), total = n * width;
-    uint64_t before = count_of(r) - n;
-    unsigned char bytes[4096];
-    for (size_t row = 0; row < n; row++) {
-        TRY(check_logits(r, rows + row * width, before + row + 1));
-        hash_logits(r, rows + row * width);
-    }
-    for (size_t done = 0, some; done < total; done += some) {
-        some = total - done < sizeof bytes / 4 ? total - done : sizeof bytes / 4;
-        for (size_t i = 0; i < some; i++) {
-            uint32_t bits;
-            memcpy(&bits, rows + done + i, sizeof bits);
-            put_little(bytes + 4 * i, bits, 4);
-        }
-        if (fwrite(bytes, 4, some, r->dump.file) != some) {
-            clear_progress(r);
-            return output_failed(&r->dump);
-        }
-    }
-    return DONE;
-}
-
-enum { PROGRESS_COLUMNS = 76 };
-
-/* Must come before anything else is written to stderr. Also covers the "^C" of the terminal. */
-static void clear_progress(run *r) {
-    if (r->shown > 0) fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");
-    fflush(stderr);
-    r->shown = 0;
-}
-
-/* The progress line is rewritten a few times per second, once the work has taken a while. */
-static int progress_is_due(const run *r) {
-    double now = seconds();
-    return !r->o->quiet && now - r->begun >= 0.3 && now - r->shown >= 0.1 && is_terminal(stderr);
-}
-
-static void print_progress(run *r, const char *line) {
-    fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
-    fflush(stderr);
-    r->shown = seconds();
-}
-
-static void show_progress(run *r, size_t done, size_t total) {
-    double spent = seconds() - r->begun;
-    char line[160];
-    if (r->o->jsonl || !progress_is_due(r)) return;
-    int n = snprintf(line, sizeof line, "%s: %s of %s tokens, %.0f tok/s, %.0f s left",
-                     r->o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(done),
-                     THOUSANDS(total), per_second(done, spent),
-                     spent / (double)done * (double)(total - done));
-    if (r->scored) snprintf(line + n, sizeof line - (size_t)n, ", PPL %.4g", exp(r->mean));
-    print_progress(r, line);
-}
-
-/* Feeds the first n of r->ids, without the loaded ones, and scores or dumps the logits if that is
- * wanted. Stops early on Ctrl-C; r->fed says how far it came. */
-static int feed_ids(run *r, size_t n) {
-    const options *o = r->o;
-    int32_t start = start_token(&r->tokenizer);
-    r->begun = seconds();
-    for (size_t i = r->n_loaded, some; i < n && !interrupted; i += some) {
-        some = n - i < r->block ? n - i : r->block;
-        if (o->perplexity) {
-            /* every document of a text begins, at a start token, with an empty session */
-            size_t same = 1;
-            if (r->ids[i] == start) based_reset(r->session);
-            while (same < some && r->ids[i + same] != start) same++;
-            some = same;
-        }
-        /* the beginning of a prompt, in a model that has prefix layers */
-        int alone = o->perplexity || based_count(r->session) > 0;
-        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
-        if (prefix > 0 && some > prefix) some = prefix;
-        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, r->rows,
-                                                          &r->error) != BASED_OK) {
-            clear_progress(r);
-            return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
-        }
-        r->fed += some;
-        if (o->perplexity) TRY(score_rows(r, i, some));
-        if (o->dump) TRY(dump_rows(r, r->rows, some));
-        show_progress(r, i + some, n);
-    }
-    r->feed_time += seconds() - r->begun;
-    clear_progress(r);
-    return DONE;
-}
-
-/* ---- Looking ahead: --lookup ------------------------------------------------------------------
- * A text that quotes itself goes on as it did before: where the longest run of its newest tokens
- * came before, what followed there is a guess at what follows now. Guesses are fed together with
- * the newest token, for which weights are read once, and the session goes back to the first wrong
- * one. The sampler draws each token as ever, from the same logits, so no text depends on guesses.
- * More of them are made, from shorter runs, as long as more are right than their time is worth.
- */
-enum { RECALLED = 1 << 14, MOST_SAME = 64, TRIED = 16 };
-
-static int open_lookup(run *r) {
-    lookup *l = &r->lookup;
-    size_t most = 1 + (size_t)r->o->lookup;
-    if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
-    l->enough = 16;
-    l->more = 0.25;                     /* until it has been measured                             */
-    l->text = calloc(RECALLED, sizeof *l->text);
-    l->last = calloc(RECALLED, sizeof *l->last);
-    l->before = calloc(RECALLED, sizeof *l->before);
-    l->draft = malloc(most * sizeof *l->draft);
-    l->rows = malloc(most * based_width(r->model) * sizeof *l->rows);
-    l->old = malloc(most * based_draft_width(r->model) * sizeof *l->old);
-    return l->text && l->last && l->before && l->draft && l->rows && l->old
-               ? DONE : out_of_memory("guesses; --lookup 0 makes none");
-}
-
-static int32_t token_at(const lookup *l, uint64_t at) { return l->text[at % RECALLED]; }
-
-/* One more token of the text. If it is what followed `from`, that goes on; else the longest run of
- * newest tokens among the last TRIED places where the newest two came before. */
-static void look_up(run *r, int32_t id) {
-    lookup *l = &r->lookup;
-    if (!l->text) return;
-    int goes_on = l->same > 0 && token_at(l, l->from) == id;
-    l->same = goes_on ? l->same + 1 : 0;
-    l->from += (uint64_t)goes_on;
-    l->text[l->n++ % RECALLED] = id;
-    if (l->n < 2) return;
-    uint32_t two = (uint32_t)token_at(l, l->n - 2) * 0x9e3779b1u + (uint32_t)id;
-    uint64_t *last = &l->last[(two * 0x85ebca6bu >> 16) % RECALLED], at = *last;
-    l->before[l->n % RECALLED] = at;
-    *last = l->n;
-    for (int i = 0; i < TRIED && !goes_on && at > 0 && l->n - at < RECALLED - MOST_SAME; i++) {
-        size_t same = 0;
-        while (same < MOST_SAME && same < at
-               && token_at(l, at - 1 - same) == token_at(l, l->n - 1 - same)) {
-            same++;
-        }
-        if (same > l->same) l->same = same, l->from = at;
-        at = l->before[at % RECALLED];
-    }
-}
-
-/* Takes back the guesses that are not part of the text. */
-static int drop_guesses(run *r) {
-    lookup *l = &r->lookup;
-    if (l->fed == 0) return DONE;
-    TRY_LIB(based_keep(r->session, l->used, &r->error), "cannot take guesses back");
-    l->guessed += l->fed - 1;
-    l->right += l->used - 1;
-    l->fed = l->used = 0;
-    return DONE;
-}
-
-/* Feeds the newest token, unless it was guessed and is fed already; with at most `most` guesses. */
-static int feed_ahead(run *r, int32_t id, uint64_t most) {
-    lookup *l = &r->lookup;
-    int guessed = l->used < l->fed && l->draft[l->used] == id;
-    look_up(r, id);
-    l->used += (size_t)guessed;
-    if (guessed) return DONE;
-
-    /* if the right guesses would have taken longer as single steps than all took together, shorter
-     * runs are enough from now on; else only longer ones, without end if a guess takes a step  */
-    if (l->fed > 1) {
-        int gained = (double)(l->used - 1) > l->more * (double)(l->fed - 1);
-        if (gained && l->enough > 2) l->enough /= 2;
-        if (!gained && (l->more > 0.9 || l->enough < MOST_SAME)) l->enough *= 2;
-    }
-    TRY(drop_guesses(r));
-
-    /* as many guesses as tokens agree; what is itself guessed may be what follows */
-    size_t n = 0;
-    if (most > (uint64_t)r->o->lookup) most = (uint64_t)r->o->lookup;
-    if (l->step > 0 && l->same >= l->enough) n = l->same < most ? l->same : (size_t)most;
-    for (size_t i = 0; i < n; i++) {
-        uint64_t at = l->from + i;
-        l->draft[i + 1] = at < l->n ? token_at(l, at) : l->draft[1 + at - l->n];
-    }
-    double begun = seconds();
-    if (n == 0) {
-        TRY_LIB(based_step(r->session, id, &r->error), "cannot compute the next token");
-        double spent = seconds() - begun;
-        l->step = l->step > 0 ? l->step + (spent - l->step) / 16 : spent;
-        return DONE;
-    }
-    l->draft[0] = id;
-    int64_t fed = based_feed_draft(r->session, l->draft, n + 1, l->rows, l->old, &r->error);
-    if (fed < 0) return library_failed(r, "cannot compute the next tokens");
-    /* what a guess took, within what is possible: other programs run, too */
-    double more = ((seconds() - begun) / l->step - 1) / (fed > 1 ? (double)(fed - 1) : 1);
-    more = more < 0.05 ? 0.05 : more > 2 ? 2 : more;
-    if (fed > 1) l->more += (more - l->more) / 8;
-    l->fed = (size_t)fed;
-    l->used = 1;
-    return DONE;
-}
-
-/* -v, before the work: what was opened and how long the text is. */
-static void describe(const run *r, const char *what) {
-    char name[65];
-    if (!r->o->verbose) return;
-    fprintf(stderr, "model:  %s, %s parameters\nstate:  %s bytes, however long the text\n",
-            model_name(r, name), THOUSANDS(based_model_parameters(r->model)),
-            THOUSANDS(based_state_bytes(r->model)));
-    if (what) fprintf(stderr, "%-7s %s tokens\n", what, THOUSANDS(r->n_ids));
-}
-
-static void time_line(const char *what, double spent, uint64_t n, const char *unit) {
-    fprintf(stderr, "%16s = %10.2f ms / %5llu %-6s (%8.2f ms per token, %8.2f tokens per second)\n",
-            what, 1e3 * spent, (unsigned long long)n, unit, n > 0 ? 1e3 * spent / (double)n : 0,
-            per_second(n, spent));
-}
-
-/* The statistics. Scripts written for llama2.c look for the last line, the speed: of reading, or of
- * writing. */
-static void report(const run *r, const char *feeding, int reading) {
-    if (r->o->verbose) {
-        time_line(feeding, r->feed_time, r->fed, "tokens");
-        if (r->timed > 0) time_line("eval time", r->generate_time, r->timed, "runs");
-        if (r->lookup.guessed > 0) {
-            fprintf(stderr, "lookup: %s of %s guesses were right\n", THOUSANDS(r->lookup.right),
-                    THOUSANDS(r->lookup.guessed));
-        }
-        fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
-    }
-    if (r->o->quiet) return;
-    fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
-                                                    : per_second(r->timed, r->generate_time));
-}
-
-/* ==== 11. Files ==================================================================================
- * Everything that is read comes through read_input. A file that is written goes through open_output
- * and close_output, and nowhere else.
- */
-
-/* Reads a file, or standard input for "-"; all of it, or only its next line, newline included, or
- * only its beginning if a saved state was expected and it is none. The n bytes are followed by a
- * zero, and the caller frees them. n is 0 at the end of the input. */
-static int read_input(const char *path, enum extent extent, char **bytes, size_t *n) {
-    int standard = strcmp(path, "-") == 0;
-    FILE *file = standard ? stdin : fopen(path, "rb");
-    size_t room = 0, wanted = 0, got = 0;
-    char *text = NULL;
-    *n = 0;
-    while (file && got == wanted) {
-        if (extent == LINE && *n > 0 && text[*n - 1] == '\n') break;
-        if (extent == STATE && *n >= 8 && memcmp(text, BASED_STATE_MAGIC, 8) != 0) break;
-        /* room for one more byte and the zero */
-        if (room - *n < 2) {
-            room = room ? 2 * room : 256;
-            char *more = room > *n ? realloc(text, room) : NULL;
-            if (!more) {
-                free(text);
-                text = NULL;
-                errno = ENOMEM;
-                break;
-            }
-            text = more;
-        }
-        wanted = extent == LINE ? 1 : room - 1 - *n;
-        got = fread(text + *n, 1, wanted, file);
-        *n += got;
-    }
-    int good = text && !ferror(file), error = errno;
-    if (file && !standard) fclose(file);
-    *bytes = text;
-    if (good) {
-        text[*n] = '\0';
-        return DONE;
-    }
-    free(text);
-    *bytes = NULL;
-    if (interrupted && error == EINTR) {
-        clearerr(stdin);
-        return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
-    }
-    return fail(BAD_INPUT, "cannot read %s: %s", standard ? "standard input" : path,
-                strerror(error));
-}
-
-/* Drops a byte order mark, which is no part of a text. Returns the new length. */
-static size_t drop_mark(char *text, size_t n) {
-    if (n < 3 || memcmp(text, "\xef\xbb\xbf", 3) != 0) return n;
-    memmove(text, text + 3, n - 2);     /* with the zero at the end                               */
-    return n - 3;
-}
-
-/* Drops one newline at the end, \n or \r\n. Returns the new length. */
-static size_t drop_newline(char *text, size_t n) {
-    if (n > 0 && text[n - 1] == '\n') n -= n > 1 && text[n - 2] == '\r' ? 2 : 1;
-    text[n] = '\0';
-    return n;
-}
-
-static int output_failed(const output *f) {
-    return fail(BAD_INPUT, "cannot write %s to %s: %s", f->what, f->path, strerror(errno));
-}
-
-/* What is given as a checkpoint and is none: says what it is, if that can be seen. */
-static int no_checkpoint(const run *r) {
-    static const struct { size_t at; const char *begins, *is, *advice; } kinds[] = {
-        { 0, "GGUF", "a GGUF file of llama.cpp, which cannot be read; export the model that it was "
-                     "made from", NULL },
-        { 0, BASED_STATE_MAGIC, "a saved state; give a checkpoint, and this with --load", NULL },
-        { 0, "24ka", "a llama2.c file of a version that cannot be read; write version 0 of it",
-          NULL },
-        { 8, "{", "a safetensors file", "" }, { 0, "PK\3\4", "a PyTorch file", "" },
-        { 0, "\x80\2", "a PyTorch file", "" }
-    };
-    const char *path = r->o->checkpoint, *is = NULL, *advice = NULL;
-    unsigned char start[28] = { 0 };
-    FILE *file = fopen(path, "rb");
-    errno = 0;
-    int whole = file && fread(start, 1, sizeof start, file) == sizeof start;
-    if (errno == EISDIR) is = "a directory", advice = "";
-    if (file) fclose(file);
-    for (size_t i = 0; i < COUNT(kinds); i++) {
-        if (memcmp(start + kinds[i].at, kinds[i].begins, strlen(kinds[i].begins)) == 0) {
-            is = kinds[i].is, advice = kinds[i].advice;
-        }
-    }
-    /* llama2.c: seven numbers; the sixth, the size of the vocabulary, may be negative */
-    for (size_t i = 0; i < 7 && whole; i++) {
-        int64_t n = (int32_t)(uint32_t)get_little(start + 4 * i, 4);
-        whole = (i == 5 ? n * n : n) > 0 && n < 1 << 22;
-    }
-    if (whole) is = "a llama2.c file", advice = " --tokenizer tokenizer.bin";
-    if (!is) return fail(BAD_INPUT, "%s", r->error.text);
-    if (!advice) return fail(BAD_INPUT, "%s is %s", path, is);
-    return fail(BAD_INPUT, "%s is %s; python3 export.py %s OUT.bin%s makes a checkpoint of it",
-                path, is, path, advice);
-}
-
-/* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
- * is read completely before. */
-static int refuse_inputs(const run *r, const char *path, const char *what) {
-    const options *o = r->o;
-    const struct { const char *path, *is; } inputs[] = {
-        { o->checkpoint, "the checkpoint" }, { o->file, "the prompt" },
-        { o->vectors, "the vectors" }, { path == o->dump ? o->load : NULL, "the loaded state" },
-        { "-", "standard input" }, { path == o->dump ? o->save : o->dump, "another output" }
-    };
-    for (size_t i = 0; i < COUNT(inputs); i++) {
-        if (inputs[i].path && same_file(path, inputs[i].path)) {
-            return fail(BAD_USAGE, "cannot write %s to %s: it is also %s; give another name", what,
-                        path, inputs[i].is);
-        }
-    }
-    return DONE;
-}
-
-/* Before anything is read or computed: is this a file that can be written? */
-static int check_output(const run *r, const char *path, const char *what) {
-    TRY(refuse_inputs(r, path, what));
-    return can_be_written(path) ? DONE : output_failed(&(output){ .path = path, .what = what });
-}
-
-/* Opens a file for writing; all files that this program writes pass through here. A file appears
- * under its name only when it is complete: until then it has a temporary name in the same folder,
- * which no other file has. Of several programs that write to one name, the last one wins. The
- * caller writes to f->file and then calls close_output in any case. */
-static int open_output(const run *r, output *f, const char *path, const char *what) {
-    *f = (output){ .path = path, .what = what };
-    TRY(refuse_inputs(r, path, what));
-    f->file = open_place(f);
-    if (f->file) return DONE;
-    int rc = output_failed(f);
-    drop_temporary(f);
-    return rc;
-}
-
-/* Ends a file. rc: DONE if all of it was written; then it gets its name, once it is safe on the
- * disk. Otherwise it is removed and rc is returned. Does nothing if no file is open. */
-static int close_output(output *f, int rc) {
-    int error = 0;                      /* errno of the first call that failed                    */
-    if (!f->file) return rc;
-
-    /* all bytes to the disk */
-    if (rc == DONE && (fflush(f->file) != 0 || !sync_file(f->file))) error = errno;
-    if (fclose(f->file) != 0 && error == 0) error = errno;
-    f->file = NULL;
-
-    /* the name, or nothing */
-    if (rc == DONE && error == 0 && f->temporary && !give_name(f)) error = errno;
-    drop_temporary(f);
-    errno = error;
-    return rc == DONE && error ? output_failed(f) : rc;
-}
-
-/* ==== 12. The operating system ===================================================================
+/* ==== 3. The operating system ====================================================================
  * Everything that is not C99. Without it the program still works: the clock is coarser, files are
  * written in place, there is no progress line and Ctrl-C ends the process.
  */
@@ -2448,6 +903,1511 @@ static double seconds(void) {
 #endif
 }
 
+/* ==== 4. Files ===================================================================================
+ * Everything that is read comes through read_input. A file that is written goes through open_output
+ * and close_output, and nowhere else.
+ */
+
+/* Numbers of n bytes, little-endian. */
+static void put_little(unsigned char *to, uint64_t value, size_t n) {
+    for (size_t i = 0; i < n; i++) to[i] = (unsigned char)(value >> (8 * i) & 0xff);
+}
+
+static uint64_t get_little(const unsigned char *from, size_t n) {
+    uint64_t value = 0;
+    for (size_t i = 0; i < n; i++) value |= (uint64_t)from[i] << (8 * i);
+    return value;
+}
+
+/* Reads a file, or standard input for "-"; all of it, or only its next line, newline included, or
+ * only its beginning if a saved state was expected and it is none. The bytes are followed by a zero
+ * that does not count; there are none at the end of the input. */
+static int read_input(const char *path, enum extent extent, buffer *to) {
+    int standard = strcmp(path, "-") == 0, enough = 1;
+    FILE *file = standard ? stdin : fopen(path, "rb");
+    size_t wanted = 0, got = 0;
+    to->n = 0;
+    while (file && got == wanted) {
+        if (extent == LINE && to->n > 0 && to->bytes[to->n - 1] == '\n') break;
+        if (extent == STATE && to->n >= 8 && memcmp(to->bytes, BASED_STATE_MAGIC, 8) != 0) break;
+        enough = reserve(to, 1);
+        if (!enough) break;
+        wanted = extent == LINE ? 1 : to->room - 1 - to->n;
+        got = fread(to->bytes + to->n, 1, wanted, file);
+        to->n += got;
+    }
+    int good = file && enough && !ferror(file), error = enough ? errno : ENOMEM;
+    if (good) to->bytes[to->n] = '\0';
+    if (file && !standard) fclose(file);
+    if (good) return DONE;
+    if (interrupted && error == EINTR) {
+        clearerr(stdin);
+        return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
+    }
+    return fail(BAD_INPUT, "cannot read %s: %s", standard ? "standard input" : path,
+                strerror(error));
+}
+
+/* Drops a byte order mark, which is no part of a text. */
+static void drop_mark(buffer *text) {
+    if (text->n < 3 || memcmp(text->bytes, "\xef\xbb\xbf", 3) != 0) return;
+    text->n -= 3;
+    memmove(text->bytes, text->bytes + 3, text->n + 1);
+}
+
+/* Drops one newline at the end, \n or \r\n. */
+static void drop_newline(buffer *text) {
+    if (text->n == 0 || text->bytes[text->n - 1] != '\n') return;
+    text->n -= text->n > 1 && text->bytes[text->n - 2] == '\r' ? 2 : 1;
+    text->bytes[text->n] = '\0';
+}
+
+/* Reads a text, as a person would type it. */
+static int read_text(run *r, const char *path) {
+    TRY(read_input(path, ALL, &r->input));
+    drop_mark(&r->input);
+    drop_newline(&r->input);
+    return DONE;
+}
+
+static int output_failed(const output *f) {
+    return fail(BAD_INPUT, "cannot write %s to %s: %s", f->what, f->path, strerror(errno));
+}
+
+/* What is given as a checkpoint and is none: says what it is, if that can be seen. */
+static int no_checkpoint(const run *r) {
+    static const struct { size_t at; const char *begins, *is, *advice; } kinds[] = {
+        { 0, "GGUF", "a GGUF file of llama.cpp, which cannot be read; export the model that it was "
+                     "made from", NULL },
+        { 0, BASED_STATE_MAGIC, "a saved state; give a checkpoint, and this with --load", NULL },
+        { 0, "24ka", "a llama2.c file of a version that cannot be read; write version 0 of it",
+          NULL },
+        { 8, "{", "a safetensors file", "" }, { 0, "PK\3\4", "a PyTorch file", "" },
+        { 0, "\x80\2", "a PyTorch file", "" }
+    };
+    const char *path = r->o->checkpoint, *is = NULL, *advice = NULL;
+    unsigned char start[28] = { 0 };
+    FILE *file = fopen(path, "rb");
+    errno = 0;
+    int whole = file && fread(start, 1, sizeof start, file) == sizeof start;
+    if (errno == EISDIR) is = "a directory", advice = "";
+    if (file) fclose(file);
+    for (size_t i = 0; i < COUNT(kinds); i++) {
+        if (memcmp(start + kinds[i].at, kinds[i].begins, strlen(kinds[i].begins)) == 0) {
+            is = kinds[i].is, advice = kinds[i].advice;
+        }
+    }
+    /* llama2.c: seven numbers; the sixth, the size of the vocabulary, may be negative */
+    for (size_t i = 0; i < 7 && whole; i++) {
+        int64_t n = (int32_t)(uint32_t)get_little(start + 4 * i, 4);
+        whole = (i == 5 ? n * n : n) > 0 && n < 1 << 22;
+    }
+    if (whole) is = "a llama2.c file", advice = " --tokenizer tokenizer.bin";
+    if (!is) return fail(BAD_INPUT, "%s", r->error.text);
+    if (!advice) return fail(BAD_INPUT, "%s is %s", path, is);
+    return fail(BAD_INPUT, "%s is %s; python3 export.py %s OUT.bin%s makes a checkpoint of it",
+                path, is, path, advice);
+}
+
+/* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
+ * is read completely before. */
+static int refuse_inputs(const run *r, const char *path, const char *what) {
+    const options *o = r->o;
+    const struct { const char *path, *is; } inputs[] = {
+        { o->checkpoint, "the checkpoint" }, { o->file, "the prompt" },
+        { o->vectors, "the vectors" }, { path == o->dump ? o->load : NULL, "the loaded state" },
+        { "-", "standard input" }, { path == o->dump ? o->save : o->dump, "another output" }
+    };
+    for (size_t i = 0; i < COUNT(inputs); i++) {
+        if (inputs[i].path && same_file(path, inputs[i].path)) {
+            return fail(BAD_USAGE, "cannot write %s to %s: it is also %s; give another name", what,
+                        path, inputs[i].is);
+        }
+    }
+    return DONE;
+}
+
+/* Before anything is read or computed: is this a file that can be written? */
+static int check_output(const run *r, const char *path, const char *what) {
+    TRY(refuse_inputs(r, path, what));
+    return can_be_written(path) ? DONE : output_failed(&(output){ .path = path, .what = what });
+}
+
+/* Opens a file for writing; all files that this program writes pass through here. A file appears
+ * under its name only when it is complete: until then it has a temporary name in the same folder,
+ * which no other file has. Of several programs that write to one name, the last one wins. The
+ * caller writes to f->file and then calls close_output in any case. */
+static int open_output(const run *r, output *f, const char *path, const char *what) {
+    *f = (output){ .path = path, .what = what };
+    TRY(refuse_inputs(r, path, what));
+    f->file = open_place(f);
+    if (f->file) return DONE;
+    int rc = output_failed(f);
+    drop_temporary(f);
+    return rc;
+}
+
+/* Ends a file. rc: DONE if all of it was written; then it gets its name, once it is safe on the
+ * disk. Otherwise it is removed and rc is returned. Does nothing if no file is open. */
+static int close_output(output *f, int rc) {
+    int error = 0;                      /* errno of the first call that failed                    */
+    if (!f->file) return rc;
+
+    /* all bytes to the disk */
+    if (rc == DONE && (fflush(f->file) != 0 || !sync_file(f->file))) error = errno;
+    if (fclose(f->file) != 0 && error == 0) error = errno;
+    f->file = NULL;
+
+    /* the name, or nothing */
+    if (rc == DONE && error == 0 && f->temporary && !give_name(f)) error = errno;
+    drop_temporary(f);
+    errno = error;
+    return rc == DONE && error ? output_failed(f) : rc;
+}
+
+/* ==== 5. Feeding and statistics ==================================================================
+ * Sessions, blocks of tokens with a progress line where a person is waiting, and what is told on
+ * stderr.
+ */
+static int new_session(run *r, based_session **s, size_t block) {
+    *s = based_session_new(r->model, (uint32_t)block, &r->error);
+    if (!*s) return library_failed(r, r->o->checkpoint);
+    based_set_threads(*s, (int)r->o->threads);
+    return DONE;
+}
+
+/* Opens a session for text. every_row: with room for the logits of every token of a block, which is
+ * smaller then if the vocabulary is large. */
+static int open_session(run *r, int every_row) {
+    const based_config *c = based_model_config(r->model);
+    size_t row = based_width(r->model) * sizeof(float), fit = ROWS_BYTES / (row > 0 ? row : 1);
+    if (c->input > 0 || c->rows == 0) {
+        return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors; see "
+                    "--vectors", r->o->checkpoint);
+    }
+    r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    if (c->prefix > r->block) r->block = c->prefix;     /* it is fed in one block */
+    r->unfed = -1;
+    TRY(new_session(r, &r->session, r->block));
+    if (every_row) r->rows = malloc(r->block * row);
+    if (every_row && !r->rows) return out_of_memory("logits");
+    return r->has_tokenizer || !(r->o->chat || r->o->perplexity || r->o->jsonl) ? DONE
+                                                                               : no_tokenizer(r);
+}
+
+/* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
+static void hash_logits(run *r, const float *logits) {
+    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
+}
+
+/* If no logit is finite, there is nothing to choose from. */
+static int check_logits(run *r, const float *logits, uint64_t token) {
+    for (size_t i = 0; i < based_width(r->model); i++) {
+        if (logits[i] - logits[i] == 0) return DONE;
+    }
+    clear_progress(r);
+    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
+                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
+                r->o->vectors ? ", or the vectors are" : "");
+}
+
+/* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
+static int dump_rows(run *r, const float *rows, size_t n) {
+    size_t width = based_width(r->model), total = n * width;
+    uint64_t before = count_of(r) - n;
+    unsigned char bytes[4096];
+    for (size_t row = 0; row < n; row++) {
+        TRY(check_logits(r, rows + row * width, before + row + 1));
+        hash_logits(r, rows + row * width);
+    }
+    for (size_t done = 0, some; done < total; done += some) {
+        some = total - done < sizeof bytes / 4 ? total - done : sizeof bytes / 4;
+        for (size_t i = 0; i < some; i++) {
+            uint32_t bits;
+            memcpy(&bits, rows + done + i, sizeof bits);
+            put_little(bytes + 4 * i, bits, 4);
+        }
+        if (fwrite(bytes, 4, some, r->dump.file) != some) {
+            clear_progress(r);
+            return output_failed(&r->dump);
+        }
+    }
+    return DONE;
+}
+
+enum { PROGRESS_COLUMNS = 76 };
+
+/* Must come before anything else is written to stderr. Also covers the "^C" of the terminal. */
+static void clear_progress(run *r) {
+    if (r->shown > 0) fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");
+    fflush(stderr);
+    r->shown = 0;
+}
+
+/* The progress line is rewritten a few times per second, once the work has taken a while. */
+static int progress_is_due(const run *r) {
+    double now = seconds();
+    return !r->o->quiet && now - r->begun >= 0.3 && now - r->shown >= 0.1 && is_terminal(stderr);
+}
+
+static void print_progress(run *r, const char *line) {
+    fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
+    fflush(stderr);
+    r->shown = seconds();
+}
+
+static void show_progress(run *r, size_t done, size_t total) {
+    double spent = seconds() - r->begun;
+    char line[160];
+    if (r->o->jsonl || !progress_is_due(r)) return;
+    int n = snprintf(line, sizeof line, "%s: %s of %s tokens, %.0f tok/s, %.0f s left",
+                     r->o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(done),
+                     THOUSANDS(total), per_second(done, spent),
+                     spent / (double)done * (double)(total - done));
+    if (r->scored) snprintf(line + n, sizeof line - (size_t)n, ", PPL %.4g", exp(r->mean));
+    print_progress(r, line);
+}
+
+/* Feeds the first n of r->ids, without the loaded ones, and scores or dumps the logits if that is
+ * wanted. Stops early on Ctrl-C; r->fed says how far it came. */
+static int feed_ids(run *r, size_t n) {
+    const options *o = r->o;
+    int32_t start = start_token(&r->tokenizer);
+    float *rows = o->perplexity || o->dump ? r->rows : NULL;
+    r->begun = seconds();
+    for (size_t i = r->n_loaded, some; i < n && !interrupted; i += some) {
+        some = n - i < r->block ? n - i : r->block;
+        if (o->perplexity) {
+            /* every document of a text begins, at a start token, with an empty session */
+            size_t same = 1;
+            if (r->ids[i] == start) based_reset(r->session);
+            while (same < some && r->ids[i + same] != start) same++;
+            some = same;
+        }
+        /* the beginning of a prompt, in a model that has prefix layers */
+        int alone = o->perplexity || based_count(r->session) > 0;
+        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
+        if (prefix > 0 && some > prefix) some = prefix;
+        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, rows,
+                                                          &r->error) != BASED_OK) {
+            clear_progress(r);
+            return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
+        }
+        r->fed += some;
+        if (o->perplexity) TRY(score_rows(r, i, some));
+        if (o->dump) TRY(dump_rows(r, r->rows, some));
+        show_progress(r, i + some, n);
+    }
+    r->feed_time += seconds() - r->begun;
+    clear_progress(r);
+    return DONE;
+}
+
+/* ---- Looking ahead: --lookup ------------------------------------------------------------------
+ * A text that quotes itself goes on as it did before: where the longest run of its newest tokens
+ * came before, what followed there is a guess at what follows now. Guesses are fed together with
+ * the newest token, for which weights are read once, and the session goes back to the first wrong
+ * one. The sampler draws each token as ever, from the same logits, so no text depends on guesses.
+ * More of them are made, from shorter runs, as long as more are right than their time is worth.
+ */
+enum { RECALLED = 1 << 14, MOST_SAME = 64, TRIED = 16 };
+
+static int open_lookup(run *r) {
+    lookup *l = &r->lookup;
+    size_t most = 1 + (size_t)r->o->lookup;
+    if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
+    l->enough = 16;
+    l->more = 0.25;                     /* until it has been measured                             */
+    size_t rows = most * based_width(r->model), old = most * based_draft_width(r->model);
+    l->text = calloc(RECALLED, sizeof *l->text);
+    l->last = calloc(2 * RECALLED, sizeof *l->last);
+    l->rows = malloc((rows + old) * sizeof *l->rows);
+    if (!l->text || !l->last || !l->rows) return out_of_memory("guesses; --lookup 0 makes none");
+    l->before = l->last + RECALLED;
+    l->old = l->rows + rows;
+    return DONE;
+}
+
+static int32_t token_at(const lookup *l, uint64_t at) { return l->text[at % RECALLED]; }
+
+/* One more token of the text. If it is what followed `from`, that goes on; else the longest run of
+ * newest tokens among the last TRIED places where the newest two came before. */
+static void look_up(run *r, int32_t id) {
+    lookup *l = &r->lookup;
+    if (!l->text) return;
+    int goes_on = l->same > 0 && token_at(l, l->from) == id;
+    l->same = goes_on ? l->same + 1 : 0;
+    l->from += (uint64_t)goes_on;
+    l->text[l->n++ % RECALLED] = id;
+    if (l->n < 2) return;
+    uint32_t two = (uint32_t)token_at(l, l->n - 2) * 0x9e3779b1u + (uint32_t)id;
+    uint64_t *last = &l->last[(two * 0x85ebca6bu >> 16) % RECALLED], at = *last;
+    l->before[l->n % RECALLED] = at;
+    *last = l->n;
+    for (int i = 0; i < TRIED && !goes_on && at > 0 && l->n - at < RECALLED - MOST_SAME; i++) {
+        size_t same = 0;
+        while (same < MOST_SAME && same < at
+               && token_at(l, at - 1 - same) == token_at(l, l->n - 1 - same)) {
+            same++;
+        }
+        if (same > l->same) l->same = same, l->from = at;
+        at = l->before[at % RECALLED];
+    }
+}
+
+/* Takes back the guesses that are not part of the text. */
+static int drop_guesses(run *r) {
+    lookup *l = &r->lookup;
+    if (l->fed == 0) return DONE;
+    TRY_LIB(based_keep(r->session, l->used, &r->error), "cannot take guesses back");
+    l->guessed += l->fed - 1;
+    l->right += l->used - 1;
+    l->fed = l->used = 0;
+    return DONE;
+}
+
+/* Feeds the newest token, unless it was guessed and is fed already; with at most `most` guesses. */
+static int feed_ahead(run *r, int32_t id, uint64_t most) {
+    lookup *l = &r->lookup;
+    int guessed = l->used < l->fed && l->draft[l->used] == id;
+    look_up(r, id);
+    l->used += (size_t)guessed;
+    if (guessed) return DONE;
+
+    /* if the right guesses would have taken longer as single steps than all took together, shorter
+     * runs are enough from now on; else only longer ones, without end if a guess takes a step  */
+    if (l->fed > 1) {
+        int gained = (double)(l->used - 1) > l->more * (double)(l->fed - 1);
+        if (gained && l->enough > 2) l->enough /= 2;
+        if (!gained && (l->more > 0.9 || l->enough < MOST_SAME)) l->enough *= 2;
+    }
+    TRY(drop_guesses(r));
+
+    /* as many guesses as tokens agree; what is itself guessed may be what follows */
+    size_t n = 0;
+    if (most > (uint64_t)r->o->lookup) most = (uint64_t)r->o->lookup;
+    if (l->step > 0 && l->same >= l->enough) n = l->same < most ? l->same : (size_t)most;
+    for (size_t i = 0; i < n; i++) {
+        uint64_t at = l->from + i;
+        l->draft[i + 1] = at < l->n ? token_at(l, at) : l->draft[1 + at - l->n];
+    }
+    double begun = seconds();
+    if (n == 0) {
+        TRY_LIB(based_step(r->session, id, &r->error), "cannot compute the next token");
+        double spent = seconds() - begun;
+        l->step = l->step > 0 ? l->step + (spent - l->step) / 16 : spent;
+        return DONE;
+    }
+    l->draft[0] = id;
+    int64_t fed = based_feed_draft(r->session, l->draft, n + 1, l->rows, l->old, &r->error);
+    if (fed < 0) return library_failed(r, "cannot compute the next tokens");
+    /* what a guess took, within what is possible: other programs run, too */
+    double more = ((seconds() - begun) / l->step - 1) / (fed > 1 ? (double)(fed - 1) : 1);
+    more = more < 0.05 ? 0.05 : more > 2 ? 2 : more;
+    if (fed > 1) l->more += (more - l->more) / 8;
+    l->fed = (size_t)fed;
+    l->used = 1;
+    return DONE;
+}
+
+/* -v, before the work: what was opened and how long the text is. */
+static void describe(const run *r, const char *what) {
+    char name[65];
+    if (!r->o->verbose) return;
+    fprintf(stderr, "model:  %s, %s parameters\nstate:  %s bytes, however long the text\n",
+            model_name(r, name), THOUSANDS(based_model_parameters(r->model)),
+            THOUSANDS(based_state_bytes(r->model)));
+    if (what) fprintf(stderr, "%-7s %s tokens\n", what, THOUSANDS(r->n_ids));
+}
+
+static void time_line(const char *what, double spent, uint64_t n, const char *unit) {
+    fprintf(stderr, "%16s = %10.2f ms / %5" PRIu64 " %-6s (%8.2f ms per token, "
+            "%8.2f tokens per second)\n", what, 1e3 * spent, n, unit,
+            n > 0 ? 1e3 * spent / (double)n : 0, per_second(n, spent));
+}
+
+/* The statistics. Scripts written for llama2.c look for the last line, the speed: of reading, or of
+ * writing. */
+static void report(const run *r, const char *feeding, int reading) {
+    if (r->o->verbose) {
+        time_line(feeding, r->feed_time, r->fed, "tokens");
+        if (r->timed > 0) time_line("eval time", r->generate_time, r->timed, "runs");
+        if (r->lookup.guessed > 0) {
+            fprintf(stderr, "lookup: %s of %s guesses were right\n", THOUSANDS(r->lookup.right),
+                    THOUSANDS(r->lookup.guessed));
+        }
+        fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
+    }
+    if (r->o->quiet) return;
+    fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
+                                                    : per_second(r->timed, r->generate_time));
+}
+
+/* ==== 6. From text to tokens =====================================================================
+ * Prompts come from -i, -f, --tokens, --append or standard input, and end up in r->ids.
+ */
+static int no_tokenizer(const run *r) {
+    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a "
+                "tokenizer", r->o->checkpoint);
+}
+
+/* The token that the model saw before every text in training; -1 if there is none. */
+static int32_t start_token(const based_tokenizer *t) {
+    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
+    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
+}
+
+/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
+ * follow their letter) and this one does not. */
+static void warn_of_nfc(run *r, const char *text, size_t n) {
+    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
+    for (size_t i = 0; i + 1 < n && !quiet; i++) {
+        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
+        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
+        clear_progress(r);
+        fputs("note: some accents of this text stand apart from their letters; the model was "
+              "trained on text without such (Unicode's NFC), and understands it less well\n",
+              stderr);
+        quiet = r->told_nfc = 1;
+    }
+}
+
+/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
+ * text[from .. to - 1]. Returns a status of the library; r->error says more. */
+static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
+    based_tokenizer t = r->tokenizer;
+    const size_t end[3] = { from, to, n };
+    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
+    int64_t got = 0;
+    warn_of_nfc(r, text, n);
+    if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+
+    /* room for the start token and as many others as there can be */
+    size_t bound = based_encode_bound(&t, n), size = sizeof *r->ids;
+    free(r->ids);
+    r->n_ids = r->n_loaded = 0;
+    r->ids = bound >= SIZE_MAX / size ? NULL : malloc((bound + 1) * size);
+    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
+    if (!r->ids || !scratch) {
+        free(scratch);
+        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
+        return BASED_ENOMEM;
+    }
+
+    /* the start token, where based_encode does not put it */
+    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
+        r->ids[r->n_ids++] = start_token(&t);
+    }
+    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
+        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
+        if (part == 1) r->n_first = r->n_ids;
+        if (end[part] == at) continue;
+        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
+        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
+                           &r->error);
+        /* only the first text gets a prefix space */
+        for (int64_t i = 0; i < got; i++) {
+            size_t shown;
+            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
+            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+        }
+    }
+    free(scratch);
+    return got < 0 ? (int)got : BASED_OK;
+}
+
+static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                        size_t to) {
+    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
+    return DONE;
+}
+
+static int encode(run *r, const char *text, size_t n, enum lead lead) {
+    return encode_parts(r, text, n, lead, n, n);
+}
+
+/* The length of the special token's name that the text begins with; or 0. */
+static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
+    for (uint32_t i = 0; i < t->specials; i++) {
+        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
+        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
+    }
+    return 0;
+}
+
+/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
+ * text there. The text is cut only at special tokens of the template, where it would be cut in any
+ * case; so without such names the tokens are those of encode. */
+static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
+    size_t begin = 0, name;
+    for (size_t at = 0; at < from; ) {
+        name = special_name(&r->tokenizer, text + at, from - at);
+        at += name ? name : 1;
+        if (name) begin = at;
+    }
+    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
+    return encode_parts(r, text, n, lead, begin, to);
+}
+
+/* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
+static int read_tokens(run *r, const char *list) {
+    static const char separators[] = " ,\t\r\n";
+    uint64_t id, vocab = based_width(r->model);
+    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
+    if (!r->ids) return out_of_memory("the tokens");
+    for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
+        n = strcspn(list, separators);
+        id = strtoull(list, NULL, 10);
+        if (strspn(list, "0123456789") < n || id >= vocab) {
+            char word[SHORT_BYTES];
+            snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
+            return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
+                        "got %s", vocab - 1, QUOTE(word));
+        }
+        r->ids[r->n_ids++] = (int32_t)id;
+    }
+    if (r->n_ids > 0) return DONE;
+    return fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
+}
+
+/* The prompt. Without one a new text begins with the start token. After --load the prompt is the
+ * text of --append, or nothing. */
+static int read_prompt(run *r) {
+    const options *o = r->o;
+    int append = o->load && !(o->prompt || o->file || o->tokens);
+    const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
+    if (append && !text) return DONE;
+    if (o->tokens) return read_tokens(r, o->tokens);
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    if (text && strcmp(text, "-") == 0) path = "-";
+    if (!text && !path && !same_file(o->checkpoint, "-")) {
+        int comes = input_comes();
+        if (comes > 0) path = "-";
+        if (comes < 0 && !o->quiet) {
+            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
+                  "-i - waits for it\n", stderr);
+        }
+    }
+    if (path) {
+        TRY(read_text(r, path));
+        TRY(encode(r, r->input.bytes, r->input.n, append ? CONTINUES : BEGINS));
+    } else {
+        TRY(encode(r, text, text ? strlen(text) : 0, append ? CONTINUES : BEGINS));
+    }
+    if (r->n_ids > 0 || append) return DONE;
+    return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
+                o->checkpoint);
+}
+
+/* ==== 7. Saved states ============================================================================
+ * What a session knows goes in and out through based_save and based_load. What only this program
+ * knows travels with it as the note, little-endian:
+ *
+ *      0   "run", and 1 for this version         16   the decoder: held[4], n, started, two zeros
+ *      4   uint32 1 if a generator is saved      24   uint32 number of recent tokens
+ *      8   uint64 state of the generator         28   int32 each, oldest first
+ *
+ * The generator is saved only if a seed was asked for. Then a loaded text goes on as if it had
+ * never been interrupted, unless another seed is given. Without a seed, each continuation of a
+ * saved text is a different one.
+ */
+/* Saves the state in memory. The memory of s is used again. */
+static int save_state(run *r, buffer *s) {
+    size_t n = based_sampler_recent(&r->sampler, r->recent), note_bytes = NOTE_HEADER + 4 * n;
+    size_t bytes = based_saved_bytes(r->model, note_bytes);
+    unsigned char *note = calloc(1, note_bytes);
+    s->n = 0;
+    if (!note || !bytes || !reserve(s, bytes)) {
+        free(note);
+        return out_of_memory("the saved past");
+    }
+
+    /* the note, as above; what is not set is zero */
+    memcpy(note, "run\1", 4);
+    put_little(note + 4, (uint64_t)r->o->has_seed, 4);
+    if (r->o->has_seed) put_little(note + 8, r->sampler.state, 8);
+    memcpy(note + 16, r->out.decoder.held, 4);
+    note[20] = r->out.decoder.n;
+    note[21] = r->out.decoder.started;
+    put_little(note + 24, n, 4);
+    for (size_t i = 0; i < n; i++) {
+        put_little(note + NOTE_HEADER + 4 * i, (uint32_t)r->recent[i], 4);
+    }
+
+    /* the session and the note */
+    s->n = bytes;
+    int status = based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error);
+    free(note);
+    return status == BASED_OK ? DONE : library_failed(r, r->o->checkpoint);
+}
+
+/* Another program may save a state with a note of its own; that note is ignored. */
+static int is_our_note(const unsigned char *note, size_t n) {
+    return n >= 4 && memcmp(note, "run\1", 4) == 0;
+}
+
+/* Are these n bytes nothing, or the beginning of a UTF-8 character that needs more bytes? */
+static int begins_character(const unsigned char *p, size_t n) {
+    size_t whole = p[0] < 0xc2 || p[0] > 0xf4 ? 0 : p[0] < 0xe0 ? 2 : p[0] < 0xf0 ? 3 : 4;
+    int low = p[0] == 0xe0 ? 0xa0 : p[0] == 0xf0 ? 0x90 : 0x80;
+    int high = p[0] == 0xed ? 0x9f : p[0] == 0xf4 ? 0x8f : 0xbf;
+    return n == 0 || (n < whole && (n < 2 || (p[1] >= low && p[1] <= high))
+                                && (n < 3 || (p[2] & 0xc0) == 0x80));
+}
+
+/* A note of ours may be forged: based_load checks only that its bytes are not damaged. */
+static int check_note(const run *r, const unsigned char *note, size_t n, const char *path) {
+    if (n < NOTE_HEADER || n - NOTE_HEADER != 4 * get_little(note + 24, 4)) {
+        return fail(BAD_INPUT, "%s: its note has %zu bytes, expected %d and 4 for each recent "
+                    "token", path, n, NOTE_HEADER);
+    }
+    if (get_little(note + 4, 4) > 1 || note[21] > 1 || note[22] || note[23]) {
+        return fail(BAD_INPUT, "%s: its note has a mark that is neither 0 nor 1", path);
+    }
+    if (!begins_character(note + 16, note[20])) {
+        return fail(BAD_INPUT, "%s: its note holds %d bytes, %02x %02x %02x, expected the "
+                    "beginning of a character", path, note[20], note[16], note[17], note[18]);
+    }
+    for (size_t at = NOTE_HEADER; at < n; at += 4) {
+        uint64_t id = get_little(note + at, 4);
+        if (id >= r->sampler.vocab) {
+            return fail(BAD_INPUT, "%s: its note has token %u, but the vocabulary has %u", path,
+                        (unsigned)id, (unsigned)r->sampler.vocab);
+        }
+    }
+    return DONE;
+}
+
+/* Makes sampler and decoder go on as the note says. The generator keeps its state unless one was
+ * saved: going back in a chat must not bring the same reply again. */
+static void read_note(run *r, const unsigned char *note, size_t n) {
+    based_decoder *d = &r->out.decoder;
+    uint64_t generator = r->sampler.state;
+    reset_sampler(r);
+    r->sampler.state = generator;
+    *d = (based_decoder){ .started = 1 };
+    if (!is_our_note(note, n)) return;
+    for (size_t at = NOTE_HEADER; at < n; at += 4) {
+        based_sampler_accept(&r->sampler, (int32_t)get_little(note + at, 4));
+    }
+    if (get_little(note + 4, 4) && !r->o->has_seed) r->sampler.state = get_little(note + 8, 8);
+    memcpy(d->held, note + 16, 4);
+    d->n = note[20];
+    d->started = note[21];
+}
+
+static int load_state(run *r, const buffer *s, const char *path) {
+    const void *note;
+    size_t n;
+    TRY_LIB(based_load(r->session, s->bytes, s->n, &note, &n, &r->error), path);
+    if (is_our_note(note, n)) TRY(check_note(r, note, n, path));
+    read_note(r, note, n);
+    r->unfed = -1;
+    return DONE;
+}
+
+static int save_to_file(run *r, const char *path) {
+    output f;
+    TRY(feed_newest(r, 0));             /* all that was printed is saved                          */
+    TRY(save_state(r, &r->saved));
+    TRY(open_output(r, &f, path, "the past"));
+    int good = fwrite(r->saved.bytes, 1, r->saved.n, f.file) == r->saved.n;
+    TRY(close_output(&f, good ? DONE : output_failed(&f)));
+    if (!r->o->quiet && !ferror(stdin) && !ferror(stdout)) {    /* nothing behind an error line   */
+        fprintf(stderr, "saved %s tokens in %s\n", THOUSANDS(based_count(r->session)),
+                AMOUNT(r->saved.n));
+    }
+    return DONE;
+}
+
+/* The end of a text that was loaded: the tokens that its note tells. */
+static void show_recent(run *r) {
+    size_t n = based_sampler_recent(&r->sampler, r->recent), bytes;
+    for (size_t i = 0; i < n; i++) {
+        const char *text = based_token_bytes(&r->tokenizer, r->recent[i], &bytes);
+        fwrite(text, 1, bytes, stderr);
+    }
+    if (n > 0) fputc('\n', stderr);
+}
+
+static int load_from_file(run *r, const char *path) {
+    TRY(read_input(path, STATE, &r->input));
+    TRY(load_state(r, &r->input, path));
+    if (!r->o->quiet) {
+        fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
+                AMOUNT(r->input.n));
+        if (r->o->chat) show_recent(r);
+    }
+    return DONE;
+}
+
+/* Does the text of the n saved tokens end inside a token of the prompt, which is like it before? */
+static int ends_inside(run *r, size_t n) {
+    size_t recent = based_sampler_recent(&r->sampler, r->recent), bytes, some;
+    for (size_t k = 1; k <= 16 && k <= recent && k <= n; k++) { /* the last k are others          */
+        const int32_t *last = r->recent + recent - k;
+        size_t same = n - k, at = 0;
+        if (same >= r->n_ids || based_history_of(based_history_of(0, r->ids, same), last, k)
+                                != based_history(r->session)) continue;
+        const char *whole = based_token_bytes(&r->tokenizer, r->ids[same], &bytes);
+        for (size_t i = 0; i < k; i++, at += some) {
+            const char *text = based_token_bytes(&r->tokenizer, last[i], &some);
+            if (some > bytes - at || memcmp(whole + at, text, some) != 0) return 0;
+        }
+        return 1;
+    }
+    return 0;
+}
+
+/* --load, before a text is continued. A prompt is the whole text: it must begin with the saved one.
+ * Then only the rest has to be fed, and the result is the same as if all of it had been fed. */
+static int load_prompt(run *r) {
+    const options *o = r->o;
+    TRY(load_from_file(r, o->load));
+    uint64_t n = based_count(r->session);
+
+    /* no prompt: the saved text goes on */
+    if (!(o->prompt || o->file || o->tokens)) {
+        if (n + r->n_ids > 0) return DONE;
+        return fail(BAD_INPUT, "%s: nothing had been read when it was saved; give a prompt with -i",
+                    o->load);
+    }
+
+    /* the history is a hash of all tokens that were fed */
+    if (n > r->n_ids || based_history_of(0, r->ids, (size_t)n) != based_history(r->session)) {
+        if (!o->tokens && ends_inside(r, (size_t)n)) {
+            return fail(BAD_INPUT, "the text saved in %s ends inside a token of this prompt; give "
+                        "what follows it with --append, or save where a word ends", o->load);
+        }
+        return fail(BAD_INPUT, "the prompt does not begin with the %s tokens saved in %s; to put "
+                    "it behind them, use --append", THOUSANDS(n), o->load);
+    }
+
+    /* decoder and sampler will get all of the prompt */
+    r->n_loaded = (size_t)n;
+    r->out.decoder = (based_decoder){ .started = 0 };
+    reset_sampler(r);
+    return DONE;
+}
+
+/* ==== 8. Chat ====================================================================================
+ * A conversation is one text. Each message is put into a template and fed. The checkpoint has one
+ * if the model was trained to converse; then a stop token ends the reply. With the plain template a
+ * reply ends where the model begins the next turn, which is a stop text. After each reply the
+ * session has read exactly the text that is on the screen; what stands between a reply and the next
+ * message is fed with that message. Before each turn the state is put on a ring of UNDO states.
+ */
+
+/* Puts the state in r->saved on the ring, with what was said. Only a turn that went well gets
+ * there. */
+static void push_undo(run *r, const char *said) {
+    conversation *c = &r->chat;
+    size_t at = c->turns++ % UNDO;
+    buffer oldest = c->turn[at].state;
+    c->turn[at].state = r->saved;
+    sanitize(memcpy(c->turn[at].said, QUOTE(said), SHORT_BYTES));
+    r->saved = oldest;
+    c->n_undo += c->n_undo < UNDO;
+}
+
+static int undo(run *r) {
+    conversation *c = &r->chat;
+    if (c->n_undo == 0) return fail(BAD_INPUT, "there is no turn to take back");
+    c->n_undo--;
+    size_t at = --c->turns % UNDO;
+    TRY(load_state(r, &c->turn[at].state, "the last turn"));
+    if (!r->o->quiet) fprintf(stderr, "took back %s\n", c->turn[at].said);
+    return DONE;
+}
+
+/* Ends a reply. What was printed gets fed; what is held back does not, even if one token is partly
+ * both: then the session goes back to the snapshot and reads the printed part as text. */
+static int commit_reply(run *r) {
+    conversation *c = &r->chat;
+    int stopped = r->out.stopped;
+    size_t held = r->out.held.n, printed = c->raw.n > held ? c->raw.n - held : 0;
+    int rc = ferror(stdout) ? BAD_INPUT : end_text(r);      /* one error line is enough           */
+    r->out.stopped = r->out.wrote = 0;
+    r->out.held.n = 0;
+    if (!stopped) {
+        TRY(feed_newest(r, 0));
+        return rc;
+    }
+
+    /* a stop text: back to before it, then up to it */
+    r->unfed = -1;
+    based_copy(r->session, c->snapshot, NULL);
+    c->has_snapshot = 0;
+    if (printed > 0) {
+        TRY(encode_message(r, c->raw.bytes, printed, CONTINUES, 0, printed));
+        TRY(feed_prompt(r));
+    }
+    return rc;
+}
+
+/* One turn: a message of n bytes and the reply to it. */
+static int chat_turn(run *r, const char *message, size_t n) {
+    const options *o = r->o;
+    const conversation *c = &r->chat;
+
+    /* the message in its template, then the beginning of a reply */
+    const char *user = c->text[BASED_CHAT_USER], *said = strstr(user, "{}"),
+               *reply = c->text[BASED_CHAT_REPLY], *end = strstr(reply, "{}");
+    int first = based_history(r->session) == c->start;
+    enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
+    buffer text = { 0 };
+    int rc = put(&text, "%s%.*s", first ? c->begin.bytes : end + 2, (int)(said - user), user);
+    size_t from = text.n;
+    if (rc == DONE) rc = append(&text, message, n);
+    if (rc == DONE) rc = put(&text, "%s%.*s", said + 2, (int)(end - reply), reply);
+    if (rc == DONE) rc = save_state(r, &r->saved);
+    if (rc == DONE) {
+        rc = o->specials ? encode(r, text.bytes, text.n, opens)
+                         : encode_message(r, text.bytes, text.n, opens, from, from + n);
+    }
+    free(text.bytes);
+    TRY(rc);
+    TRY(feed_prompt(r));
+    if (interrupted) return load_state(r, &r->saved, "the last turn");
+    push_undo(r, message);
+
+    /* the reply */
+    r->chat.has_snapshot = 0;
+    rc = continue_text(r);
+    if (rc != DONE && !ferror(stdout)) return rc;
+    int committed = commit_reply(r);    /* the session knows what was said, even if nobody reads  */
+    return rc != DONE ? rc : committed;
+}
+
+/* A line of n bytes that begins with a slash. A command that fails says why and changes nothing;
+ * the chat goes on. Returns 0 if it is to end. */
+static int run_command(run *r, const char *line, size_t n) {
+    conversation *c = &r->chat;
+    size_t word = strcspn(line, " ");
+    const char *file = line + word + strspn(line + word, " ");
+    int named = word == 5 && (*file || line[word] == '\0');
+    if (strlen(line) < n) {
+        fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
+    } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
+        return 0;
+    } else if (named && strncmp(line, "/save", 5) == 0) {
+        if (!*file && c->name.n == 0) {
+            fail(BAD_INPUT, "/save needs the name of a file the first time");
+        } else if (save_to_file(r, *file ? file : c->name.bytes) == DONE && *file) {
+            c->name.n = 0;
+            put(&c->name, "%s", file);
+        }
+    } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
+        if (save_state(r, &r->saved) != DONE) return 1;
+        if ((*file ? load_from_file(r, file)
+                   : load_state(r, &c->first, "the beginning")) == DONE) push_undo(r, line);
+        else load_state(r, &r->saved, "what was there before");
+    } else if (strcmp(line, "/undo") == 0) {
+        undo(r);
+    } else if (strcmp(line, "/stats") == 0) {
+        const char *size = AMOUNT(based_saved_bytes(r->model, NOTE_HEADER
+                                                     + 4 * (size_t)r->o->repeat_last_n));
+        fprintf(stderr, "%s tokens read and written, remembered in %s\n"
+                "%d turns can be taken back (at most %d, %s each)\n%.1f tokens per second\n",
+                THOUSANDS(based_count(r->session)), size, (int)c->n_undo, UNDO, size,
+                per_second(r->timed, r->generate_time));
+    } else if (strcmp(line, "/help") == 0) {
+        fputs("/save FILE   write all that the model remembers to a file; later without its name\n"
+              "/load FILE   go on from such a file\n"
+              "/undo        take back the last turn, /load or /reset\n"
+              "/reset       begin anew\n"
+              "/stats       what is remembered, and how fast\n"
+              "/quit        end, as Ctrl-D does; Ctrl-C ends a reply\n"
+              "Started as \"rlwrap ", stderr);
+        fprintf(stderr, "%s ...\", lines can be edited and come back with the arrow keys\n",
+                program);
+    } else {
+        fail(BAD_INPUT, "%s is no command; /help lists them", QUOTE(line));
+    }
+    return 1;
+}
+
+/* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
+static void choose_template(run *r, options *o) {
+    const char *const plain[4] = { "{}\n", o->turn, "{}\n", "" };
+    char name[65];
+    if (!o->chat || !r->has_tokenizer) return;
+    if (r->tokenizer.chat[0] && !o->chat_template) {
+        memcpy(r->chat.text, r->tokenizer.chat, sizeof r->chat.text);
+        return;
+    }
+    memcpy(r->chat.text, plain, sizeof r->chat.text);
+    o->stops[o->n_stops++] = o->stop;
+    if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
+    if (o->chat_template || o->quiet) return;
+    fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
+            "two people might\n", model_name(r, name));
+}
+
+/* Feeds the start token if the template does not name it, and sets what stands before the first
+ * message: the system prompt or what is there without one, or after --load the end of a reply. */
+static int begin_chat(run *r) {
+    const options *o = r->o;
+    conversation *c = &r->chat;
+    const char *lead = o->load ? strstr(c->text[BASED_CHAT_REPLY], "{}") + 2
+                     : o->system ? "" : c->text[BASED_CHAT_BEGIN];
+    const char *system = c->text[BASED_CHAT_SYSTEM], *hole = strstr(system, "{}");
+    if (o->system && !hole) {
+        return fail(BAD_USAGE, "%s knows no system prompt; put the text into your first message",
+                    o->checkpoint);
+    }
+    TRY(put(&c->begin, "%s", lead));
+    if (o->system) {
+        TRY(put(&c->begin, "%.*s%s%s", (int)(hole - system), system, o->system, hole + 2));
+    }
+    if (o->load) {
+        TRY(load_from_file(r, o->load));
+    } else if (c->text[BASED_CHAT_USER] == o->turn) {
+        TRY(encode(r, "", 0, BEGINS));
+        TRY(feed_prompt(r));
+    }
+    c->start = based_history(r->session);
+    return save_state(r, &c->first);
+}
+
+static int chat(run *r) {
+    const options *o = r->o;
+    conversation *c = &r->chat;
+    int rc = DONE, asking = is_terminal(stdin) && !o->quiet, saves = o->save != NULL;
+    TRY(open_session(r, 0));
+    TRY(prepare(r));
+    TRY(open_lookup(r));
+    TRY(new_session(r, &c->snapshot, 1));
+    if (saves) TRY(put(&c->name, "%s", o->save));
+    if (!reserve(&c->raw, 4096 + r->out.held.room)) return out_of_memory("the conversation");
+    catch_signals(saves);
+
+    r->out.decoder.started = 1;
+    r->out.trims = 1;
+    TRY(begin_chat(r));
+    tell_sampling(r);
+    if (asking) fputs("/help lists the commands, Ctrl-D ends.\n", stderr);
+
+    /* the first message may come from -i or -f */
+    if (o->prompt) rc = chat_turn(r, o->prompt, strlen(o->prompt));
+    if (o->file) {
+        TRY(read_text(r, o->file));
+        rc = chat_turn(r, r->input.bytes, r->input.n);
+    }
+
+    /* the others line by line; while a line is waited for, Ctrl-C ends the program */
+    for (int first = 1, more = 1; rc == DONE && more; first = 0) {
+        buffer *line = &c->line;
+        leave_signals(saves);
+        if (interrupted) break;         /* by a signal that ends the conversation                 */
+        if (asking) fputs("> ", stderr);
+        rc = read_input("-", LINE, line);
+        if (rc != DONE) break;
+        catch_signals(saves);
+        more = line->n > 0;
+        if (first) drop_mark(line);
+        drop_newline(line);
+        if (line->bytes[0] == '/') more &= run_command(r, line->bytes, line->n);
+        else if (line->n > 0) rc = chat_turn(r, line->bytes, line->n);
+    }
+    catch_signals(saves);
+    if (asking) fputc('\n', stderr);
+
+    /* what was said is saved also if a signal or a closed terminal ended the conversation */
+    int ended = rc == DONE || interrupted || ferror(stdin) || ferror(stdout);
+    int saved = saves && ended ? save_to_file(r, o->save) : DONE;
+    if (rc == DONE) rc = interrupted ? 128 + (int)interrupted : saved;
+    if (rc != BAD_INPUT) report(r, "prompt eval time", o->predict == 0);
+    return rc;
+}
+
+/* ==== 9. Perplexity ==============================================================================
+ * How well is a text predicted? Each token is scored by the logits after all tokens before it; the
+ * first one is predicted from the start token. Mean and variance are running ones (Welford), so
+ * their error does not grow with the length of the text.
+ */
+
+/* Scores the n tokens that follow those just fed. `first` is the index of the first one fed. */
+static int score_rows(run *r, size_t first, size_t n) {
+    size_t width = based_width(r->model);
+    for (size_t i = 0; i < n; i++) {
+        const float *logits = r->rows + i * width;
+        double nats = -based_log_probability(logits, width, r->ids[first + i + 1]);
+        if (nats - nats != 0) {         /* infinite, or not a number                              */
+            clear_progress(r);
+            return fail(BAD_INPUT, "%s gives token %zu of %s no probability; the checkpoint is "
+                        "broken", r->o->checkpoint, first + i + 1, r->o->perplexity);
+        }
+        hash_logits(r, logits);
+
+        /* Welford */
+        double off = nats - r->mean;
+        r->scored++;
+        r->nats += nats;
+        r->mean += off / (double)r->scored;
+        r->squares += off * (nats - r->mean);
+    }
+    return DONE;
+}
+
+static int measure(run *r) {
+    const based_tokenizer *t = &r->tokenizer;
+    const char *path = r->o->perplexity;
+    const buffer *text = &r->input;
+    size_t n = 0;
+    TRY(open_session(r, 1));
+    TRY(read_input(path, ALL, &r->input));
+    drop_mark(&r->input);
+    TRY(encode(r, text->bytes, text->n, PREDICTS));
+    if (r->n_ids < 3) {
+        return fail(BAD_INPUT, "%s is too short to measure; it takes several tokens", path);
+    }
+    catch_signals(0);
+    describe(r, "text:");
+    TRY(feed_ids(r, r->n_ids - 1));
+    double tokens = (double)r->scored, perplexity = exp(r->nats / tokens);
+
+    /* after Ctrl-C nothing on stdout may look like a result */
+    if (interrupted) {
+        if (!r->o->quiet && r->scored > 0) {
+            fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n",
+                    THOUSANDS(r->scored), perplexity);
+        }
+        report(r, "eval time", 1);
+        return INTERRUPTED;
+    }
+
+    /* bytes that were predicted: not a first token without a start token before it, and not the
+     * names of special tokens, which stand for no text */
+    size_t predicted = text->n;
+    if (start_token(t) < 0 && based_token_bytes(t, r->ids[0], &n) && n < predicted) predicted -= n;
+    for (size_t i = 1; i < r->n_ids; i++) {
+        int32_t id = r->ids[i];
+        if (based_token_bytes(t, id, &n) && n == 0) predicted -= t->start[id + 1] - t->start[id];
+    }
+    if (!r->o->quiet) {
+        fprintf(stderr, "%s tokens predicted, %s bytes\n", THOUSANDS(r->scored),
+                THOUSANDS(text->n));
+    }
+    printf("Final estimate: PPL = %.4f +/- %.5f, %.4f bits per byte\n", perplexity,
+           perplexity * sqrt(r->squares / tokens / (tokens - 1)),
+           r->nats / log(2.0) / (double)predicted);
+    TRY(flush_text());
+    report(r, "eval time", 1);
+    return DONE;
+}
+
+/* ==== 10. Bench ==================================================================================
+ * How fast is it? Prompts, several texts at once, and texts of several lengths. A token cannot be
+ * computed faster than its weights can be read from memory, so beside each speed stands the part of
+ * the memory's bandwidth that it uses. The bandwidth is measured before each repetition, because
+ * other programs on the machine use it too.
+ */
+enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 262144 };
+enum { LONGEST_WAIT = 600 };            /* seconds for a text before its test is left out         */
+
+typedef struct {
+    char     name[65];
+    const char *model;
+    int      threads;
+    uint64_t weights, state, memory;    /* bytes: read per token, of a session, of the process    */
+    unsigned char *bytes;               /* (weights) what is read to measure the memory           */
+    double   speed;                     /* of the last test, tokens per second                    */
+    based_session *session[BATCH_MOST];
+} benchmark;
+
+/* Two ways to read all cache lines of a block: one byte of each line, at addresses known
+ * beforehand; and a search for a byte that is not there, for which the C library uses the widest
+ * instructions of the machine. */
+static int read_lines(const unsigned char *p, size_t n) {
+    int found = 0;
+    for (size_t i = 0; i < n; i += 64) found |= p[i];
+    return found >> 1;
+}
+
+static int search(const unsigned char *p, size_t n) { return memchr(p, 2, n) != NULL; }
+
+/* How many bytes per second can be read now, by as many threads as the model uses? 0 if that cannot
+ * be measured. The best of several readings, because a block that fits into a cache is there only
+ * after the first ones. */
+static double read_memory(const benchmark *b) {
+    size_t part = (size_t)b->weights / (size_t)b->threads;
+    double most = 0.0, enough = seconds() + 0.05;
+    int found = 0;
+    for (int way = 0; b->bytes && (way < 2 || seconds() < enough); way++) {
+        double begun = seconds(), spent;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(b->threads) schedule(static) reduction(| : found)
+#endif
+        for (int i = 0; i < b->threads; i++) {
+            found |= (way % 2 ? search : read_lines)(b->bytes + (size_t)i * part, part);
+        }
+        spent = seconds() - begun;
+        if (!found && spent > 0.0 && (double)b->weights / spent > most) {
+            most = (double)b->weights / spent;
+        }
+    }
+    return most;
+}
+
+static int32_t any_token(const run *r, uint64_t i) {
+    return (int32_t)((i * 2654435761u >> 7) % based_model_config(r->model)->vocab);
+}
+
+/* Feeds n tokens that mean nothing. */
+static int feed_any(run *r, uint64_t n) {
+    int32_t ids[BLOCK];
+    for (uint64_t done = 0, some; done < n; done += some) {
+        some = n - done < BLOCK ? n - done : BLOCK;
+        for (size_t i = 0; i < some; i++) ids[i] = any_token(r, based_count(r->session) + i);
+        TRY_MODEL(based_feed(r->session, ids, (size_t)some, NULL, &r->error));
+        if (interrupted) return INTERRUPTED;
+    }
+    return DONE;
+}
+
+/* Times one test and prints its line. sessions > 0: n steps of so many sessions at once; 0: a
+ * prompt of n tokens. reset: each repetition begins with an empty session. */
+static int time_test(run *r, benchmark *b, const char *test, size_t sessions, uint64_t n,
+                     int reset) {
+    double tokens = (double)n * (sessions ? (double)sessions : 1);
+    double readings = sessions ? (double)n : ceil((double)n / (double)BLOCK);   /* of weights */
+    double each[REPEATS], mean = 0.0, spread = 0.0, reads = 0.0;
+    int32_t ids[BATCH_MOST];
+    for (int i = 0; i < REPEATS; i++) {
+        reads += read_memory(b) * 1e-9 / (double)REPEATS;
+        if (reset) based_reset(r->session);
+
+        /* the prompt, or the steps */
+        double begun = seconds();
+        if (!sessions) TRY(feed_any(r, n));
+        for (uint64_t step = 0; sessions && step < n; step++) {
+            for (size_t s = 0; s < sessions; s++) ids[s] = any_token(r, s * 977 + step);
+            TRY_MODEL(based_step_many(b->session, ids, sessions, &r->error));
+            if (interrupted) return INTERRUPTED;
+        }
+        each[i] = b->speed = tokens / (seconds() - begun);
+        mean += each[i] / (double)REPEATS;
+    }
+
+    /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
+     * the state, of which each step reads all */
+    for (int i = 0; i < REPEATS; i++) spread += (each[i] - mean) * (each[i] - mean);
+    spread = sqrt(spread / (REPEATS - 1));
+    double bytes = readings * (double)b->weights + (sessions ? tokens * (double)b->state : 0.0);
+    double bandwidth = mean / tokens * bytes * 1e-9;
+    double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
+    if (r->o->csv) {
+        printf("\"%s\",%s,%d,%" PRIu64 ",%" PRIu64 ",%" PRIu64 ",%.3f,%s,%.2f,%.2f,%.3f,%.1f\n",
+               b->model, based_model_kernels(r->model), b->threads, b->weights, b->state,
+               b->memory, reads, test, mean, spread, bandwidth, used);
+    } else {
+        printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread,
+               bandwidth, reads, used);
+    }
+    fflush(stdout);
+    return DONE;
+}
+
+static int run_tests(run *r, benchmark *b) {
+    static const uint64_t prompts[] = { 128, 512, 2048 }, depths[] = { 0, 1024, 16384, DEEPEST };
+    char test[32];
+    if (r->o->csv) {
+        puts("model,kernels,threads,weight bytes,state bytes,peak memory,read GB/s,test,tokens/s,"
+             "spread,GB/s,% of read speed");
+    } else {
+        printf("%s, %s kernels, %d thread%s: %s bytes of weights per token, %s bytes of state, "
+               "%s bytes of memory at most with one session\n\n"
+               "| test           |  tokens/s |  spread |   GB/s | memory | used |\n"
+               "|----------------|-----------|---------|--------|--------|------|\n",
+               b->model, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s",
+               THOUSANDS(b->weights), THOUSANDS(b->state), THOUSANDS(b->memory));
+    }
+
+    /* read a prompt */
+    for (size_t i = 0; i < 3; i++) {
+        snprintf(test, sizeof test, "pp%" PRIu64, prompts[i]);
+        TRY(time_test(r, b, test, 0, prompts[i], 1));
+    }
+    double prompt_speed = b->speed;
+
+    /* many texts, one token of each at a time, behind the last prompt: an empty state is faster */
+    b->session[0] = r->session;
+    for (size_t have = 1, many = 1; many <= BATCH_MOST; many *= 4) {
+        for (; have < many; have++) {
+            TRY(new_session(r, &b->session[have], BATCH_MOST));
+            TRY_MODEL(based_copy(b->session[have], r->session, &r->error));
+        }
+        snprintf(test, sizeof test, "tg%d x %zu", BATCH_STEPS, many);
+        TRY(time_test(r, b, test, many, BATCH_STEPS, 0));
+    }
+
+    /* behind texts of several lengths. The longest test comes last: Ctrl-C loses only that one */
+    based_reset(r->session);
+    for (size_t i = 0; i < 4; i++) {
+        uint64_t depth = depths[i], count = based_count(r->session);
+        double wait = ((double)depth - (double)count) / prompt_speed;
+        snprintf(test, sizeof test, "tg%d @ %" PRIu64, DECODED, depth);
+        if (wait > (double)LONGEST_WAIT) {
+            fprintf(stderr, "%s is left out: reading so long a text first would take %.0f "
+                    "minutes\n", test, wait / 60.0);
+            continue;
+        }
+        if (depth > count) TRY(feed_any(r, depth - count));
+        TRY(time_test(r, b, test, 1, DECODED, depth == 0));
+    }
+    return flush_text();
+}
+
+static int bench(run *r) {
+    benchmark b = { .memory = 0 };
+    char line[128];
+    TRY(open_session(r, 0));
+    catch_signals(0);
+    b.model = model_name(r, b.name);
+    b.weights = based_model_weight_bytes(r->model);
+    b.state = based_state_bytes(r->model);
+
+    /* The most memory that the process ever had, where the system tells (Linux), after all that a
+     * session uses was used. getrusage would count what was there before this program started. */
+    TRY(feed_any(r, BLOCK));
+    b.threads = based_threads(r->session);      /* that there can be                              */
+    FILE *f = fopen("/proc/self/status", "r");
+    while (f && b.memory == 0 && fgets(line, sizeof line, f)) {
+        if (strncmp(line, "VmHWM:", 6) == 0) b.memory = strtoull(line + 6, NULL, 10) * 1024;
+    }
+    if (f) fclose(f);
+
+    /* as many bytes as the weights; fewer would stay in a cache */
+    b.bytes = b.weights <= SIZE_MAX ? malloc((size_t)b.weights) : NULL;
+    if (b.bytes) memset(b.bytes, 1, (size_t)b.weights);
+    int rc = run_tests(r, &b);
+    for (size_t i = 1; i < BATCH_MOST; i++) based_session_free(b.session[i]);
+    free(b.bytes);
+    return rc;
+}
+
+/* ==== 11. Info and check =========================================================================
+ * What a checkpoint says of itself, in words; and whether it is sound.
+ */
+#define NAME_OF(names, value) ((value) < COUNT(names) ? (names)[value] : "unknown")
+
+static const char *const mixer_names[] = {"none", "conv", "taylor", "window"};
+static const char *const norm_names[]  = {"none", "RMS", "layer", "L2"};
+static const char *const mlp_names[]   = {"none", "SwiGLU", "GELU", "tanh GELU"};
+static const char *const dtype_names[] = {"f32", "q8", "q4"};
+static const char *const tokenizer_names[] = {"none", "byte-level BPE", "score merges"};
+
+static void print_size(const char *label, uint64_t bytes, const char *note) {
+    printf("%-12s %15s bytes%s\n", label, THOUSANDS(bytes), note);
+}
+
+/* The line of layers first..last, which are all alike. */
+static void print_layers(const based_layer *l, unsigned first, unsigned last) {
+    char range[NUMBER_BYTES], heads[48], shape[120] = "";
+    snprintf(range, sizeof range, first == last ? "%u" : "%u-%u", first, last);
+    int n = snprintf(heads, sizeof heads, "%u heads", (unsigned)l->heads);
+    if (l->kv_heads != l->heads) {
+        snprintf(heads + n, sizeof heads - (size_t)n, " (%u key/value)", (unsigned)l->kv_heads);
+    }
+    if (l->mixer == BASED_CONV) {
+        snprintf(shape, sizeof shape, "%u channels, width %u", (unsigned)l->head_dim_v,
+                 (unsigned)l->conv_width);
+    } else if (l->mixer == BASED_TAYLOR) {
+        n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, %s %u", heads,
+                     (unsigned)l->head_dim_k, (unsigned)l->head_dim_v,
+                     l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree", (unsigned)l->degree);
+        if (l->window) {
+            snprintf(shape + n, sizeof shape - (size_t)n, ", last %u tokens exact",
+                     (unsigned)l->window);
+        }
+    } else if (l->mixer == BASED_WINDOW) {
+        snprintf(shape, sizeof shape, "%s of %u, last %u tokens", heads, (unsigned)l->head_dim_k,
+                 (unsigned)l->window);
+    }
+    printf("%-12s %-8s %-52s %s", range, NAME_OF(mixer_names, l->mixer), shape,
+           NAME_OF(mlp_names, l->mlp));
+    if (l->mlp != BASED_MLP_NONE) printf(" %u", (unsigned)l->hidden_dim);
+    putchar('\n');
+    if (l->sinks) printf("%22s the first %u tokens stay for ever\n", "", (unsigned)l->sinks);
+    if (l->decay > 0) {
+        printf("%22s %sfade to one half in %.0f tokens\n", "", l->sinks ? "others " : "tokens ",
+               l->chunk * log(0.5) / log1p(-(double)l->decay));
+    }
+    if (l->fading) {
+        printf("%22s tokens fade by %s\n", "", l->fading == BASED_GATED
+               ? "a gate of each token" : "a fixed factor of each head");
+    }
+}
+
+static int print_info(run *r) {
+    const based_config *c = based_model_config(r->model);
+    const based_tokenizer *t = &r->tokenizer;
+    char name[65];
+
+    /* one dtype, if all matrices have the same */
+    int same = c->rows == 0 || c->head_dtype == c->embedding_dtype;
+    for (uint32_t i = 0; i < c->layers; i++) {
+        const based_layer *l = based_model_layer(r->model, i);
+        if (l->mixer != BASED_MIXER_NONE) same &= l->in_dtype == c->embedding_dtype;
+        if (l->mlp != BASED_MLP_NONE) same &= l->up_dtype == c->embedding_dtype;
+    }
+
+    /* the header */
+    printf("%-12s %s\n", "name", model_name(r, name));
+    printf("%-12s %u, checksum %08x%08x is %s\n", "format", (unsigned)c->format,
+           (unsigned)c->checksum[1], (unsigned)c->checksum[0],
+           r->o->no_checksum ? "not compared" : "right");
+    printf("%-12s %s (%s)\n", "parameters", THOUSANDS(based_model_parameters(r->model)),
+           same ? NAME_OF(dtype_names, c->embedding_dtype) : "mixed");
+    printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim,
+           (unsigned)c->layers, NAME_OF(norm_names, c->final_norm));
+    printf("%-12s %s tokens, %u rows, head %s\n", "vocabulary", THOUSANDS(c->vocab),
+           (unsigned)c->rows, c->flags & BASED_TIED ? "tied to the embedding" : "of its own");
+    if (c->context > 0) {
+        printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
+               THOUSANDS(c->context));
+    }
+    if (c->prefix > 0) {
+        printf("%-12s the first %s tokens of a prompt see each other\n", "prefix",
+               THOUSANDS(c->prefix));
+    }
+
+    /* the tokenizer */
+    if (r->has_tokenizer) {
+        printf("%-12s %s, %s tokens, %u special", "tokenizer", NAME_OF(tokenizer_names, t->kind),
+               THOUSANDS(t->size), (unsigned)t->specials);
+        if (t->bos != BASED_NONE) {
+            printf(", begin %u%s", (unsigned)t->bos,
+                   t->flags & BASED_TOK_ADD_BOS ? " before every text" : "");
+        }
+        if (t->eos != BASED_NONE) printf(", end %u", (unsigned)t->eos);
+        for (uint32_t i = 0; i < t->stops; i++) {
+            printf("%s%u", i || t->eos != BASED_NONE ? " or " : ", end ", (unsigned)t->stop_id[i]);
+        }
+        putchar('\n');
+        printf("%-12s %s\n", "chat", t->chat[0] ? "by a template of its own" : "no: a base model");
+    } else {
+        puts("tokenizer    none");
+    }
+
+    if (c->rows > 0) {
+        printf("%-12s", "sampling");
+        print_settings(r, stdout);
+    }
+
+    /* one letter for each layer shows the order of the mixers; then a line for each run of layers
+     * that are alike */
+    for (uint32_t i = 0; i < c->layers; i++) {
+        uint32_t mixer = based_model_layer(r->model, i)->mixer;
+        if (i % 64 == 0) printf("%s%-12s ", i ? "\n" : "", i ? "" : "mixers");
+        putchar(mixer < 4 ? "-ctw"[mixer] : '?');
+    }
+    puts(c->layers ? "  (c conv, t taylor, w window)" : "");
+    printf("\n%-12s %-8s %-52s %s\n", "layer", "mixer", "shape", "MLP");
+    for (uint32_t first = 0, next; first < c->layers; first = next) {
+        const based_layer *l = based_model_layer(r->model, first);
+        for (next = first + 1; next < c->layers; next++) {
+            if (memcmp(l, based_model_layer(r->model, next), sizeof *l) != 0) break;
+        }
+        print_layers(l, first, next - 1);
+    }
+
+    /* bytes */
+    uint64_t file = (uint64_t)c->file_size[1] << 32 | c->file_size[0];
+    uint64_t header = sizeof *c + (uint64_t)c->layers * sizeof(based_layer);
+    putchar('\n');
+    print_size("file", file, "");
+    print_size("  header", header, "");
+    print_size("  tokenizer", c->tokenizer_bytes, "");
+    print_size("  weights", file - header - c->tokenizer_bytes, ", gaps between sections included");
+    print_size("per token", based_model_weight_bytes(r->model), " of weights are read");
+    print_size("state", based_state_bytes(r->model), " of one session, however long the text");
+    print_size("session", based_session_bytes(r->model, 1), " with scratch memory");
+    return flush_text();
+}
+
+/* Feeds a few tokens, or vectors, and looks for logits that are not finite: weights may be finite
+ * and still too large. */
+static int check_few(run *r) {
+    enum { FEW = 8 };
+    const based_config *c = based_model_config(r->model);
+    size_t total = FEW * based_width(r->model), bad = 0, inputs = FEW * (size_t)c->input;
+    int32_t ids[FEW], start = r->has_tokenizer ? start_token(&r->tokenizer) : -1;
+    for (int i = 0; i < FEW && c->vocab; i++) {
+        ids[i] = i == 0 && start >= 0 ? start : any_token(r, (uint64_t)i);
+    }
+    TRY(new_session(r, &r->session, FEW));
+    float *rows = calloc(total + inputs, sizeof(float));        /* (FEW, width), (FEW, input)     */
+    if (!rows) return out_of_memory("logits");
+    float *x = rows + total;
+    for (size_t i = 0; i < inputs; i++) x[i] = (float)((int)(i % 7) - 3) / 4;
+    int status = c->flags & BASED_BIDIRECTIONAL
+        ? based_feed_bidirectional(r->session, x, FEW, rows, &r->error)
+        : c->input ? based_feed_vectors(r->session, x, FEW, rows, &r->error)
+                   : based_feed(r->session, ids, FEW, rows, &r->error);
+    for (size_t i = 0; i < total && status == BASED_OK; i++) bad += rows[i] - rows[i] != 0;
+    free(rows);
+    TRY_MODEL(status);
+    if (bad == 0) return DONE;
+    return fail(BAD_INPUT, "%s: all weights are finite, but %s of the %s logits after the first %d "
+                "tokens are NaN or infinite; the checkpoint is broken", r->o->checkpoint,
+                THOUSANDS(bad), THOUSANDS(total), FEW);
+}
+
+/* Opening has checked everything except the weights and what they compute. */
+static int check(run *r) {
+    TRY_MODEL(based_check_weights(r->model, &r->error));
+    TRY(check_few(r));
+    printf("%s is sound: header, sizes, %s%s and %s parameters\n", r->o->checkpoint,
+           r->o->no_checksum ? "" : "checksum, ", r->has_tokenizer ? "tokenizer" : "no tokenizer",
+           THOUSANDS(based_model_parameters(r->model)));
+    return flush_text();
+}
+
+/* ==== 12. Vectors ================================================================================
+ * For a model without an embedding: rows of little-endian float32 in, rows of logits out. A
+ * bidirectional model reads the file as one window.
+ */
+static int vectors(run *r) {
+    const based_config *c = based_model_config(r->model);
+    if (c->input == 0) {
+        return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
+    }
+    TRY(read_input(r->o->vectors, ALL, &r->input));
+    char *bytes = r->input.bytes;
+    int window = (c->flags & BASED_BIDIRECTIONAL) != 0;
+    size_t n = r->input.n, rows = n / 4 / c->input, block = window ? rows : BLOCK;
+    if (n == 0 || n % (4 * (size_t)c->input) != 0) {
+        return fail(BAD_INPUT, "%s has %zu bytes; expected rows of %u numbers, 4 bytes each",
+                    r->o->vectors, n, (unsigned)c->input);
+    }
+    if (block > BASED_MAX_BLOCK) {
+        return fail(BAD_INPUT, "%s has %zu rows; this model sees all of a window at once, at most "
+                    "%u", r->o->vectors, rows, BASED_MAX_BLOCK);
+    }
+    for (size_t i = 0; i < n; i += 4) {                         /* become floats in place         */
+        uint32_t bits = (uint32_t)get_little((unsigned char *)bytes + i, 4);
+        memcpy(bytes + i, &bits, 4);
+    }
+    const float *x = (const float *)(void *)bytes;              /* (rows, input)                  */
+    TRY(new_session(r, &r->session, block));
+    r->rows = malloc(block * based_width(r->model) * sizeof(float));    /* (block, width)         */
+    if (!r->rows) return out_of_memory("the result");
+    TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
+    for (size_t at = 0; at < rows; at += block) {
+        size_t some = rows - at < block ? rows - at : block;
+        TRY_MODEL((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
+                x + at * c->input, some, r->rows, &r->error));
+        TRY(dump_rows(r, r->rows, some));
+    }
+    TRY(close_output(&r->dump, DONE));
+    if (r->o->verbose) fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
+    return DONE;
+}
+
 /* ==== 13. Options ================================================================================
  * One table says everything about every flag. Parsing, help, defaults, error lines and which flags
  * go together all follow from it.
@@ -2459,7 +2419,7 @@ enum kind { SWITCH, TEXT, TEXTS, NAME, WHOLE, REAL, SEED, MODE };
 enum {
     PROMPT = 1, CHAT = 2, JOB = 4, BENCH = 8, SAVE = 16, LOAD = 32, BRANCHES = 64, DUMP = 128,
     VERBOSE = 256, JSONL = 512,
-    NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES      /* what a job excludes            */
+    NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES | DUMP       /* what a job excludes    */
 };
 
 typedef struct {
@@ -2566,7 +2526,7 @@ static const flag flags[] = {
              "input. Other keys: temperature, top_p, top_k, min_p, repeat_penalty, "
              "repeat_last_n, seed, stop, logprobs, n; or continuation, a text to be scored. What a "
              "line leaves out is as the options say",
-     .is = JOB | JSONL, .excludes = NO_TEXT | DUMP},
+     .is = JOB | JSONL, .excludes = NO_TEXT},
     {0, "parallel", "N", WHOLE, AT(parallel),
      .help = "Compute at most N texts together; the answers are the same for any number. 0 is "
              "64, or fewer if the model's memory of so many texts takes more than 1 GB",
@@ -2596,21 +2556,21 @@ static const flag flags[] = {
      .help = "Measure how well the model predicts the text in FILE, of any length; \"-\" is "
              "standard input. Documents that an end-of-text token separates begin from nothing "
              "each",
-     .is = JOB, .excludes = NO_TEXT | DUMP},
+     .is = JOB, .excludes = NO_TEXT},
     {'b', "bench", NULL, SWITCH, AT(bench),
      .help = "Measure speed: prompts, texts of several lengths, several texts at once; beside "
              "each the share of the memory's speed that it uses",
-     .is = JOB | BENCH, .excludes = NO_TEXT | DUMP},
+     .is = JOB | BENCH, .excludes = NO_TEXT},
     {0, "csv", NULL, SWITCH, AT(csv),
      .help = "With --bench: comma-separated values instead of a table",
      .needs = BENCH},
     {0, "info", NULL, SWITCH, AT(info),
      .help = "Say what this checkpoint is: its layers, parameters and sizes",
-     .is = JOB, .excludes = NO_TEXT | DUMP},
+     .is = JOB, .excludes = NO_TEXT},
     {0, "check", NULL, SWITCH, AT(check),
      .help = "Check all of this checkpoint, each weight too, and say in one line whether it is "
              "sound (status 0) or what is wrong first (status 1)",
-     .is = JOB, .excludes = NO_TEXT | DUMP},
+     .is = JOB, .excludes = NO_TEXT},
     {0, "dump-logits", "FILE", NAME, AT(dump),
      .help = "Write the logits after every token read, row after row, as little-endian float32",
      .is = DUMP, .excludes = CHAT},
@@ -2828,7 +2788,7 @@ static int check_options(const options *o) {
             if (g->is & f->needs) needed = g;
             if (g == f || !is_on(o, g)) continue;
             others |= g->is;
-            if (g->is & f->excludes) {
+            if (g->is & f->excludes & ~f->needs) {
                 return fail(BAD_USAGE, "--%s does not go with --%s%s; leave one of them out",
                             f->name, g->name, g->kind == MODE ? " chat" : "");
             }
@@ -3022,17 +2982,16 @@ typedef struct {
     size_t   parallel, n_running;
     based_session *kept[KEPT];          /* beginnings of prompts                                  */
     uint64_t used[KEPT], clock;         /* when each was used last                                */
-    float   *rows;                      /* (block, width) logits of a continuation                */
     buffer   answer;
 
     FILE    *file;                      /* requests; bytes.bytes[at .. bytes.n - 1] were read     */
     buffer   bytes;
     size_t   at;
     span     line;                      /* the newest line                                        */
-    uint64_t lines, left, index;        /* read so far; texts of this line still to come          */
+    uint64_t lines, texts, index;       /* read so far; texts of this line, and how many came     */
     int      ended, too_long, status;   /* of the file; the newest line; of reading               */
     double   file_bytes, done_bytes;    /* 0: not known                                           */
-    uint64_t requests, errors, prompt_tokens, shared_tokens, tokens;
+    uint64_t requests, answered, errors, prompt_tokens, shared_tokens, tokens;
 } batch;
 
 /* ---- JSON: one object of texts, numbers, true, false, null, and one list ----------------------*/
@@ -3048,9 +3007,15 @@ static int refuse(reader *in, const char *wrong) {
 
 /* The next byte that is not blank; -1 at the end. */
 static int peek(reader *in) {
-    while (in->at < in->end && (*in->at == ' ' || (*in->at >= '\t' && *in->at <= '\r'
-                                && *in->at != '\v' && *in->at != '\f'))) in->at++;
+    while (in->at < in->end && memchr(" \t\r\n", *in->at, 4)) in->at++;
     return in->at < in->end ? (unsigned char)*in->at : -1;
+}
+
+/* Takes this byte, if it is the next one. */
+static int take(reader *in, char c) {
+    if (peek(in) != c) return 0;
+    in->at++;
+    return 1;
 }
 
 /* The length of the UTF-8 character that p begins with; 0 if it is not valid. */
@@ -3136,7 +3101,7 @@ static int is_number(const char *text) {
 }
 
 /* The keys of a request. A number has the range of the flag. */
-enum key { ID, TO_CONTINUE, TO_SCORE, STOP, LOGPROBS, NUMBERS };
+enum { ID, TO_CONTINUE, TO_SCORE, STOP, LOGPROBS };
 static const struct { const char *name, *takes, *flag; } keys[] = {
     {"id", "a text or a number", NULL}, {"prompt", "a text", NULL},
     {"continuation", "a text", NULL}, {"stop", "a text or a list of at most 16, none empty", NULL},
@@ -3149,25 +3114,22 @@ enum { KEYS = (int)COUNT(keys) };
 
 /* One stop text, or the list of them. Returns 0 if it is something else. */
 static int read_stops(job *j, reader *in) {
-    int list = peek(in) == '[', c = ',';
-    in->at += list;
+    int list = take(in, '[');
     j->o.stops = j->stops;
     j->o.n_stops = 0;
-    if (list && peek(in) == ']') c = ']', in->at++;
-    while (c == ',') {
+    if (list && take(in, ']')) return 1;
+    do {
         span stop;
         if (peek(in) != '"' || !read_string(in, &stop)) return 0;
         if (stop.n == 0 || strlen(stop.text) < stop.n || j->o.n_stops == STOPS) return 0;
         j->stops[j->o.n_stops++] = stop.text;
-        if (!list) return 1;
-        c = peek(in);
-        in->at += c == ',' || c == ']';
-    }
-    return c == ']';
+    } while (list && take(in, ','));
+    return !list || take(in, ']');
 }
 
 /* The value of a key. null is as if the key were not there. */
 static int read_value(job *j, reader *in, int key) {
+    static const char letters[] = "+-.0123456789Eaeflnrstu";
     const flag *f = NULL;
     char word[WORD_BYTES] = "";
     span source = { in->at, 0 };        /* of a word                                              */
@@ -3175,7 +3137,7 @@ static int read_value(job *j, reader *in, int key) {
     for (const flag *g = flags; g < flags + FLAGS && keys[key].flag; g++) {
         if (strcmp(g->name, keys[key].flag) == 0) f = g;
     }
-    if (peek(in) == '"' && (key == ID || key == TO_CONTINUE || key == TO_SCORE)) {
+    if (peek(in) == '"' && key <= TO_SCORE) {
         span *to = key == ID ? &j->id : key == TO_CONTINUE ? &j->prompt : &j->continuation;
         if (!read_string(in, to)) return 0;
         good = 1;
@@ -3184,9 +3146,9 @@ static int read_value(job *j, reader *in, int key) {
         good = read_stops(j, in);
         if (in->wrong) return 0;
     } else {
-        for (source.text = in->at; in->at < in->end && source.n + 1 < WORD_BYTES; source.n++) {
-            if (!strchr("+-.0123456789Eaeflnrstu", *in->at) || *in->at == '\0') break;
-            word[source.n] = *in->at++;
+        while (in->at < in->end && source.n + 1 < WORD_BYTES
+               && memchr(letters, *in->at, sizeof letters - 1)) {
+            word[source.n++] = *in->at++;
         }
         if (strcmp(word, "null") == 0) return 1;
         if (key == ID) good = is_number(word), j->id = good ? source : j->id;
@@ -3203,36 +3165,26 @@ static int read_value(job *j, reader *in, int key) {
     return refuse(in, j->detail);
 }
 
-static int read_member(job *j, reader *in, unsigned *seen) {
-    span name;
-    int key = 0;
-    if (peek(in) != '"') return refuse(in, "a key in quotes is expected");
-    if (!read_string(in, &name)) return 0;
-    while (key < KEYS && (strlen(keys[key].name) != name.n
-                          || memcmp(keys[key].name, name.text, name.n) != 0)) key++;
-    if (key == KEYS || *seen >> key & 1) {
-        snprintf(j->detail, sizeof j->detail, key == KEYS ? "there is no key %s; the help for "
-                 "--jsonl lists them all" : "there are two keys %s", QUOTE(name.text));
-        return refuse(in, j->detail);
-    }
-    *seen |= 1u << key;
-    if (peek(in) != ':') return refuse(in, "a colon is expected");
-    in->at++;
-    peek(in);
-    return read_value(j, in, key);
-}
-
 static int read_members(job *j, reader *in) {
     unsigned seen = 0;
-    int c = peek(in);
-    if (c != '{') return refuse(in, "an object, {...}, is expected");
-    in->at++;
-    if (peek(in) == '}') c = '}', in->at++;
-    while (c != '}') {
-        if (!read_member(j, in, &seen)) return 0;
-        c = peek(in);
-        if (c != ',' && c != '}') return refuse(in, "a comma or } is expected");
-        in->at++;
+    if (!take(in, '{')) return refuse(in, "an object, {...}, is expected");
+    for (int more = !take(in, '}'); more; ) {
+        span name;
+        int key = 0;
+        if (peek(in) != '"') return refuse(in, "a key in quotes is expected");
+        if (!read_string(in, &name)) return 0;
+        while (key < KEYS && !is_name(keys[key].name, name.text, name.n)) key++;
+        if (key == KEYS || seen >> key & 1) {
+            snprintf(j->detail, sizeof j->detail, key == KEYS ? "there is no key %s; the help for "
+                     "--jsonl lists them all" : "there are two keys %s", QUOTE(name.text));
+            return refuse(in, j->detail);
+        }
+        seen |= 1u << key;
+        if (!take(in, ':')) return refuse(in, "a colon is expected");
+        peek(in);
+        if (!read_value(j, in, key)) return 0;
+        more = take(in, ',');
+        if (!more && !take(in, '}')) return refuse(in, "a comma or } is expected");
     }
     return peek(in) == -1 || refuse(in, "something stands behind the object");
 }
@@ -3278,12 +3230,7 @@ static int next_line(batch *b, int wait) {
         if (b->bytes.n > 0 && b->at > 0) memmove(b->bytes.bytes, from, b->bytes.n);
         searched = b->bytes.n;
         b->at = 0;
-        if (b->bytes.room - b->bytes.n < BUFSIZ) {
-            size_t room = 2 * b->bytes.room;
-            char *more = room > b->bytes.room ? realloc(b->bytes.bytes, room) : NULL;
-            if (more) b->bytes.bytes = more, b->bytes.room = room;
-            else b->too_long = 1, b->bytes.n = searched = 0;
-        }
+        if (!reserve(&b->bytes, BUFSIZ)) b->too_long = 1, b->bytes.n = searched = 0;
         if (wait) leave_signals(0);     /* while it waits, Ctrl-C ends the program                */
         long got = read_some(b->file, b->bytes.bytes + b->bytes.n, b->bytes.room - b->bytes.n,
                              wait);
@@ -3304,87 +3251,64 @@ static job *add_job(batch *b) {
     j->r.o = &j->o;
     j->r.out = (text_out){ .to = &j->text, .decoder = b->r->out.decoder };
     j->r.sampler_memory = NULL, j->r.recent = NULL;
-    if (b->last) b->last->next = j;
-    else b->first = j;
+    *(b->first ? &b->last->next : &b->first) = j;
     b->last = j;
     if (!b->waiting) b->waiting = j;
     b->n_queued++;
     return j;
 }
 
-/* The tokens of a request: the prompt, or the start token, and then the continuation. */
-static int encode_request(job *j) {
+/* The tokens of a request: the prompt, or the start token, and then the continuation. Returns what
+ * is wrong with it, or NULL. */
+static const char *encode_request(job *j) {
     run *r = &j->r;
     size_t n = j->prompt.n, more = j->continuation.n;
     int unprompted = j->continuation.text && n == 0;    /* all of the text is scored              */
     char *text = malloc(n + more + 1);
-    if (!text) {
-        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its text" };
-        return 0;
-    }
+    if (!text) return "not enough memory for its text";
     if (j->prompt.text) memcpy(text, j->prompt.text, n);
     if (j->continuation.text) memcpy(text + n, j->continuation.text, more);
     int status = encode_quietly(r, text, n + more, unprompted ? PREDICTS : BEGINS, n, n);
     free(text);
-    if (status != BASED_OK) return 0;
+    if (status != BASED_OK) return r->error.text;
     if (r->n_ids == 0 || (unprompted && start_token(&r->tokenizer) < 0)) {
-        r->error = (based_error){ BASED_EINVAL, "no token begins a text; give a prompt" };
-        return 0;
+        return "no token begins a text; give a prompt";
     }
     j->n_prompt = unprompted ? 1 : r->n_first;
     j->n_scored = r->n_ids - j->n_prompt;
-    return 1;
+    return NULL;
 }
 
 /* Puts the next text that is asked for into the queue; a request that is not valid as a job that
  * has ended. */
 static int read_job(batch *b, int wait, int *got) {
-    *got = 0;
-    if (b->left == 0) {
-        if (!next_line(b, wait)) return DONE;
-        b->left = 1;
-        b->index = 0;
-    }
+    *got = b->index < b->texts || next_line(b, wait);
+    if (!*got) return DONE;
+    if (b->index == b->texts) b->index = 0, b->texts = 1;
     job *j = add_job(b);
     if (!j) return out_of_memory("the requests");
-    *got = 1;
     j->index = b->index++;
     j->line_number = b->lines;
-    b->left--;
+    b->requests += j->index == 0;
 
     /* a copy of the line, which becomes its texts */
     char *copy = b->too_long ? NULL : malloc(b->line.n + 1);
-    int good = copy != NULL;
-    if (good) {
+    if (!copy) {
+        j->wrong = "not enough memory for so long a line";
+    } else {
         j->line = (span){ memcpy(copy, b->line.text, b->line.n), b->line.n };
         b->queued_bytes += b->line.n;
-        good = read_request(j, copy, b->line.n);
-    } else {
-        j->wrong = "not enough memory for so long a line";
-    }
-    if (good) {
-        if (j->index == 0 && j->o.branches > 1 && !j->continuation.text) {
-            b->left = (uint64_t)j->o.branches - 1;
+        if (read_request(j, copy, b->line.n)) j->wrong = encode_request(j);
+        if (j->byte == 0 && j->index == 0 && j->o.branches > 1 && !j->continuation.text) {
+            b->texts = (uint64_t)j->o.branches;
         }
         j->o.seed += j->index;
-        if (!encode_request(j)) j->wrong = j->r.error.text;
     }
     if (j->wrong) {
         j->finish = "error";
         b->errors++;
     }
-    b->requests += j->index == 0;
     return DONE;
-}
-
-/* What a job holds while it is running. */
-static void free_text(job *j) {
-    free(j->r.sampler_memory);
-    free(j->r.recent);
-    free(j->r.out.token);
-    free(j->r.out.held);
-    j->r.out.token = j->r.out.held = NULL;
-    j->r.sampler_memory = j->r.recent = NULL;
 }
 
 static void free_first(batch *b) {
@@ -3394,7 +3318,7 @@ static void free_first(batch *b) {
     if (b->waiting == j) b->waiting = b->first;
     b->n_queued--;
     b->queued_bytes -= j->line.n;
-    free_text(j);
+    free_text(&j->r);
     if (!b->r->o->branches) free(j->r.ids);
     free(j->text.bytes);
     free(j->tokens.bytes);
@@ -3404,15 +3328,6 @@ static void free_first(batch *b) {
 }
 
 /* ---- Answers ----------------------------------------------------------------------------------*/
-static int put(buffer *b, const char *format, ...) {
-    char text[400];
-    va_list arguments;
-    va_start(arguments, format);
-    int n = vsnprintf(text, sizeof text, format, arguments);
-    va_end(arguments);
-    return append(b, text, n < (int)sizeof text ? (size_t)n : sizeof text - 1);
-}
-
 static int put_quoted(buffer *b, const char *text, size_t n) {
     TRY(put(b, "\""));
     for (size_t i = 0; i < n; i++) {
@@ -3442,25 +3357,24 @@ static int note_token(batch *b, job *j, const float *logits, int32_t id) {
 }
 
 /* The answer is complete in memory before it is written, as a whole line, by one call. */
-static int write_answer(batch *b, const job *j) {
+static int write_answer(batch *b, job *j) {
     buffer *a = &b->answer;
     a->n = 0;
     TRY(put(a, "{\"id\": "));
     if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
     else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
     if (j->wrong) {
-        char text[320];
-        int n = snprintf(text, sizeof text, "line %llu", (unsigned long long)j->line_number);
-        if (j->byte) n += snprintf(text + n, 32, ", byte %llu", (unsigned long long)j->byte);
-        snprintf(text + n, sizeof text - (size_t)n, ": %s", j->wrong);
+        TRY(put(&j->text, "line %" PRIu64, j->line_number));
+        if (j->byte) TRY(put(&j->text, ", byte %" PRIu64, j->byte));
+        TRY(put(&j->text, ": %s", j->wrong));
         TRY(put(a, ", \"error\": "));
-        TRY(put_quoted(a, text, strlen(text)));
+        TRY(put_quoted(a, j->text.bytes, j->text.n));
     } else if (j->continuation.text) {
         TRY(put(a, ", \"logprob\": "));
         TRY(put_log(a, j->score));
         TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
     } else {
-        TRY(put(a, ", \"index\": %llu, \"text\": ", (unsigned long long)j->index));
+        TRY(put(a, ", \"index\": %" PRIu64 ", \"text\": ", j->index));
         TRY(put_quoted(a, j->text.bytes, j->text.n));
     }
     if (!j->wrong) {
@@ -3475,14 +3389,13 @@ static int write_answer(batch *b, const job *j) {
 }
 
 static int write_branch(batch *b, const job *j) {
-    printf("--- branch %s of %s, seed %llu ---\n", THOUSANDS(j->index + 1),
-           THOUSANDS((uint64_t)b->r->o->branches), (unsigned long long)j->r.sampler.seed);
+    printf("--- branch %s of %s, seed %" PRIu64 " ---\n", THOUSANDS(j->index + 1),
+           THOUSANDS((uint64_t)b->r->o->branches), j->r.sampler.seed);
     TRY(write_text(&b->r->out, j->text.bytes, j->text.n));
     TRY(flush_text());
     b->r->hash = j->r.hash;
     if (b->r->o->verbose) {
-        fprintf(stderr, "branch %llu: logits #%08x\n", (unsigned long long)j->index + 1,
-                (unsigned)j->r.hash);
+        fprintf(stderr, "branch %" PRIu64 ": logits #%08" PRIx32 "\n", j->index + 1, j->r.hash);
     }
     return DONE;
 }
@@ -3493,7 +3406,7 @@ static int deliver(batch *b) {
         if (!j->finish || j->delivered) continue;
         clear_progress(b->r);
         TRY(b->r->o->branches ? write_branch(b, j) : write_answer(b, j));
-        b->done_bytes += (double)(j->index == 0) * (double)(j->line.n + 1);
+        if (j->index == 0) b->answered++, b->done_bytes += (double)j->line.n + 1;
         j->delivered = 1;
     }
     while (b->first && b->first->delivered) free_first(b);
@@ -3504,10 +3417,8 @@ static void show_requests(batch *b) {
     char line[160];
     double spent = seconds() - b->r->begun;
     if (!b->r->o->jsonl || !progress_is_due(b->r)) return;
-    uint64_t open = 0;
-    for (const job *j = b->first; j; j = j->next) open += j->index == 0 && !j->finish;
     int n = snprintf(line, sizeof line, "answered %s requests, %s tokens, %.0f tok/s",
-                     THOUSANDS(b->requests - open), THOUSANDS(b->tokens),
+                     THOUSANDS(b->answered), THOUSANDS(b->tokens),
                      per_second(b->tokens, spent));
     if (b->file_bytes > 0 && b->done_bytes > 0) {
         snprintf(line + n, sizeof line - (size_t)n, ", %.0f s left",
@@ -3598,9 +3509,9 @@ static int score_continuation(batch *b, job *j) {
     j->greedy = 1;
     for (size_t at = 0, some; at < n && !interrupted; at += some) {
         some = n - at < r->block ? n - at : r->block;
-        TRY_LIB(based_feed(r->session, ids + at - 1, some, b->rows, &r->error), r->o->jsonl);
+        TRY_LIB(based_feed(r->session, ids + at - 1, some, r->rows, &r->error), r->o->jsonl);
         for (size_t i = 0; i < some; i++) {
-            const float *logits = b->rows + i * width;
+            const float *logits = r->rows + i * width;
             TRY(check_logits(r, logits, based_count(r->session)));
             j->greedy &= is_best(logits, width, ids[at + i]);
             TRY(note_token(b, j, logits, ids[at + i]));
@@ -3614,7 +3525,7 @@ static int score_continuation(batch *b, job *j) {
 static int finish(job *j, const char *reason) {
     j->finish = reason;
     TRY(j->o.branches && !j->o.jsonl ? end_text(&j->r) : put_rest(&j->r));
-    free_text(j);
+    free_text(&j->r);
     return DONE;
 }
 
@@ -3624,23 +3535,18 @@ static int start_job(batch *b) {
     run *r = b->r;
     b->waiting = j->next;
     if (j->finish) return DONE;
+    const int32_t *before = j->r.ids;   /* what was read before the text                          */
+    size_t n = j->r.n_ids;
     if (r->o->branches) {
-        size_t n = based_sampler_recent(&r->sampler, r->recent);
-        TRY(prepare(&j->r));
-        j->r.sampler.seed = r->sampler.seed + j->index;
-        reset_sampler(&j->r);
-        for (size_t i = 0; i < n; i++) based_sampler_accept(&j->r.sampler, r->recent[i]);
-        TRY(show_prompt(&j->r, !j->o.no_display_prompt));
+        before = r->recent, n = based_sampler_recent(&r->sampler, r->recent);
     } else {
         TRY(read_job_prompt(b, j));
         if (interrupted) return DONE;
         if (j->continuation.text) return score_continuation(b, j);
-        TRY(prepare(&j->r));
-        for (size_t i = 0; i < j->r.n_ids; i++) {
-            based_sampler_accept(&j->r.sampler, j->r.ids[i]);
-        }
-        TRY(show_prompt(&j->r, 0));
     }
+    TRY(prepare(&j->r));
+    for (size_t i = 0; i < n; i++) based_sampler_accept(&j->r.sampler, before[i]);
+    TRY(show_prompt(&j->r, r->o->branches && !r->o->no_display_prompt));
     if (j->o.predict == 0) return finish(j, "length");
 
     /* the first session lends its scratch memory to all */
@@ -3719,11 +3625,9 @@ static int run_jobs(batch *b) {
 }
 
 static int open_batch(batch *b) {
-    size_t bytes = based_session_bytes(b->r->model, 1);
+    size_t fit = SESSIONS_BYTES / based_session_bytes(b->r->model, 1);
     b->parallel = (size_t)b->r->o->parallel;
-    if (b->parallel == 0) b->parallel = SESSIONS_BYTES / bytes < PARALLEL ? SESSIONS_BYTES / bytes
-                                                                         : PARALLEL;
-    if (b->parallel == 0) b->parallel = 1;
+    if (b->parallel == 0) b->parallel = fit > PARALLEL ? PARALLEL : fit > 0 ? fit : 1;
     b->running = calloc(b->parallel, sizeof(job *));
     b->session = calloc(b->parallel, sizeof(based_session *));
     return b->running && b->session ? DONE : out_of_memory("so many texts");
@@ -3735,7 +3639,6 @@ static void close_batch(batch *b) {
     for (size_t i = 0; i < KEPT; i++) based_session_free(b->kept[i]);
     free(b->running);
     free(b->session);
-    free(b->rows);
     free(b->answer.bytes);
     free(b->bytes.bytes);
     if (b->file && b->file != stdin) fclose(b->file);
@@ -3748,8 +3651,8 @@ static int write_branches(run *r) {
     double begun = seconds();
     for (uint64_t i = 0; i < (uint64_t)r->o->branches && rc == DONE; i++) {
         job *j = add_job(&b);
-        if (j) j->index = i;
-        else rc = out_of_memory("so many texts");
+        if (!j) rc = out_of_memory("so many texts");
+        else j->index = i, j->o.has_seed = 1, j->o.seed = r->sampler.seed + i;
     }
     if (rc == DONE) rc = run_jobs(&b);
     for (size_t i = 0; i < b.n_running && rc == INTERRUPTED; i++) {     /* what there is so far   */
@@ -3767,8 +3670,7 @@ static int open_requests(batch *b) {
     b->file = strcmp(r->o->jsonl, "-") == 0 ? stdin : fopen(r->o->jsonl, "rb");
     if (!b->file) return fail(BAD_INPUT, "cannot read %s: %s", r->o->jsonl, strerror(errno));
     b->file_bytes = file_size(b->file);
-    b->bytes = (buffer){ .bytes = malloc(2 * BUFSIZ), .room = 2 * BUFSIZ };
-    if (!b->bytes.bytes) return out_of_memory("the requests");
+    if (!reserve(&b->bytes, BUFSIZ)) return out_of_memory("the requests");
     setvbuf(stdout, NULL, _IONBF, 0);   /* a line is written by one call                          */
     return DONE;
 }
@@ -3776,12 +3678,6 @@ static int open_requests(batch *b) {
 static int answer_requests(run *r) {
     batch b = { .r = r };
     TRY(open_session(r, 1));
-    b.rows = r->rows;                   /* reading a prompt fills none                            */
-    r->rows = NULL;
-    if (!r->has_tokenizer) {
-        free(b.rows);
-        return no_tokenizer(r);
-    }
     int rc = open_batch(&b);
     if (rc == DONE) rc = open_requests(&b);
     catch_signals(0);
@@ -3794,12 +3690,11 @@ static int answer_requests(run *r) {
     r->timed = b.tokens;
     r->generate_time = seconds() - begun;
     if (r->o->verbose) {
-        fprintf(stderr, "{\"requests\": %llu, \"errors\": %llu, \"prompt_tokens\": %llu, "
-                "\"shared_tokens\": %llu, \"tokens\": %llu, \"seconds\": %.3f, "
-                "\"tokens_per_second\": %.1f}\n", (unsigned long long)b.requests,
-                (unsigned long long)b.errors, (unsigned long long)b.prompt_tokens,
-                (unsigned long long)b.shared_tokens, (unsigned long long)b.tokens,
-                r->generate_time, per_second(b.tokens, r->generate_time));
+        fprintf(stderr, "{\"requests\": %" PRIu64 ", \"errors\": %" PRIu64 ", \"prompt_tokens\": %"
+                PRIu64 ", \"shared_tokens\": %" PRIu64 ", \"tokens\": %" PRIu64 ", \"seconds\": "
+                "%.3f, \"tokens_per_second\": %.1f}\n", b.requests, b.errors, b.prompt_tokens,
+                b.shared_tokens, b.tokens, r->generate_time,
+                per_second(b.tokens, r->generate_time));
     }
     if (b.errors > 0 && rc == DONE) {
         return fail(BAD_INPUT, "%s of %s requests were not valid; their answers say why",
@@ -3825,7 +3720,7 @@ static int do_job(run *r, options *o) {
     if (!r->model) return no_checkpoint(r);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
     if (r->has_tokenizer) {
-        TRY_LIB(based_tokenizer_open(&r->tokenizer, r->model, &r->error), o->checkpoint);
+        TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
     }
     take_recommended(o, based_model_config(r->model));
     if (o->vectors) return vectors(r);
@@ -3850,24 +3745,20 @@ int main(int argc, char **argv) {
     if (rc == DONE) rc = do_job(&r, &o);
 
     close_output(&r.dump, BAD_INPUT);   /* a file that is complete was closed before              */
-    for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].bytes);
+    for (size_t i = 0; i < UNDO; i++) free(r.chat.turn[i].state.bytes);
     free(r.chat.first.bytes);
-    free(r.chat.line);
-    free(r.chat.raw);
-    free(r.chat.begin);
+    free(r.chat.line.bytes);
+    free(r.chat.name.bytes);
+    free(r.chat.raw.bytes);
+    free(r.chat.begin.bytes);
+    free(r.input.bytes);
     free(r.saved.bytes);
-    free(r.out.token);
-    free(r.out.held);
+    free_text(&r);
     free(r.rows);
     free(r.lookup.text);
     free(r.lookup.last);
-    free(r.lookup.before);
-    free(r.lookup.draft);
     free(r.lookup.rows);
-    free(r.lookup.old);
     free(r.ids);
-    free(r.sampler_memory);
-    free(r.recent);
     based_session_free(r.chat.snapshot);
     based_session_free(r.session);
     based_close(r.model);
