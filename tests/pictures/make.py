@@ -56,6 +56,7 @@ def page():
         source = (ROOT / "build" / "based.html").read_text()
         begin = """<script>
             Element.prototype.scrollIntoView = window.scrollTo = window.scrollBy = () => {};
+            stored = async () => {};        // the browser's store takes no part in virtual time
             (function begin() {
                 const part = id => document.getElementById(id);
                 if (part('form').hidden) return setTimeout(begin, 20);
