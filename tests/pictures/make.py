@@ -23,8 +23,8 @@ sys.path.insert(0, str(HERE.parent))
 import test_page        # noqa: E402
 
 BEAR = "./run models/based-82m-english.bin"
-COMMANDS = ["make demo", f'{BEAR} -i "The old bear sat down" -n 40 -s 3 --save bear.state',
-            f'{BEAR} --load bear.state -n 40 -s 1']
+COMMANDS = ["make demo", f'{BEAR} -i "The old bear sat down" -n 40 -s 6 --save bear.state',
+            f'{BEAR} --load bear.state -n 40 -s 4']
 COLUMNS, LEFT, TOP, WIDTH, HEIGHT = 92, 20, 54, 8.4, 20
 
 
