@@ -104,7 +104,7 @@ static void test_many_threads(const based_model *m, size_t of) {
         CHECK(based_feed(alone, text + turn * BLOCK, BLOCK, expected, &e) == 0);
         s->barrier_count = 0;
         for (size_t r = 0; r < BLOCK; r++) {
-            struct row row = { s, s->count + r, rows + r * width };
+            struct row row = { s, s->count + r, rows + r * width, NULL };
             s->row[r] = row;
             embed(s->x + r * m->c->dim, m, text[turn * BLOCK + r]);
         }
