@@ -18,13 +18,17 @@ LIST = "".join(f'{{"id": {i}, "name": "item {i}", "color": "red", "price": 10}},
                for i in range(1, 9))
 CODE = "".join(f"    def get_{name}(self):\n        return self.{name}\n\n"
                for name in ("name", "color", "price", "size"))
-TEXTS = (("a fact, again and again", "based-82m-english", 300, FACT * 4, ["-t", "0"]),
-         ("a list", "based-82m-english", 300, LIST, ["-t", "0"]),
-         ("code", "based-82m-english", 300, CODE, ["-t", "0"]),
-         ("a story that repeats itself", "based-4m-story", 600, "Once upon a time", ["-t", "0"]),
-         *((f"a free text, seed {seed}", "based-82m-english", 300, "The history of the city",
-            ["-s", seed]) for seed in (1, 2)),
-         *((f"a free story, seed {seed}", "based-4m-story", 600, "Once upon a time", ["-s", seed])
+GREEDY = ["-t", "0", "--repeat-penalty", "1"]       # without the penalty that the models recommend
+ENGLISH, STORY = "based-82m-english", "based-4m-story"
+TEXTS = (("a fact, again and again", ENGLISH, 300, FACT * 4, GREEDY),
+         ("a list", ENGLISH, 300, LIST, GREEDY),
+         ("code", ENGLISH, 300, CODE, GREEDY),
+         ("a list, as the model recommends", ENGLISH, 300, LIST, ["-s", 1]),
+         ("code, as the model recommends", ENGLISH, 300, CODE, ["-s", 1]),
+         ("a story that repeats itself", STORY, 600, "Once upon a time", GREEDY),
+         *((f"a free text, seed {seed}", ENGLISH, 300, "The history of the city", ["-s", seed])
+           for seed in (1, 2)),
+         *((f"a free story, seed {seed}", STORY, 600, "Once upon a time", ["-s", seed])
            for seed in (1, 2, 3)))
 
 

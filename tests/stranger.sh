@@ -47,7 +47,7 @@ M=models/based-82m-english.bin S=models/stories260K.bin
 export M S
 
 # The demo, and a text of one's own.
-try "make -s demo" "Once upon a time"
+try "make -s demo" "The fox looked up"
 try './run $M -i "The old bear sat down" -n 40 -s 7' "The old bear sat down"
 try './run $M -i "The old bear sat down" -n 40 -s 7 2>/dev/null > a.txt; wc -w a.txt'
 try './run $M -i "The old bear sat down" -n 40 -s 7 -j 1 -q | cmp - a.txt'
