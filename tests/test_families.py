@@ -355,7 +355,7 @@ def test_stop_tokens(tmp_path):
 def sampling(tmp_path, **said):
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     config = origins.CONFIG.new()
-    tokens.read_sampling(config, [tmp_path])
+    tokens.read_sampling(config, [tmp_path], {})
     return config
 
 

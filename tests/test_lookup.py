@@ -11,7 +11,7 @@ STORY = ROOT / "models" / "based-4m-story.bin"
 TINY = ROOT / "models" / "stories260K.bin"
 PROMPT = "Tom has a red ball. He likes his red ball. Tom has a red ball. He likes"
 PLAIN = ["--repeat-penalty", "1"]               # a text that is penalized for it repeats nothing
-SAMPLING = [["-t", "0", *PLAIN], ["-t", "0.2", *PLAIN], ["-t", "0.3", "--repeat-penalty", "1.05"],
+SAMPLING = [["-t", "0", *PLAIN], ["-t", "0.2", *PLAIN], ["-t", "0.2", "--repeat-penalty", "1.01"],
             ["-t", "0.2", "-k", "5", "--min-p", "0.05", "-p", "1", *PLAIN]]
 
 

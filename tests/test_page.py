@@ -373,7 +373,8 @@ def test_another_model_is_opened_from_disk(built, browser, tmp_path, dtype):
     before = browser.text("#about")
     browser.type("#file", str(model))
     browser.until("return document.getElementById('about').textContent !== arguments[0]", before)
-    assert not browser.visible("#failed") and browser.text("#count") == "0"
+    browser.until("return document.getElementById('count').textContent === '0'")
+    assert not browser.visible("#failed")
     assert browser.text("#degrees").startswith("0.65") and browser.text("#against") == "1.15"
     browser.type("#seed", "5")
     browser.type("#pace", "as")
