@@ -4101,8 +4101,9 @@ INLINE int32_t dot_word(int32_t s, const uint32_t *word, struct columns q, struc
 #if defined(__ARM_ARCH_6M__) || defined(__riscv) /* one instruction loads a byte, two cut it out */
     const uint8_t *byte = (const uint8_t *)word;
     if (bits == 8) return s + byte[0] * q.a + byte[1] * q.b + byte[2] * q.c + byte[3] * q.d;
-#endif
+#else
     if (bits == 8) return dot_bytes(s, *word, q);
+#endif
     return dot_bytes(dot_bytes(s, *word & 0x0f0f0f0f, q), *word >> 4 & 0x0f0f0f0f, high);
 }
 

@@ -52,7 +52,7 @@ try './run $M -i "The old bear sat down" -n 40 -s 7' "The old bear sat down"
 try './run $M -i "The old bear sat down" -n 40 -s 7 2>/dev/null > a.txt; wc -w a.txt'
 try './run $M -i "The old bear sat down" -n 40 -s 7 -j 1 -q | cmp - a.txt'
 try './run --help | head -n 8' "usage: run CHECKPOINT"
-try './run $M --info | head -n 8' "mixers"
+try './run $M --info | head -n 9' "mixers"
 refused './run' "CHECKPOINT" 2
 refused './run nothing.bin' "nothing.bin" 1
 refused './run README.md' "README.md" 1
