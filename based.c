@@ -2255,7 +2255,8 @@ static void exchange_pair(const struct row *row, const struct layer *l, size_t h
 static void keep_old(const struct layer *l, const struct thread *th, size_t n) {
     based_session *s = th->s;
     const based_layer *c = l->c;
-    size_t channels = c->head_dim_v, past = c->conv_width - 1, half = l->in.cols / 2;
+    size_t channels = c->head_dim_v, half = l->in.cols / 2;
+    size_t past = c->mixer == BASED_CONV ? c->conv_width - 1 : 0;
     for (size_t r = 1; r < n; r++) {
         const struct row *row = &s->row[r];
         float *old = old_of(row, l);
@@ -2274,8 +2275,8 @@ static void keep_old(const struct layer *l, const struct thread *th, size_t n) {
 static void put_back(const struct row *row, const struct layer *l) {
     const based_layer *c = l->c;
     float *old = old_of(row, l);
-    size_t past = c->conv_width - 1, dim = l->in.cols, half = dim / 2;
-    if (c->mixer == BASED_CONV && past)
+    size_t past = c->mixer == BASED_CONV ? c->conv_width - 1 : 0, dim = l->in.cols, half = dim / 2;
+    if (past)
         exchange(old, state_of(row, l) + row->t % past * c->head_dim_v, c->head_dim_v, 1, 1);
     for (size_t head = 0; head < c->kv_heads; head++) {
         exchange_pair(row, l, head, 1);

@@ -2835,21 +2835,22 @@ static void take_recommended(options *o, const based_config *c) {
 /* The settings of the sampler as they would be typed, and who chose them. */
 static void print_settings(const run *r, FILE *to) {
     static const char *const by[] = { "by default", "as the checkpoint says", "as given" };
-    int recommends = (based_model_config(r->model)->flags & BASED_SAMPLING) != 0, last = 3;
+    int recommends = (based_model_config(r->model)->flags & BASED_SAMPLING) != 0;
+    const char *last = NULL;
     for (int who = 2; who >= 0; who--) {
         for (int i = 0; i < FLAGS; i++) {
             const flag *f = &flags[i];
             const void *field = (const char *)r->o + f->offset;
             if (!f->config || who != (r->o->given >> i & 1 ? 2 : recommends)) continue;
-            if (last < 3 && last != who) fprintf(to, " %s,", by[last]);
-            last = who;
+            if (last && last != by[who]) fprintf(to, " %s,", last);
+            last = by[who];
             if (f->letter) fprintf(to, " -%c", f->letter);
             else fprintf(to, " --%s", f->name);
             if (f->kind == REAL) fprintf(to, " %g", *(const double *)field);
             else fprintf(to, " %lld", (long long)*(const int64_t *)field);
         }
     }
-    fprintf(to, " %s\n", by[last]);
+    fprintf(to, " %s\n", last ? last : "");
 }
 
 static int is_name(const char *name, const char *typed, size_t n) {
