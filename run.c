@@ -77,6 +77,7 @@
  */
 enum { DONE = 0, BAD_INPUT = 1, BAD_USAGE = 2, INTERRUPTED = 130 };     /* exit statuses          */
 enum { BLOCK = 128 };                   /* tokens of a prompt computed together                   */
+enum { GUESSES = 127 };                 /* most of --lookup                                       */
 enum { ROWS_BYTES = 1 << 24 };          /* memory for the logits of a block, at most              */
 enum { NUMBER_BYTES = 24 };             /* a 64-bit number with its sign, a space and a zero      */
 enum { NOTE_HEADER = 28 };              /* bytes of a saved note before the recent tokens         */
@@ -142,7 +143,7 @@ typedef struct {                        /* guesses at the next tokens, from the 
                                         /* last time; one block of memory with last               */
     uint64_t  n, from;                  /* tokens so far; where it went on as it might do now     */
     size_t    same, enough;             /* tokens that agree before `from`; that make a guess     */
-    int32_t   draft[BLOCK];             /* the newest token, then guesses                         */
+    int32_t   draft[1 + GUESSES];       /* the newest token, then guesses                         */
     float    *rows, *old;               /* of based_feed_draft; one block                         */
     size_t    fed, used;                /* tokens of the draft that are fed; those in the text    */
     uint64_t  guessed, right;           /* tokens in all                                          */
