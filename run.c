@@ -2490,7 +2490,7 @@ static const flag flags[] = {
     {0, "lookup", "N", WHOLE, AT(lookup),
      .help = "Where the text repeats itself, guess up to N tokens from what followed before and "
              "compute them together: the same text, sooner. 0 makes no guesses",
-     .standard = "15", .high = BLOCK - 1},
+     .standard = "15", .high = GUESSES},
     {0, "ignore-eos", NULL, SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
 
     {0, "save", "FILE", NAME, AT(save), .title = "The past as a file",
