@@ -1274,6 +1274,7 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
     l->used += (size_t)guessed;
     if (guessed) return DONE;
 
+    /* were the last guesses worth their time? */
     if (l->fed > 1) {
         int gained = 2 * (l->used - 1) > l->fed - 1;
         if (gained && l->enough > 2) l->enough /= 2;
