@@ -1,24 +1,21 @@
 /* pico.c - the Raspberry Pi Pico (RP2040) and, with -DPICO2, the Pico 2 (RP2350, its ARM cores):
- * text goes to UART0 on pin GP0, 115,200 baud, 8N1; the LED is on while the story is told.
- * Numbers of registers and bits are those of the two data sheets.
+ * text goes to UART0 on pin GP0, 115,200 baud, 8N1, and to a serial port on USB (usb.c); the LED is
+ * on while the story is told. Numbers of registers and bits are those of the two data sheets.
  */
 #include "board.h"
+#include "pico.h"
 
-#include <stdint.h>
-
-#define REG(address) (*(volatile uint32_t *)(address))
-#define SET 0x2000              /* an alias of a register in which ones set bits */
-#define CLEAR 0x3000            /* and one in which they clear bits */
-#define BIT(n) (1u << (n))
 #define WAIT_FOR(condition) while (!(condition)) { }
 
 enum { LED = 25 };
 
 #ifdef PICO2
 enum { CLOCKS = 0x40010000, RESETS = 0x40020000, IO_BANK0 = 0x40028000, PADS_BANK0 = 0x40038000,
-       XOSC = 0x40048000, PLL_SYS = 0x40050000, UART0 = 0x40070000,
-       OUT_SET = 0x18, OUT_CLEAR = 0x20, OE_SET = 0x38, POSTDIV1 = 5, MHZ = 150 };
-#define NEEDED (BIT(6) | BIT(9) | BIT(14) | BIT(26))    /* IO, pads, PLL, UART0 */
+       XOSC = 0x40048000, PLL_SYS = 0x40050000, PLL_USB = 0x40058000, UART0 = 0x40070000,
+       USB_CLOCK = CLOCKS + 0x60, OUT_SET = 0x18, OUT_CLEAR = 0x20, OE_SET = 0x38, DIVISOR = 5,
+       MHZ = 150 };
+#define BASICS (BIT(6) | BIT(9) | BIT(14) | BIT(15))    /* IO, pads, the two PLLs */
+#define SERIAL (BIT(26) | BIT(28))                      /* UART0, USB */
 
 /* What the ROM looks for in the first 4 KB: a program for ARM whose vectors stand behind it. */
 __attribute__((section(".boot"))) const uint32_t boot_block[] = {
@@ -26,9 +23,11 @@ __attribute__((section(".boot"))) const uint32_t boot_block[] = {
 };
 #else
 enum { CLOCKS = 0x40008000, RESETS = 0x4000c000, IO_BANK0 = 0x40014000, PADS_QSPI = 0x40020000,
-       XOSC = 0x40024000, PLL_SYS = 0x40028000, UART0 = 0x40034000,
-       OUT_SET = 0x14, OUT_CLEAR = 0x18, OE_SET = 0x24, POSTDIV1 = 6, MHZ = 125 };
-#define NEEDED (BIT(5) | BIT(8) | BIT(12) | BIT(22))
+       XOSC = 0x40024000, PLL_SYS = 0x40028000, PLL_USB = 0x4002c000, UART0 = 0x40034000,
+       USB_CLOCK = CLOCKS + 0x54, OUT_SET = 0x14, OUT_CLEAR = 0x18, OE_SET = 0x24, DIVISOR = 6,
+       MHZ = 125 };
+#define BASICS (BIT(5) | BIT(8) | BIT(12) | BIT(13))
+#define SERIAL (BIT(22) | BIT(24))
 
 /* ---- The second stage of the boot ---------------------------------------------------------------
  * The ROM copies the first 256 bytes of the flash to RAM, compares the CRC in the last four (which
@@ -90,6 +89,21 @@ __attribute__((section(".boot"), noreturn, optimize("Os"))) void boot_block(void
 
 /* ---- Clocks and pins ------------------------------------------------------------------------- */
 
+static void release(uint32_t blocks) {          /* from reset; their clocks must run */
+    REG(RESETS + CLEAR) = blocks;
+    WAIT_FOR((REG(RESETS + 8) & blocks) == blocks);
+}
+
+/* Makes 12 MHz * factor / divisor1 / divisor2. */
+static void start_pll(uint32_t pll, uint32_t factor, uint32_t divisor1, uint32_t divisor2) {
+    REG(pll) = 1;
+    REG(pll + 8) = factor;
+    REG(pll + 4 + CLEAR) = BIT(0) | BIT(5);
+    WAIT_FOR(REG(pll) >> 31);
+    REG(pll + 12) = divisor1 << 16 | divisor2 << 12;
+    REG(pll + 4 + CLEAR) = BIT(3);
+}
+
 static void start(void) {
     REG(XOSC + 0xc) = 47;                       /* 1 ms until the crystal of 12 MHz is stable */
     REG(XOSC) = 0xfabaa0;
@@ -98,19 +112,15 @@ static void start(void) {
     WAIT_FOR(REG(CLOCKS + 0x38) & BIT(2));
     REG(CLOCKS + 0x3c + CLEAR) = 1;             /* the system's clock is that, until the PLL runs */
     WAIT_FOR(REG(CLOCKS + 0x44) & BIT(0));
-    REG(RESETS + CLEAR) = NEEDED;
-    WAIT_FOR((REG(RESETS + 8) & NEEDED) == NEEDED);
-
-    REG(PLL_SYS) = 1;                           /* 12 MHz * 125 / POSTDIV1 / 2 */
-    REG(PLL_SYS + 8) = 125;
-    REG(PLL_SYS + 4 + CLEAR) = BIT(0) | BIT(5);
-    WAIT_FOR(REG(PLL_SYS) >> 31);
-    REG(PLL_SYS + 12) = POSTDIV1 << 16 | 2 << 12;
-    REG(PLL_SYS + 4 + CLEAR) = BIT(3);
+    release(BASICS);
+    start_pll(PLL_SYS, 125, DIVISOR, 2);
+    start_pll(PLL_USB, 100, 5, 5);              /* 48 MHz */
     REG(CLOCKS + 0x3c) = 0;                     /* auxiliary source 0: the PLL */
     REG(CLOCKS + 0x3c + SET) = 1;
     WAIT_FOR(REG(CLOCKS + 0x44) & BIT(1));
     REG(CLOCKS + 0x48) = BIT(11);               /* peripherals have the system's clock */
+    REG(USB_CLOCK) = BIT(11);                   /* and USB has that of its PLL */
+    release(SERIAL);
 
     const uint32_t divisor = (MHZ * 1000000u * 4 + 57600) / 115200;     /* in 64ths of 16 cycles */
     REG(UART0 + 0x24) = divisor >> 6;
@@ -125,9 +135,11 @@ static void start(void) {
 #endif
     REG(0xd0000000 + OE_SET) = BIT(LED);
     REG(0xd0000000 + OUT_SET) = BIT(LED);
+    usb_start();
 }
 
 static void put_byte(char c) {
+    usb_put(c);
     WAIT_FOR(!(REG(UART0 + 0x18) & BIT(5)));
     REG(UART0) = (uint8_t)c;
 }
@@ -147,5 +159,5 @@ void put(const char *text) {
 void leave(unsigned status) {
     put(status ? "failed\n" : "done\n");
     REG(0xd0000000 + OUT_CLEAR) = BIT(LED);
-    for (;;) __asm__ volatile("wfi");
+    for (;;) __asm__ volatile("wfi");         /* USB goes on in its interrupt */
 }

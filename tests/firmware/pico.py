@@ -50,9 +50,9 @@ def build(model, options, elf):
               "__ram_size": ram * KIB, "__stack_size": 6 * KIB}
     command(f"{ARM}gcc", *STRICT, "-O2", *flags, "--specs=picolibc.specs", "--crt0=minimal",
             f'-DMODEL="{model}"', f'-DPROMPT="{options.prompt}"', f"-DTOKENS={options.tokens}",
-            f"-DARENA={(ram - 8) * KIB}", ROOT / "based.c", ROOT / "tokenizer.c",
-            *(FIRMWARE / name for name in ("main.c", "pico.c", "model.S")), "-Wl,--gc-sections",
-            f"-Wl,--section-start=.boot={FLASH:#x}", "-Wl,--undefined=boot_block",
+            f"-DARENA={(ram - 12) * KIB}", ROOT / "based.c", ROOT / "tokenizer.c",
+            *(FIRMWARE / name for name in ("main.c", "pico.c", "usb.c", "model.S")),
+            "-Wl,--gc-sections", f"-Wl,--section-start=.boot={FLASH:#x}", "-Wl,--undefined=boot_block",
             *(f"-Wl,--defsym={name}={at:#x}" for name, at in places.items()), "-o", elf, "-lm")
     raw = elf.with_suffix(".raw")
     command(f"{ARM}objcopy", "-O", "binary", elf, raw)
