@@ -192,7 +192,8 @@ dist:
 # ---- End of the package ------------------------------------------------------------------------------------------------
 
 # ---- Small devices ---------------------------------------------------------------------------------------------------
-# MODEL is any checkpoint; WINDOW (empty: as it is) lets its window layers see at most so many keys, to save RAM.
+# MODEL is any checkpoint; WINDOW (empty: as it is) lets its window layers see at most so many keys, to save RAM. SOURCE_URL
+# is where the library for Arduino and the page say that their source is; without one they do not say it.
 MODEL   ?= models/stories260K.bin
 WINDOW  ?= 128
 FIRMWARE_FLAGS ?=
@@ -209,10 +210,9 @@ pico pico2:
 	$(PYTHON) tests/firmware/pico.py --board $@ "$(MODEL)" $(BUILD)/story$(@:pico%=%).uf2 $(if $(WINDOW),--window $(WINDOW))
 arduino:
 	@mkdir -p $(BUILD)
-	$(PYTHON) tests/arduino/pack.py models/stories260K-q8.bin $(BUILD)/based-arduino.zip
+	$(PYTHON) tests/arduino/pack.py models/stories260K-q8.bin $(BUILD)/based-arduino.zip --url "$(SOURCE_URL)"
 
-# The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file. SOURCE_URL is
-# where the page says that its source is; without one it has no such link.
+# The same C in a browser: build/page/ is for any static server, build/based.html is all of it in one file.
 WASM_CC ?= clang-14
 WASM    := --target=wasm32-wasi -nostartfiles -msimd128 -mbulk-memory -DBASED_FREESTANDING -I. \
            -Wl,--no-entry,--gc-sections,--strip-all,-z,stack-size=131072

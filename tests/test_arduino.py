@@ -16,8 +16,9 @@ from conftest import need
 ROOT = Path(__file__).resolve().parent.parent
 ARDUINO = ROOT / "tests" / "arduino"
 MODEL = ROOT / "models" / "stories260K-q8.bin"
-sys.path.insert(0, str(ROOT / "tests" / "firmware"))
+sys.path[:0] = [str(ROOT / "tests" / "firmware"), str(ARDUINO)]
 import boards                                                       # noqa: E402
+import pack                                                         # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,9 @@ def libraries(tmp_path_factory):
 def test_what_the_files_say(libraries):
     version = re.search(r'BASED_VERSION "(.*)"', (ROOT / "based.h").read_text()).group(1)
     properties = (libraries / "Based" / "library.properties").read_text()
-    assert f"version={version}\n" in properties
+    assert f"\nversion={version}\n" in properties and "\nurl=\n" in properties
+    named = dict(pack.content(MODEL, "https://example.org"))["library.properties"]
+    assert "\nurl=https://example.org\n" in named
     assert json.loads((libraries / "Based" / "library.json").read_text())["version"] == version
 
 

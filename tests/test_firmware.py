@@ -83,10 +83,12 @@ def pico(*args):
 
 
 def test_a_raspberry_pi_pico(emulator, tmp_path):
-    """The file that a board gets, from its boot on, in an emulator: the host's text and logits."""
+    """The file that a board gets, from its boot on, in an emulator: the text and logits of this
+    computer, by UART, and by USB to a host that asks what real ones ask (pico.mjs)."""
     out = tmp_path / "story.uf2"
     done = pico(SMALL, out, "--window", 128, "--tokens", 4, "--emulate", emulator)
     assert done.returncode == 0 and "there was a" in done.stdout, done.stderr
+    assert re.search(r"^the same by USB, \d+ bytes$", done.stdout, re.M)
     cycles = int(re.search(r"^cycles per token (\d+)$", done.stdout, re.M).group(1))
     assert cycles < 11_000_000
     damaged = bytearray(out.read_bytes())

@@ -3,8 +3,8 @@
  * The checkpoint lies in flash and is used where it lies (model.S puts it there). Everything that
  * changes is in one static block of RAM, the arena; the library says how much of it each object
  * needs. Only the two functions of board.h depend on the machine: semihost.c calls a debugger,
- * which QEMU plays; pico.c writes to the UART of a Raspberry Pi Pico; on a board of your own you
- * write them.
+ * which QEMU plays; pico.c writes to UART and USB of a Raspberry Pi Pico; on a board of your own
+ * you write them.
  *
  * It ends with a few lines for the test that runs it (boards.py): the fingerprint of all logits it
  * used, which must be the one that ./run -v shows for the same checkpoint on a computer, and the

@@ -88,6 +88,7 @@ terminal(1);
 until(() => text.at(-1) === 10 && /\n(done|failed)\r\n$/.test(text), 'the end of the story', 3600);
 until(() => fromUSB.length >= text.length, 'the story by USB', 1);
 
+assert.deepEqual([board.clkSys, board.pllUsb.frequency], [125e6, 48e6]);
 const device = ask(0x80, 6, 1 << 8, 0, 18), all = ask(0x80, 6, 2 << 8, 0, 255);
 assert.equal(device.length, 18);
 assert.equal(all.length, all.readUInt16LE(2));

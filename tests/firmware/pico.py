@@ -4,9 +4,11 @@
                                    [--prompt TEXT] [--emulate NODE_MODULES]
 
 Hold the board's button while you plug it in and copy OUT.uf2 to the drive that appears. --emulate
-runs it in rp2040js (npm) instead, compares text and logits with this computer and counts cycles.
+runs it in rp2040js (npm) instead, compares text (of UART and USB) and logits with this computer and
+counts cycles.
 """
 import argparse
+import shutil
 import struct
 import subprocess
 import sys
@@ -46,13 +48,17 @@ def uf2(image, family):
 def build(model, options, elf):
     """Links the firmware; returns the bytes of the flash."""
     flags, flash, ram, _ = BOARDS[options.board]
+    if not shutil.which(f"{ARM}gcc"):
+        raise Failed(f"{ARM}gcc is not here "
+                     "(on Debian: apt-get install gcc-arm-none-eabi picolibc-arm-none-eabi)")
     places = {"__flash": FLASH + BOOT, "__flash_size": flash * KIB - BOOT, "__ram": 0x20000000,
               "__ram_size": ram * KIB, "__stack_size": 6 * KIB}
     command(f"{ARM}gcc", *STRICT, "-O2", *flags, "--specs=picolibc.specs", "--crt0=minimal",
             f'-DMODEL="{model}"', f'-DPROMPT="{options.prompt}"', f"-DTOKENS={options.tokens}",
             f"-DARENA={(ram - 12) * KIB}", ROOT / "based.c", ROOT / "tokenizer.c",
             *(FIRMWARE / name for name in ("main.c", "pico.c", "usb.c", "model.S")),
-            "-Wl,--gc-sections", f"-Wl,--section-start=.boot={FLASH:#x}", "-Wl,--undefined=boot_block",
+            "-Wl,--gc-sections", "-Wl,--undefined=boot_block",
+            f"-Wl,--section-start=.boot={FLASH:#x}",
             *(f"-Wl,--defsym={name}={at:#x}" for name, at in places.items()), "-o", elf, "-lm")
     raw = elf.with_suffix(".raw")
     command(f"{ARM}objcopy", "-O", "binary", elf, raw)
@@ -80,9 +86,9 @@ def pico(options, directory):
     elf, out = directory / "story.elf", Path(options.out)
     image = build(model, options, elf)
     out.write_bytes(b"".join(uf2(image, BOARDS[options.board][3])))
-    print(f"{out}: {len(image):,} bytes of flash. Hold the board's button while you plug it in, "
-          "and copy the file to the\ndrive that appears. The story comes from pin GP0, "
-          "115,200 baud.")
+    print(f"{out}: {len(image):,} bytes of flash. Hold the board's button BOOTSEL while you plug "
+          "it in,\nand copy the file to the drive that appears. Then open the board's serial port "
+          "(README.md).")
     if options.emulate:
         emulate(out, elf, options.emulate, host(model, options))
 

@@ -1,14 +1,14 @@
 /* usb.c - the Pico's text on its USB socket, as a serial port (class CDC ACM) that Linux, macOS and
  * Windows know without a driver.
  *
- * The story does not wait for a host: the newest KEPT bytes of the text stay in RAM, and a terminal
- * that opens the port, early or late, reads from their first byte on. All work is done in the
- * interrupt of the USB controller, which comes when the host has done something, and from usb_put
- * when there is something to send.
+ * The story does not wait for a host. The newest KEPT bytes of the text stay in RAM, and a terminal
+ * that opens the port, early or late, reads them from the first on. All work is done in the
+ * interrupt of the USB controller, which comes when the host has done something; usb_put causes it,
+ * too, as there is something to send.
  *
- * Registers are those of the data sheets, which say the same of both chips ("RP2040", 4.1; "RP2350",
- * 12.7); requests and descriptors are those of "USB 2.0", chapter 9, and "CDC PSTN 1.2". A chip of
- * revision B0 or B1 may stay unseen on a busy hub (erratum RP2040-E5).
+ * The registers are those of the two data sheets ("RP2040", 4.1; "RP2350", 12.7), the requests and
+ * descriptors those of "USB 2.0", chapter 9, and of "CDC" 1.2 with its part "PSTN". What erratum E5
+ * of the RP2040 asks of programs is not done: revisions B0 and B1 may stay unseen on a busy hub.
  */
 #include "pico.h"
 
@@ -32,16 +32,16 @@ enum { DEVICE = 1, CONFIGURATION, STRING, INTERFACE, ENDPOINT, ASSOCIATION = 11,
 enum { PACKET = 64 };
 #define TWO(n) (n) & 255, (n) >> 8
 
-/* Vendor and product are the numbers that pid.codes gives to everybody for tests at home; who gives
- * boards to others needs numbers of his own. */
+/* Vendor and product are the numbers that pid.codes lends to everybody for tests; a device that is
+ * sold or given away needs its own. */
 static const uint8_t device[] = {
     18, DEVICE, TWO(0x200), 0xef, 2, 1, PACKET,     /* USB 2.0; interfaces are grouped */
-    TWO(0x1209), TWO(0x0001), TWO(0x0100), 0, 1, 0, /* vendor, product, version; names: one, 1 */
-    1                                               /* configuration */
+    TWO(0x1209), TWO(0x0001), TWO(0x0100),          /* vendor, product, version */
+    0, 1, 0, 1                                      /* string 1 is the name; 1 configuration */
 };
 
 static const uint8_t configuration[] = {
-    9, CONFIGURATION, TWO(75), 2, 1, 0, 0x80, 50,   /* 75 bytes, 2 interfaces, 100 mA from the bus */
+    9, CONFIGURATION, TWO(75), 2, 1, 0, 0x80, 50,   /* 75 bytes, 2 interfaces, 100 mA */
     8, ASSOCIATION, 0, 2, 2, 2, 0, 0,               /* both are one serial port */
     9, INTERFACE, 0, 0, 1, 2, 2, 0, 0,              /* control: class 2.2 (ACM), 1 endpoint */
     5, CLASS, 0, TWO(0x110),                        /* CDC 1.1 */
@@ -55,10 +55,11 @@ static const uint8_t configuration[] = {
 };
 
 static const uint8_t languages[] = { 4, STRING, TWO(0x0409) };
-static const uint8_t name[] = { 16, STRING, 'b', 0, 'a', 0, 's', 0, 'e', 0, 'd', 0, '.', 0, 'c', 0 };
+static const uint8_t name[] = { 16, STRING,
+                                'b', 0, 'a', 0, 's', 0, 'e', 0, 'd', 0, '.', 0, 'c', 0 };
 
 static uint8_t line_coding[7] = { TWO(115200 & 0xffff), 115200 >> 16, 0, 0, 0, 8 };
-static const uint8_t zeros[2], one[1] = { 1 };
+static const uint8_t zeros[2] = { 0, 0 }, one[1] = { 1 };
 
 /* ---- Endpoints ------------------------------------------------------------------------------- */
 
@@ -72,7 +73,7 @@ enum { CONTROL_IN, CONTROL_OUT, NOTICE_IN, TEXT_IN = 4, TEXT_OUT, ENDPOINTS };
 #define STALL BIT(11)
 #define AVAILABLE BIT(10)
 
-static uint32_t next_data[ENDPOINTS];   /* DATA1 or 0: successive packets of an endpoint alternate */
+static uint32_t next_data[ENDPOINTS];   /* DATA1 or 0: the packets of an endpoint alternate */
 
 static uint32_t buffer_offset(int e) { return e < NOTICE_IN ? 0x100 : 0x100 + 64 * (uint32_t)e; }
 
@@ -130,6 +131,7 @@ static const uint8_t *answer;           /* and this is left to send of them */
 static unsigned answer_bytes;
 static uint32_t address;                /* which the board takes when the request is done */
 
+/* The next packet of the answer. No answer has a multiple of 64 bytes, so the last one is short. */
 static void send_answer(void) {
     const unsigned n = answer_bytes < PACKET ? answer_bytes : PACKET;
     transfer(CONTROL_IN, answer, n);
@@ -137,17 +139,7 @@ static void send_answer(void) {
     answer_bytes -= n;
 }
 
-#define ANSWER(array) (answer = (array), answer_bytes = sizeof (array), 1)
-
-static int descriptor(unsigned which) {
-    switch (which) {
-    case DEVICE << 8: return ANSWER(device);
-    case CONFIGURATION << 8: return ANSWER(configuration);
-    case STRING << 8: return ANSWER(languages);
-    case STRING << 8 | 1: return ANSWER(name);
-    default: return 0;
-    }
-}
+#define ANSWER(array) (answer = (array), answer_bytes = sizeof (array))
 
 static void configure(void) {
     for (int e = NOTICE_IN; e < ENDPOINTS; e++) restart(e);
@@ -165,22 +157,29 @@ static void set_line_state(unsigned state) {
     open = state & 1;                   /* the line DTR: a terminal is ready */
 }
 
-/* Does what the eight bytes of a request ask; returns 0 if that is unknown. */
+/* Does what a request asks; returns 0 if that is unknown. */
 static int request(unsigned type, unsigned code, unsigned value, unsigned index) {
-    switch ((type & 0xe0) << 8 | code) {                /* direction and kind; the code */
-    case 0x8000:                                        /* GET_STATUS, GET_INTERFACE */
-    case 0x800a: return ANSWER(zeros);
-    case 0x0001: return clear_halt(index), 1;           /* CLEAR_FEATURE */
-    case 0x0005: return address = value & 127, 1;       /* SET_ADDRESS */
-    case 0x8006: return descriptor(value);              /* GET_DESCRIPTOR */
-    case 0x8008: return ANSWER(one);                    /* GET_CONFIGURATION */
-    case 0x0009:                                        /* SET_CONFIGURATION, SET_INTERFACE */
-    case 0x000b: return configure(), 1;
-    case 0x2020: return 1;                              /* SET_LINE_CODING: see finish */
-    case 0xa021: return ANSWER(line_coding);            /* GET_LINE_CODING */
-    case 0x2022: return set_line_state(value), 1;       /* SET_CONTROL_LINE_STATE */
+    switch ((type & 0xe0) << 8 | code) {            /* direction and kind, code */
+    case 0x8000: ANSWER(zeros); break;              /* GET_STATUS */
+    case 0x0001: clear_halt(index); break;          /* CLEAR_FEATURE */
+    case 0x0005: address = value & 127; break;      /* SET_ADDRESS */
+    case 0x8006:                                    /* GET_DESCRIPTOR */
+        if (value == DEVICE << 8) ANSWER(device);
+        else if (value == CONFIGURATION << 8) ANSWER(configuration);
+        else if (value == STRING << 8) ANSWER(languages);
+        else if (value == (STRING << 8 | 1)) ANSWER(name);
+        else return 0;
+        break;
+    case 0x8008: ANSWER(one); break;                /* GET_CONFIGURATION */
+    case 0x0009: configure(); break;                /* SET_CONFIGURATION */
+    case 0x800a: ANSWER(zeros); break;              /* GET_INTERFACE */
+    case 0x000b: configure(); break;                /* SET_INTERFACE */
+    case 0x2020: break;                             /* SET_LINE_CODING: finish reads it */
+    case 0xa021: ANSWER(line_coding); break;        /* GET_LINE_CODING */
+    case 0x2022: set_line_state(value); break;      /* SET_CONTROL_LINE_STATE */
     default: return 0;
     }
+    return 1;
 }
 
 static void setup(void) {
@@ -190,7 +189,8 @@ static void setup(void) {
     to_host = p[0] >> 7;
     if (!request(p[0], p[1], p[2] | (unsigned)p[3] << 8, p[4] | (unsigned)p[5] << 8)) {
         REG(STALL_ARM) = BIT(CONTROL_IN) | BIT(CONTROL_OUT);
-        BUFFER_CONTROL(CONTROL_IN) = BUFFER_CONTROL(CONTROL_OUT) = STALL;
+        BUFFER_CONTROL(CONTROL_IN) = STALL;
+        BUFFER_CONTROL(CONTROL_OUT) = STALL;
     } else if (to_host) {
         if (answer_bytes > length) answer_bytes = length;
         send_answer();
@@ -201,7 +201,7 @@ static void setup(void) {
     }
 }
 
-/* A packet of a request has arrived; what follows. */
+/* What follows when a packet of a request has reached the other side. */
 static void finish(int e) {
     if (to_host && e == CONTROL_IN) {
         if (answer_bytes) send_answer();
@@ -226,7 +226,8 @@ static void interrupt(void) {
     if (done & BIT(TEXT_OUT)) transfer(TEXT_OUT, 0, PACKET);    /* what is typed is not read */
     if (status & BUS_RESET) {
         REG(SIE_STATUS) = BUS_RESET;
-        REG(ADDRESS) = address = 0;
+        REG(ADDRESS) = 0;
+        address = 0;
         open = 0;
     }
     if (status & SETUP) {
