@@ -1,5 +1,6 @@
 """tests/bench.py measures a model, adds what was measured elsewhere, and draws both plots."""
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,14 +28,26 @@ def test_table_and_plots(random_model, tmp_path):
         assert picture.startswith(b"\x89PNG") and 5000 < len(picture) < 150000
 
 
-def test_peers_measures_one_and_many_texts(random_model):
-    model = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=512, vocab=512, flags=1,
-                         dtype=1)
-    out = subprocess.run([sys.executable, HERE / "peers.py", "--based", model, "--prompts", "8",
-                          "--depths", "0,5", "--texts", "1,3", "--repeats", "2"], check=True,
-                         stdout=subprocess.PIPE, text=True).stdout
-    rows = list(csv.DictReader(out.splitlines()))
-    assert [row["test"] for row in rows] == ["pp8", "tg128 @ 0", "tg128 @ 5", "tg32 x 3 @ 0",
-                                             "tg32 x 3 @ 5"]
+def test_peers(random_model, tmp_path):
+    """This runtime alone, and `./run -b` up to the last test that is wanted."""
+    path = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=512, vocab=512, flags=1,
+                        dtype=1)
+    tests = ("reading 8", "writing after 0", "writing after 5", "writing 3 texts after 5")
+    alone = ("writing 64 texts after 2048", "writing after 0")
+    script = f"""if True:
+        import peers
+        build = peers.based.build
+        peers.based.build = lambda *_: build("-O0")             # is compiled faster
+        peers.model = peers.Path
+        peers.TURNS = [(({str(path)!r},), "", (1, 2), {tests!r})]
+        peers.ALONE = [({str(path)!r}, {alone!r})]
+        peers.main(["--rows", "(writing|-b).*, 1 t", "--machine", "a test", "--out", "speed.csv"])"""
+    subprocess.run([sys.executable, "-c", script],
+                   cwd=tmp_path, check=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    rows = list(csv.DictReader((tmp_path / "speed.csv").read_text().splitlines()))
+    assert [row["what"] for row in rows if row["unit"] == "tokens/s"] == [*tests[1:], *alone]
+    assert [row["what"] for row in rows if row["unit"] == "MB"] == [
+        *(f"most memory, {test}" for test in tests[1:]), "most memory"]
     for row in rows:
-        assert row["model"] == Path(model).name and float(row["tokens/s"]) > 0
+        assert row["machine"].startswith("a test, ") and row["program"].startswith("based.c ")
+        assert row["model"] == path.stem and row["threads"] == "1" and float(row["value"]) > 0
