@@ -4,11 +4,11 @@
 
 Measures everything that speed.md tells of a PC, and appends a line for each measurement to
 tests/speed.csv, from which tests/speed.py makes the page and its plots. Takes about eight minutes,
-15 GB of memory and 3 GB of build/, where the models are made, with random weights. Progress is
+10 GB of memory and 3 GB of build/, where the models are made, with random weights. Progress is
 written to stderr. It needs a C compiler, make and numpy.
 
-    --rows      only measurements whose name this regular expression finds; names are like
-                "based-360m-q8, writing after 1024, 2 threads"
+    --rows      only measurements whose name this regular expression finds; a name is like
+                "based-360m-q8.bin beside llama-360m.gguf, writing after 1024, 2 threads"
     --llama     llama.cpp's shared libraries. Without it, the current ones come from npm into
                 build/llama (the package @node-llama-cpp/linux-x64), unless they are there
     --machine   what to write in front of the processor's name
@@ -50,18 +50,19 @@ BUILD = ROOT / "build"
 COLUMNS = ("date", "machine", "program", "kernels", "threads", "model", "what", "value", "spread",
            "unit")
 
-# What takes turns: models (this runtime's, then llama.cpp's), kernels ("": the best), numbers of
-# threads, tests. AMX is left out by avx512vnni where there is AMX.
+# What takes turns: models (this runtime's, then llama.cpp's), kernels ("": the best; avx512vnni
+# leaves AMX out where there is AMX), numbers of threads, and tests. A process runs all tests of a
+# line, and its memory is told, so a test with less memory comes first.
 TURNS = [
     (("based-360m-q8.bin", "llama-360m.gguf"), "", (1, 2),
-     ("reading 512", "writing after 0", "writing after 1024", "writing after 4096",
+     ("writing after 0", "writing after 1024", "writing after 4096", "reading 512",
       "writing 64 texts after 1024")),
     (("based-360m-q8.bin", "llama-360m.gguf"), "avx512vnni", (2,),
-     ("reading 512", "writing after 0", "writing after 1024", "writing 64 texts after 1024")),
+     ("writing after 0", "writing after 1024", "reading 512", "writing 64 texts after 1024")),
     (("smollm2-135m-q8.bin", "llama-smollm2-135m.gguf"), "", (1, 2),
-     ("reading 512", "writing after 0", "writing after 1024")),
+     ("writing after 0", "writing after 1024", "reading 512")),
     (("based-360m-q8.bin",), "", (1, 2), ("writing after 16384",)),
-    (("based-360m-q8.bin", "mamba-370m.gguf", "mamba2-370m.gguf", "rwkv7-0.4b.gguf"), "", (2,),
+    (("based-360m-q8.bin", "mamba2-370m.gguf", "rwkv7-0.4b.gguf"), "", (2,),
      ("writing after 0",))]
 # What `./run -b` measures, in its order.
 ALONE = [
@@ -74,8 +75,6 @@ SHAPES = {
     "llama-360m": {"dim": 1024, "layers": 24, "heads": 16, "hidden": 2816, "vocab": 50304},
     "llama-smollm2-135m": {"dim": 576, "layers": 30, "heads": 9, "kv_heads": 3, "hidden": 1536,
                            "vocab": 49152, "theta": 1e5},
-    "mamba-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 16, "rank": 64,
-                   "vocab": 50280},
     "mamba2-370m": {"dim": 1024, "layers": 48, "inner": 2048, "state": 128, "heads": 32,
                     "vocab": 50288},
     "rwkv7-0.4b": {"dim": 1024, "layers": 24, "head": 64, "hidden": 4096, "vocab": 65536,
@@ -104,7 +103,7 @@ class Table:
 
     def wants(self, model, what, threads):
         plural = "s" * (threads > 1)
-        return self.wanted.search(f"{Path(model).stem}, {what}, {threads} thread{plural}")
+        return self.wanted.search(f"{model}, {what}, {threads} thread{plural}")
 
     def add(self, program, kernels, threads, model, what, value, unit, spread=""):
         row = (datetime.date.today(), self.machine, program, kernels, threads, Path(model).stem,
@@ -300,7 +299,7 @@ def take_turns(table, runtimes, kernels, threads, tests):
                 speeds[i] += [speed] * (repeat > 0)
         for i, (_, program, path) in enumerate(served):
             add = [program, kernels, threads, path]
-            table.add(*add, test.what, statistics.mean(speeds[i]), "tokens/s",
+            table.add(*add, test.what, statistics.median(speeds[i]), "tokens/s",
                       statistics.stdev(speeds[i]))
             if not test.reads:
                 table.add(*add, f"most memory, {test.what}", memory[i] / 1e6, "MB")
@@ -396,9 +395,8 @@ def settings(kind, shape):
             told[f"attention.{name}_lora_rank"] = shape["ranks"][letter]
     else:
         told |= {"ssm.conv_kernel": 4, "ssm.inner_size": shape["inner"],
-                 "ssm.state_size": shape["state"], "ssm.time_step_rank": shape.get("rank", heads)}
-        if kind == "mamba2":
-            told["ssm.group_count"] = 1
+                 "ssm.state_size": shape["state"], "ssm.time_step_rank": heads,
+                 "ssm.group_count": 1}
     if kind != "rwkv7":
         told["attention.layer_norm_rms_epsilon"] = 1e-5
     return told
@@ -426,13 +424,6 @@ def layer_tensors(kind, shape, layer):
                 "attn_k.weight": keys, "attn_v.weight": keys, "attn_output.weight": square,
                 "ffn_gate.weight": (hidden, dim), "ffn_down.weight": (dim, hidden),
                 "ffn_up.weight": (hidden, dim)}
-    if kind == "mamba":
-        rank = shape["rank"]
-        return {"attn_norm.weight": vector, "ssm_in.weight": (2 * inner, dim),
-                "ssm_conv1d.weight": (inner, 4), "ssm_conv1d.bias": (inner,),
-                "ssm_x.weight": (rank + 2 * state, inner), "ssm_dt.weight": (inner, rank),
-                "ssm_dt.bias": (inner,), "ssm_a": (inner, state), "ssm_d": (inner,),
-                "ssm_out.weight": (dim, inner)}
     if kind == "mamba2":
         heads, convolved = shape["heads"], inner + 2 * state
         return {"attn_norm.weight": vector, "ssm_in.weight": (inner + convolved + heads, dim),
@@ -525,15 +516,14 @@ def main(arguments=None):
         if kernels and "amx_int8" not in Path("/proc/cpuinfo").read_text():
             continue
         for many in threads:
-            label = f"{kernels}, " * bool(kernels)
-            wanted = [test for test in tests if table.wants(names[0], label + test, many)]
+            label = ", ".join(filter(None, (" beside ".join(names), kernels)))
+            wanted = [test for test in tests if table.wants(label, test, many)]
             if not wanted:
                 continue
             paths = [model(name) for name in names]
             if len(paths) > 1 and not llama:
                 llama = library_of_llama(options)
-            say(f"{' beside '.join(path.stem for path in paths)}, {label}{many} threads "
-                f"(after {time.time() - begun:.0f} s)")
+            say(f"{label}: {many} threads (after {time.time() - begun:.0f} s)")
             directory = without_amx(llama[0]) if kernels else llama and llama[0]
             runtimes = [(table.based, Based, library, paths[0])]
             runtimes += [(llama[1], Llama, directory, path) for path in paths[1:]]
