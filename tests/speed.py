@@ -2,8 +2,8 @@
 
     python3 tests/speed.py
 
-The tables lie between comments that name them, with what they show: <!-- beside llama-360m -->. A
-figure in another row of README.md must be changed by hand; test_bench.py says which (claims).
+The tables lie between comments that name them and what they show: <!-- beside llama-360m -->. The
+sentences of README.md with figures (claims) are changed by hand; test_bench.py compares them.
 """
 import csv
 import re
@@ -74,7 +74,7 @@ def table(header, lines):
 
 def told(rows):
     """Programs with their versions, and the days."""
-    rows = list(rows)
+    rows = [*rows]
     programs, days = (dict.fromkeys(row[of] for row in rows) for of in ("program", "date"))
     return ", ".join([*programs, " and ".join(days)])
 
@@ -94,37 +94,26 @@ def beside(rows, *models):
     return "\n\n".join(text)
 
 
-def newest(rows, models, what):
-    """{(machine, model): {test: {threads: row}}} of based.c, of the tests whose name matches."""
-    found = {}
+def alone(rows, what, *models):
+    """What based.c does alone, with one thread / two: a line for each model and machine.
+
+    what: "speed", or "share" of the memory's speed
+    """
+    start = {"speed": "", "share": "share of the memory's speed, "}[what]
+    found, columns = {}, set()
     for row in rows:
-        match = re.fullmatch(what, row["what"])
+        match = re.fullmatch(start + r"writing after (\d+)", row["what"])
         if match and row["model"] in models and row["program"].startswith("based.c"):
-            tests = found.setdefault((row["machine"], row["model"]), {})
-            tests.setdefault(match[1], {})[row["threads"]] = row
-    return dict(reversed(found.items()))
-
-
-def both(by_threads):
-    return " / ".join(number(by_threads[n]["value"]) for n in sorted(by_threads))
-
-
-def writing(rows, *models):
-    """Tokens per second after texts of several lengths, with one thread / two."""
-    found = newest(rows, models, r"writing after (\d+)")
-    depths = sorted({depth for tests in found.values() for depth in tests}, key=int)
-    lines = [[model, f"{machine}: " + told(row for test in tests.values() for row in test.values()),
-              *(both(tests.get(depth, {})) for depth in depths)]
-             for (machine, model), tests in found.items()]
-    return table(["", "", *(f"after {int(depth):,}" for depth in depths)], lines)
-
-
-def share(rows, *models):
-    """How much of the memory's speed is used, with one thread / two."""
-    found = newest(rows, models, r"share of the memory's speed, (writing after \d+)")
-    return table(["", "", "% of the memory's speed"],
-                 [[model, f"{machine}: {told(by_threads.values())}", both(by_threads)]
-                  for (machine, model), tests in found.items() for by_threads in tests.values()])
+            columns.add(int(match[1]))
+            line = found.setdefault((row["machine"], row["model"]), {})
+            line.setdefault(int(match[1]), {})[row["threads"]] = row
+    lines = []
+    for (machine, model), line in reversed(found.items()):
+        used = (row for cell in line.values() for row in cell.values())
+        cells = (line.get(column, {}) for column in sorted(columns))
+        lines.append([model, f"{machine}: {told(used)}", *(cell and " / ".join(
+            number(cell[n]["value"]) if n in cell else "–" for n in "12") or "" for cell in cells)])
+    return table(["", "", *(f"after {column:,}" for column in sorted(columns))], lines)
 
 
 def guesses(rows):
@@ -183,7 +172,7 @@ def claims(rows):
 def render(text, rows):
     """A page with its tables made anew."""
     tables = {function.__name__: function
-              for function in (beside, writing, share, guesses, summary)}
+              for function in (beside, alone, guesses, summary)}
 
     def make(found):
         name, *models = found[1].split()
@@ -193,19 +182,24 @@ def render(text, rows):
 
 
 def curves(rows, start):
-    """What a plot shows: its title, and {label: points}, of tests whose name begins so."""
-    points = [(row, re.fullmatch(re.escape(start) + r"writing after (\d+)", row["what"]))
-              for row in rows if row["model"] in (SIZE, PEER) and row["kernels"] != "avx512vnni"]
-    machine = [row["machine"] for row, depth in points if depth and row["model"] == PEER][-1]
-    lines, used = {}, {}
-    for row, depth in points:
-        if depth and row["machine"] == machine:
-            name, n = row["program"].split()[0], row["threads"]
-            label = f"{name}, {n} thread{'s' * (n != '1')}"
-            lines.setdefault(label, {})[int(depth[1])] = float(row["value"])
-            used[label, depth[1]] = row
-    title = f"360 million parameters, 8 bits\n{machine}\n{told(used.values())}"
-    return title, {label: sorted(points.items()) for label, points in sorted(lines.items())}
+    """What a plot shows: its title, and {label: points}, of tests whose name begins so.
+
+    Of the machine with the most points; of the last one, if several have as many.
+    """
+    machines = {}
+    for row in rows:
+        depth = re.fullmatch(re.escape(start) + r"writing after (\d+)", row["what"])
+        if depth and row["model"] in (SIZE, PEER) and row["kernels"] != "avx512vnni":
+            label = f"{row['program'].split()[0]}, {row['threads']} thread"
+            label += "s" * (row["threads"] != "1")
+            points = machines.setdefault(row["machine"], {})
+            points[label, int(depth[1])] = row
+    machine, points = max(reversed(machines.items()), key=lambda item: len(item[1]))
+    title = f"360 million parameters, 8 bits\n{machine}\n{told(points.values())}"
+    lines = {}
+    for (label, depth), row in sorted(points.items(), key=lambda item: item[0]):
+        lines.setdefault(label, []).append((depth, float(row["value"])))
+    return title, lines
 
 
 PLOTS = {"speed_by_depth.png": ("", "tokens per second"),

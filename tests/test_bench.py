@@ -52,7 +52,7 @@ def test_peers(random_model, tmp_path):
         path = {str(path)!r}
         peers.TURNS = [((path,), "", (1, 2), {tests!r})]
         peers.ALONE = [(path, {alone!r})]
-        peers.main(["--rows", "(writing|-b).*, 1 t", "--machine", "a test", "--out", "s.csv"])"""
+        peers.main(["--rows", "writing.*, 1 t|-b", "--machine", "a test", "--out", "s.csv"])"""
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True,
                    env={**os.environ, "PYTHONPATH": str(HERE)})
     rows = list(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
@@ -61,4 +61,4 @@ def test_peers(random_model, tmp_path):
         *(f"most memory, {test}" for test in tests[1:]), "most memory"]
     for row in rows:
         assert row["machine"].startswith("a test, ") and row["program"].startswith("based.c ")
-        assert row["model"] == path.stem and row["threads"] == "1" and float(row["value"]) > 0
+        assert row["model"] == path.stem and float(row["value"]) > 0
