@@ -4,7 +4,7 @@
 
 Measures everything that speed.md tells of a PC, and appends a line for each measurement to
 tests/speed.csv, from which tests/speed.py makes the page and its plots. Takes about eight minutes,
-10 GB of memory and 3 GB of build/, where the models are made, with random weights. Progress is
+10 GB of memory and 1.5 GB of build/, where the models are made, with random weights. Progress is
 written to stderr. It needs a C compiler, make and numpy.
 
     --rows      only measurements whose name this regular expression finds; a name is like

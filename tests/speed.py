@@ -7,6 +7,7 @@ sentences of README.md with figures (claims) are changed by hand; test_bench.py 
 """
 import csv
 import re
+import textwrap
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -79,6 +80,11 @@ def told(rows):
     return ", ".join([*programs, " and ".join(days)])
 
 
+def under(caption, rows, *contents):
+    """A table with a caption, which also names the programs."""
+    return textwrap.fill(f"{caption}: {told(rows)}", 100) + "\n\n" + table(*contents)
+
+
 def beside(rows, *models):
     """A table for each machine."""
     text = []
@@ -90,7 +96,7 @@ def beside(rows, *models):
                  if not (model in NAMES and what.startswith("most memory"))]
         other = used[1]["program"].split()[0]
         header = ["", "based.c, 1 thread", other, "", "based.c, 2 threads", other, ""]
-        text.append(f"**{machine}**, {kernels} kernels: {told(used)}\n\n{table(header, lines)}")
+        text.append(under(f"**{machine}**, {kernels} kernels", used, header, lines))
     return "\n\n".join(text)
 
 
@@ -125,8 +131,8 @@ def guesses(rows):
     used = [row for row, _ in found.values()]
     lines = [[title, model, right, f"{float(row['value']):.2f}x"]
              for (title, model), (row, right) in found.items()]
-    return (f"**{used[0]['machine']}**, one thread: {told(used)}\n\n"
-            + table(["", "", "right guesses", "speed"], lines))
+    return under(f"**{used[0]['machine']}**, one thread", used,
+                 ["", "", "right guesses", "speed"], lines)
 
 
 def shown(rows):
@@ -151,10 +157,9 @@ def shown(rows):
 
 def summary(rows):
     machine, found = shown(rows)
-    used = [row for _, pair in found for row in pair]
-    return (f"{machine}: {told(used)}\n\n"
-            + table(["", "based.c", "llama.cpp", ""],
-                    [[label, *compared(pair)] for label, pair in found]))
+    used = (row for _, pair in found for row in pair)
+    return under(machine, used, ["", "based.c", "llama.cpp", ""],
+                 [[label, *compared(pair)] for label, pair in found])
 
 
 def claims(rows):
