@@ -110,6 +110,7 @@ $(FUZZERS:%=fuzz-%): fuzz-%: $(BUILD)/fuzz_%
 	    -artifact_prefix=$(BUILD)/fuzz/$*- $(BUILD)/fuzz/$* $(wildcard tests/fuzz/found/$*)
 # ---- End of fuzzing ----------------------------------------------------------------------------------------------------
 
+# PEERS_FLAGS: options of tests/peers.py, for example: --llama DIR
 bench: run $(BUILD)/venv/ready
 	$(BUILD)/venv/bin/python tests/peers.py $(PEERS_FLAGS)
 	$(BUILD)/venv/bin/python tests/speed.py
