@@ -27,7 +27,7 @@ help:
 	@echo 'make reproduce the same bits on every compiler, instruction set and (emulated) machine: a table'
 	@echo 'make coverage  how much of the code the tests reach (-v in COVERAGE_FLAGS: what they do not)'
 	@echo 'make endless   ten million tokens against float64: a table and a plot (a few minutes)'
-	@echo 'make bench     speed and memory of the shipped models and of random ones: a table and two plots in $(BUILD)'
+	@echo 'make bench     speed and memory beside llama.cpp, for tests/speed.md (ten minutes; needs npm)'
 	@echo 'make install   the program as based, the library, man pages and completions go under PREFIX=$(PREFIX)'
 	@echo '               (DESTDIR is obeyed); make uninstall removes them'
 	@echo 'make dist      the sources as $(BUILD)/based-$(VERSION).tar.gz'
@@ -110,11 +110,10 @@ $(FUZZERS:%=fuzz-%): fuzz-%: $(BUILD)/fuzz_%
 	    -artifact_prefix=$(BUILD)/fuzz/$*- $(BUILD)/fuzz/$* $(wildcard tests/fuzz/found/$*)
 # ---- End of fuzzing ----------------------------------------------------------------------------------------------------
 
-# BENCH_RANDOM names shapes and dtypes whose random weights are made in $(BUILD); LLAMA and GGUF measure llama.cpp too.
-BENCH_MODELS ?= $(wildcard models/*.bin)
-BENCH_RANDOM ?= based-360m:q8 based-360m:q4 based-360m:f32 based-1b:q8
+# PEERS_FLAGS: options of tests/peers.py, for example: --llama DIR
 bench: run $(BUILD)/venv/ready
-	$(BUILD)/venv/bin/python tests/bench.py $(BENCH_MODELS) --random $(BENCH_RANDOM)
+	$(BUILD)/venv/bin/python tests/peers.py $(PEERS_FLAGS)
+	$(BUILD)/venv/bin/python tests/speed.py
 
 reproduce: run $(BUILD)/venv/ready
 	PYTHON=$(BUILD)/venv/bin/python tests/reproduce.sh

@@ -43,9 +43,8 @@ def spent(model, n, lookup, prompt, more):
     return seconds, line.group(1) if line else "none", done.stdout
 
 
-def main(repeats=5):
-    print("| text | model | tokens | right guesses | ms without | ms with | speed |\n"
-          "|---|---|---|---|---|---|---|")
+def measure(repeats):
+    """Yields the title, the model, tokens, guesses and milliseconds without and with guesses."""
     for title, model, n, prompt, more in TEXTS:
         best = [float("inf")] * 3
         for _ in range(repeats):
@@ -53,9 +52,15 @@ def main(repeats=5):
                     for tokens, lookup in ((1, "0"), (n, "0"), (n, "15"))]
             best = [min(a, run[0]) for a, run in zip(best, runs)]
             assert runs[1][2] == runs[2][2], "another text"
-        off, on = (1e3 * (time - best[0]) for time in best[1:])
-        print(f"| {title} | {model} | {n} | {runs[2][1]} | {off:.1f} | {on:.1f} | {off / on:.2f}x "
-              "|", flush=True)
+        yield (title, model, n, runs[2][1], *(1e3 * (time - best[0]) for time in best[1:]))
+
+
+def main(repeats=5):
+    print("| text | model | tokens | right guesses | ms without | ms with | speed |\n"
+          "|---|---|---|---|---|---|---|")
+    for title, model, n, guesses, off, on in measure(repeats):
+        print(f"| {title} | {model} | {n} | {guesses} | {off:.1f} | {on:.1f} | {off / on:.2f}x |",
+              flush=True)
 
 
 if __name__ == "__main__":
