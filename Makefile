@@ -224,7 +224,8 @@ $(BUILD)/page/based.wasm: models/page/page.c based.c tokenizer.c based.h
 	  echo '    apt-get install clang-14 lld wasi-libc libclang-rt-14-dev-wasm32'; \
 	  echo 'WASM_CC=clang takes another version of clang.'; exit 1; } >&2
 	@rm $(BUILD)/page/probe
-	$(WASM_CC) $(STRICT) -O2 $(WARN) $(WASM) -o $@ models/page/page.c based.c tokenizer.c
+	$(WASM_CC) $(STRICT) -O2 $(WARN) $(WASM) -DBASED_RELAXED_SIMD -o $(BUILD)/page/relaxed.wasm $(filter %.c,$^)
+	$(WASM_CC) $(STRICT) -O2 $(WARN) $(WASM) -o $@ $(filter %.c,$^)
 page: MODEL := models/based-4m-story.bin
 page: $(BUILD)/page/based.wasm
 	cp "$(MODEL)" $(BUILD)/page/model.bin
@@ -233,6 +234,7 @@ page: $(BUILD)/page/based.wasm
 	    models/page/index.html > $(PAGE)
 	{ sed '/<!-- files -->/q' $(PAGE); \
 	  printf '<script>const FILES = { wasm: "'; base64 < $(BUILD)/page/based.wasm | tr -d '\n'; \
+	  printf '", relaxed: "'; base64 < $(BUILD)/page/relaxed.wasm | tr -d '\n'; \
 	  printf '", model: "'; base64 < "$(MODEL)" | tr -d '\n'; \
 	  printf '" };</script>\n'; sed '1,/<!-- files -->/d' $(PAGE); } > $(BUILD)/based.html
 # ---- End of small devices --------------------------------------------------------------------------------------------
