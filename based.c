@@ -190,6 +190,10 @@ static float *scratch_of(based_session *s, size_t head); /* (m->scratch) for one
 static void run_threads(based_session *s, size_t n, size_t n_logits);
 #define FOR_MY_PART(i, n) \
     for (size_t i = partition(n, th, 0), end_##i = partition(n, th, 1); i < end_##i; i++)
+/* Session after session: each has the rows at .. end - 1, and its heads lie side by side. */
+static size_t session_end(const based_session *s, size_t at, size_t n);
+#define FOR_SESSIONS(at, end, n)                                                                   \
+    for (size_t at = 0, end; at < (n) && (end = session_end(th->s, at, n)) > 0; at = end)
 static float dot(const float *a, const float *b, size_t n), sum(const float *a, size_t n);
 static float gelu(float x), gelu_tanh(float x);
 static void sincos_turns(uint64_t angle, float *cosine, float *sine); /* angle: 2^64 is a turn */
@@ -302,7 +306,7 @@ static void window_mixer(const struct layer *l, const struct thread *th, size_t 
     const struct kernels *kernel = th->s->m->k;
     size_t dk = c->head_dim_k, dv = c->head_dim_v, window = c->window;
     size_t group = c->heads / c->kv_heads;
-    FOR_MY_PART(head, c->kv_heads) for (size_t r = 0; r < n; r++) {
+    FOR_SESSIONS(at, end, n) FOR_MY_PART(head, c->kv_heads) for (size_t r = at; r < end; r++) {
         const struct row *row = &th->s->row[r];
         const float *q = th->s->proj + r * in_rows(c); /* (heads, dk) */
         const float *k = q + q_dim(c) + head * dk;
@@ -310,11 +314,11 @@ static void window_mixer(const struct layer *l, const struct thread *th, size_t 
         float *keys = state_of(row, l) + head * window * (dk + dv); /* (dk, window) */
         float *values = keys + window * dk;                         /* (window, dv) */
         float *scores = scratch_of(th->s, head);                    /* (window) */
-        size_t at = (size_t)(row->t % window);
+        size_t newest = (size_t)(row->t % window);
         size_t seen = row->t < window ? (size_t)row->t + 1 : window;
         /* k and v replace those of the token that leaves the window */
-        for (size_t i = 0; i < dk; i++) keys[i * window + at] = k[i];
-        memcpy(values + at * dv, v, dv * sizeof *v);
+        for (size_t i = 0; i < dk; i++) keys[i * window + newest] = k[i];
+        memcpy(values + newest * dv, v, dv * sizeof *v);
         for (size_t h = head * group; h < (head + 1) * group; h++) {
             float *y = th->s->inner + r * inner_dim(c) + h * dv, top = -FLT_MAX, total;
             /* scores = q K, then exp(scale * scores - their maximum) */
@@ -365,7 +369,7 @@ enum { TOGETHER = 32 };
 static size_t kv_capacity(const based_taylor_config *c), columns_of(const based_taylor_config *c);
 static struct head_state head_state_of(const struct row *row, const struct layer *l, size_t head);
 static struct queries queries_of(const struct layer *l, based_session *s, size_t head, size_t r,
-                                 size_t n, const struct head_state *state);
+                                 size_t end, const struct head_state *state);
 static void key_features(float *phi, struct head_state *s, const struct based_taylor *t, size_t at,
                          size_t n);
 static void add_to_z(struct head_state *s, const struct based_taylor *t, size_t f, float x);
@@ -481,11 +485,11 @@ static void taylor_mixer(const struct layer *l, const struct thread *th, size_t 
     const struct based_taylor *t = &l->taylor;
     based_session *s = th->s;
     size_t group = t->c.group, dk = c->head_dim_k, dv = c->head_dim_v;
-    FOR_MY_PART(head, c->kv_heads) for (size_t r = 0; r < n;) {
+    FOR_SESSIONS(at, end, n) FOR_MY_PART(head, c->kv_heads) for (size_t r = at; r < end;) {
         float *scratch = scratch_of(s, head), *row = s->proj + r * in_rows(c);
         struct head_state state = head_state_of(&s->row[r], l, head);
         make_room(&state, t, scratch);
-        struct queries u = queries_of(l, s, head, r, n, &state);
+        struct queries u = queries_of(l, s, head, r, end, &state);
         if (state.flushed) read_sums(&u, &state, t, scratch);
         for (size_t i = 0; i < u.n; i++, r++, row += in_rows(c)) {
             const float *k = row + q_dim(c) + head * dk, *v = row + q_dim(c) + k_dim(c) + head * dv;
@@ -854,15 +858,13 @@ static void bidirectional_mixer(const struct layer *l, const struct thread *th, 
     }
 }
 
-/* The queries of head `head` in rows r .. of the n rows of the block, for as many rows as read the
- * same sums: those of one session for whose tokens there is room, as long as all their queries are
- * columns of one phi. */
+/* The queries of head `head` in rows r .. end - 1, all of one session, for as many rows as read the
+ * same sums: while there is room for their tokens, and their queries are columns of one phi. */
 static struct queries queries_of(const struct layer *l, based_session *s, size_t head, size_t r,
-                                 size_t n, const struct head_state *state) {
+                                 size_t end, const struct head_state *state) {
     const struct based_taylor *t = &l->taylor;
     size_t group = t->c.group, in = in_rows(l->c), inner = inner_dim(l->c), many = 1;
-    while (r + many < n && s->row[r + many].s == s->row[r].s
-           && (many + 1) * group <= columns_of(&t->c)
+    while (r + many < end && (many + 1) * group <= columns_of(&t->c)
            && state->n_recent + many < kv_capacity(&t->c))
         many++;
     return (struct queries){ s->proj + r * in + head * group * t->c.head_dim_k,
@@ -3035,6 +3037,15 @@ int based_session_init(based_session **out, const based_model *m, void *memory,
 
 enum { SPINS_BEFORE_CLOCK = 2000, PREEMPTED_NS = 300000, CONTENDED_WAITS = 8000 };
 enum { MAX_THREADS = 1024 };
+
+/* The rows of a session in a block of n rows follow each other. A thread that computes its heads of
+ * one session after those of another reads memory in long stretches, which makes a step of 64 texts
+ * PERCENT faster than one head of all of them after the other. */
+static size_t session_end(const based_session *s, size_t at, size_t n) {
+    size_t end = at + 1;
+    while (end < n && s->row[end].s == s->row[at].s) end++;
+    return end;
+}
 
 /* A thread's part of n things: from partition(n, th, 0) up to partition(n, th, 1). */
 static size_t partition(size_t n, const struct thread *th, size_t end) {
