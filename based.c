@@ -1995,7 +1995,7 @@ static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t
     const int bits = bits_of(a->dtype);
     struct activations act = { x, (int8_t *)p->xq, p->xq_scale, (int32_t *)(void *)p->xq_offset, n,
                                a->cols, groups(a->cols, bits), pack_of(n), bits };
-    size_t count = (rows + 15) / 16;
+    size_t count = (rows + 15) / 16, end = 16 * partition(count, th, 1);
     /* quantized weights need quantized vectors; each thread quantizes some of the groups */
     if (a->dtype != BASED_F32) {
         mm->quantize(&act, partition(n * act.groups, th, 0), partition(n * act.groups, th, 1));
@@ -2018,9 +2018,11 @@ static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t
                 memcpy(to + t * out_stride, y, many * sizeof *y);
             }
         }
-        for (size_t t = 0; a->bias && t < n; t++)
-            for (size_t r = 0; r < many; r++) to[t * out_stride + r] += a->bias[row + r];
     }
+    /* the bias, in the order of memory: tile by tile, each number would come from a slower cache */
+    for (size_t t = 0; a->bias && t < n; t++, out += out_stride)
+        for (size_t r = 16 * partition(count, th, 0); r < end && r < rows; r++)
+            out[r] += a->bias[first + r];
     barrier(th);
 }
 
