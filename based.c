@@ -1359,8 +1359,9 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 
 #ifndef BASED_SOFT_FLOAT
 INLINE float mul_add(float a, float b, float c) { return a * b + c; }   /* rounded twice */
+INLINE float divide(float a, float b) { return a / b; }
 #else
-static float mul_add(float a, float b, float c);
+static float mul_add(float a, float b, float c), divide(float a, float b);
 #endif
 
 /* The sum of the sixteen lanes, in a fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
@@ -1435,7 +1436,7 @@ INLINE float exp_definition(float x) {
 }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_approx(-x)); }
-INLINE float silu(float x) { return x / (1.0f + exp_approx(-x)); }
+INLINE float silu(float x) { return divide(x, 1.0f + exp_approx(-x)); }
 
 /* gelu(x) = x (1 + erf(z)) / 2 with z = x / sqrt(2). erf(z) is a polynomial for |z| <= 1, and
  * 1 - exp(-z^2) times a polynomial in 1 / (1 + z/2) beyond. */
@@ -3778,21 +3779,22 @@ INLINE int is_rare(int x, int y, int product) {
 }
 
 __attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
+__attribute__((noinline)) static float rare_divide(float a, float b) { return a / b; }
 __attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
     return y + (float)s * w * x;
 }
 
-/* m / 2^bits, rounded to nearest, halves to even */
-INLINE uint32_t round_off(uint32_t m, const int bits) {
+/* m / 2^bits, rounded to nearest, halves to even; `lost` is not 0 if m had more bits, now cut off */
+INLINE uint32_t round_off(uint32_t m, uint32_t lost, const int bits) {
     uint32_t sum = m + (1u << (bits - 1));
-    return sum << (32 - bits) ? sum >> bits : sum >> bits & ~1u;
+    return sum << (32 - bits) | lost ? sum >> bits : sum >> bits & ~1u;
 }
 
 /* A product of 127 and more, or of a NaN, may be any of that size. */
 static int32_t scaled_bits(float x, float scale) {
     uint32_t bits = bits_of_float(x), m = (bits << 9 >> 9) | 0x800000;
     int by = 277 - exponent(bits) - exponent(bits_of_float(scale));
-    m = by < 1 ? 127 : by > 24 ? 0 : round_off(m, by);
+    m = by < 1 ? 127 : by > 24 ? 0 : round_off(m, 0, by);
     return ROUND_MAGIC + (int32_t)(bits >> 31 ? 0u - m : m);
 }
 
@@ -3803,16 +3805,32 @@ INLINE uint32_t shift_right(uint32_t m, int by) {
     return shifted << by == m ? shifted : shifted | 1;
 }
 
-/* a * b / 2^32; the lowest bit is set, too, if what was cut off is not 0 */
-INLINE uint32_t high_product(uint32_t a, uint32_t b) {
+/* a * b / 2^32 for multiples of 2^7; *lost is not 0 if bits are cut off */
+INLINE uint32_t high_product(uint32_t a, uint32_t b, uint32_t *lost) {
 #if defined(__ARM_ARCH_6M__) || defined(__XTENSA__)    /* an M0+ and lx106 have 32-bit products */
-    uint32_t a0 = a & 0xffff, a1 = a >> 16, b0 = b & 0xffff, b1 = b >> 16;
-    uint32_t low = a0 * b0, middle = a1 * b0 + (low >> 16), other = a0 * b1 + (middle & 0xffff);
-    return (a1 * b1 + (middle >> 16) + (other >> 16)) | ((low << 16 | other << 16) != 0);
+    uint32_t a1 = a >> 16, a0 = (a & 0xffff) >> 7, b1 = b >> 16, b0 = (b & 0xffff) >> 7;
+    uint32_t low = a0 * b0, middle = a1 * b0 + a0 * b1 + (low >> 9);
+    *lost = (middle | low) << 23;
+    return a1 * b1 + (middle >> 9);
 #else
     uint64_t product = (uint64_t)a * b;
-    return (uint32_t)(product >> 32) | ((uint32_t)product != 0);
+    *lost = (uint32_t)product;
+    return (uint32_t)(product >> 32);
 #endif
+}
+
+/* The number of zeros before the first bit of m */
+#if defined(__ARM_FEATURE_CLZ) || defined(__XTENSA__)
+enum { COUNTS_ZEROS = 1 };              /* there is an instruction */
+#else
+enum { COUNTS_ZEROS = 0 };
+#endif
+INLINE int leading_zeros(uint32_t m) {
+    int n = 0;
+    if (COUNTS_ZEROS) return __builtin_clz(m);
+    _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
+        if (m >> (32 - by) == 0) m <<= by, n += by;
+    return n;
 }
 
 /* ---- exp_approx ---------------------------------------------------------------------------------
@@ -3820,25 +3838,26 @@ INLINE uint32_t high_product(uint32_t a, uint32_t b) {
  * is known from its place in the polynomial and from that of r. So nothing is packed or unpacked,
  * and every step is rounded as exp_definition rounds it. */
 
-/* m >= 2^24 with its highest 24 bits, rounded to nearest, halves to even */
-INLINE uint32_t round_to_24(uint32_t m) {
-    uint32_t half = 128, low;
-    while (m >> 24 < half) half >>= 1;
+/* m >= 2^24 with its highest 24 bits, rounded to nearest, halves to even; lost as above */
+INLINE uint32_t round_to_24(uint32_t m, uint32_t lost) {
+    uint32_t half = COUNTS_ZEROS ? 128u >> leading_zeros(m) : 128, rest;
+    while (!COUNTS_ZEROS && m >> 24 < half) half >>= 1;
     m += half;
-    low = m & (2 * half - 1);
-    return low ? m - low : m & ~(2 * half);
+    rest = m & (2 * half - 1);
+    return rest | lost ? m - rest : m & ~(2 * half);
 }
 
 /* a * b / 2^31 */
 INLINE uint32_t product_of_24(uint32_t a, uint32_t b) {
-    return round_to_24(high_product(a << 1, b));
+    uint32_t lost, p = high_product(a << 1, b, &lost);
+    return round_to_24(p, lost);
 }
 
 /* c + a * b / 2^31 / 2^by, or - if `minus` is all ones */
 __attribute__((noinline)) static uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by,
                                                          uint32_t minus) {
     uint32_t p = shift_right(product_of_24(a, b), by);
-    return round_to_24(c + (p ^ minus) - minus);
+    return round_to_24(c + (p ^ minus) - minus, 0);
 }
 
 static float exp_approx(float x) {
@@ -3851,17 +3870,17 @@ static float exp_approx(float x) {
     if (minus && size > 0x42ae0000) return 0.0f;                /* below -87 */
     if (!minus && size > 0x42b00000) e = 6, m = 0x58000000;     /* 88 */
     if (e < -26) return 1.0f;
-    if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 29 - e);
+    if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 0, 29 - e);
     if (n) {
         /* r = |x| - n * 355 / 512 (exact, in units of 2^-25) + n * 2.12194440e-4, in 2^-37 */
         int32_t exact = (int32_t)((m >> 7 << (e + 2)) - n * (355u << 16));
-        int64_t r = (int64_t)exact * 4096 + (int64_t)round_to_24(n * 0x1bd0106);
+        int64_t r = (int64_t)exact * 4096 + (int64_t)round_to_24(n * 0x1bd0106, 0);
         power = minus ? 127 - (int32_t)n : 127 + (int32_t)n;
         if (r < 0) r = -r, minus = ~minus;
         e = r >> 31 ? -1 : -7;
         m = r >> 31 ? (uint32_t)(r >> 6) | ((r & 63) != 0) : (uint32_t)r;
         for (; m < 0x40000000; m <<= 1) e--;
-        m = round_to_24(m);
+        m = round_to_24(m, 0);
         if (m >> 31) m >>= 1, e++;
     }
     y = add_product_to(0x448ef780, 0x5b6d3a00, m, 2 - e, minus);
@@ -3869,17 +3888,22 @@ static float exp_approx(float x) {
     y = add_product_to(0x55552380, y, m, 1 - e, minus);
     y = add_product_to(0x40000000, y, m, 1 - e, minus);
     u = add_product_to(m, y, product_of_24(m, m), -1 - e, minus);
-    y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus);
+    y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus, 0);
     /* y * 2^n */
     bits = y >> 30 ? y >> 7 : (power--, y >> 6);
     return float_of_bits(((uint32_t)(power - 1) << 23) + bits);
 }
 
-/* s += p / 2^30 * 2^(e - 127), rounded to a float, with the sign of `sign`. p is at least 2^30 and
- * less than 2^31; its lowest bit is set, too, if what was cut off is not 0. */
-INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
-    uint32_t sum = round_off(p, 7) << 6, other = s->m;
-    int d = e - s->e;
+/* p / 2^30 * 2^(e - 127), rounded to a float, with the sign of `sign`. p is at least 2^30 and less
+ * than 2^31; lost as above. */
+INLINE struct unpacked rounded(uint32_t p, uint32_t lost, uint32_t sign, int e) {
+    return (struct unpacked){ round_off(p, lost, 7) << 6, sign, e };
+}
+
+/* s += p, not 0 */
+INLINE void add(struct unpacked *s, struct unpacked p) {
+    uint32_t sum = p.m, other = s->m, sign = p.sign;
+    int e = p.e, d = e - s->e;
     if (d < 0) {
         sum = shift_right(sum, -d);
         e = s->e;
@@ -3904,19 +3928,19 @@ INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
         sum = sum >> 1 | (sum & 1);
         e++;
     }
-    *s = (struct unpacked){ round_off(sum, 6) << 6, sign, e };
+    *s = (struct unpacked){ round_off(sum, 0, 6) << 6, sign, e };
 }
 
 /* s += a * b, both rounded; or 0 and nothing is done, if that is rare. A sum of such products is 0
  * or not less than the lowest bit of a product, 2^-86. */
 INLINE int mul_add_to(struct unpacked *s, float a, float b) {
-    uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), p, lost;
     int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
     if (is_rare(ex, ey, e)) return 0;
-    p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u);
+    p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u, &lost);
     if (p >> 30) e++;
     else p <<= 1;
-    add_product(s, p, x ^ y, e);
+    add(s, rounded(p, lost, x ^ y, e));
     return 1;
 }
 
@@ -3925,18 +3949,38 @@ __attribute__((noinline)) static float mul_add(float a, float b, float c) {
     return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
+/* a / b. The quotient grows by 8 bits at a time where there is an instruction that divides, otherwise
+ * by one. It never lies in the middle between two floats. */
+__attribute__((noinline)) static float divide(float a, float b) {
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), q = 0;
+    uint32_t rest = (x & 0x7fffff) | 0x800000, by = (y & 0x7fffff) | 0x800000;
+    int ex = exponent(x), ey = exponent(y), e = ex - ey + 126;
+    if (is_rare(ex, ey, e)) return rare_divide(a, b);
+    if (rest < by) rest <<= 1, e--;
+#if defined(__ARM_FEATURE_IDIV) || defined(__riscv_div)
+    q = 1, rest -= by;
+    for (int i = 0; i < 3; i++) rest <<= 8, q = q << 8 | rest / by, rest %= by;
+#else
+    _Pragma("GCC unroll 5") for (int i = 0; i < 25; i++, rest <<= 1) {
+        q <<= 1;
+        if (rest >= by) rest -= by, q++;
+    }
+#endif
+    return float_of_bits((x ^ y) >> 31 << 31 | (((uint32_t)e << 23) + ((q + 1) >> 1)));
+}
+
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
 __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float w, float x) {
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
-    int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
-    struct unpacked sum = unpack(y);
+    int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103, zeros;
+    struct unpacked sum = unpack(y), product;
     if (s == 0 || is_rare(ew, ex, e - 24)) return rare_scaled_sum(y, s, w, x);
-    _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
-        if (p >> (24 - by) == 0) p <<= by, e -= by;
-    p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
-    if (p >> 31) p = p >> 1 | (p & 1);
-    else e--;
-    add_product(&sum, p, (uint32_t)s ^ scale, e);
+    p *= (scale >> 16 & 127) | 128;     /* 8 to 32 bits */
+    zeros = leading_zeros(p);
+    p <<= zeros;
+    product = rounded(p >> 1, p & 1, (uint32_t)s ^ scale, e - zeros);
+    if (bits_of_float(y) == 0) return pack(product);
+    add(&sum, product);
     return pack(sum);
 }
 #endif

@@ -42,6 +42,13 @@ static void test_mul_add(void) {
     }
 }
 
+static void test_divide(void) {
+    for (int i = 0; i < 3000000; i++) {
+        float b = any(), a = next() & 1 ? any() : near(b);
+        CHECK(same(divide(a, b), a / b));
+    }
+}
+
 /* w: a bfloat16 as is_bad_scale allows it; x: a power of two, as quantize_group makes it */
 static void test_add_scaled(void) {
     for (int i = 0; i < 3000000; i++) {
@@ -97,6 +104,7 @@ static void test_exp(void) {
 
 int main(void) {
     test_mul_add();
+    test_divide();
     test_exp();
     test_weighted_sum();
     test_scaled_bits();
