@@ -191,6 +191,7 @@ static void run_threads(based_session *s, size_t n, size_t n_logits);
 #define FOR_MY_PART(i, n) \
     for (size_t i = partition(n, th, 0), end_##i = partition(n, th, 1); i < end_##i; i++)
 static float dot(const float *a, const float *b, size_t n), sum(const float *a, size_t n);
+static float mul_add(float a, float b, float c); /* a * b + c, rounded twice */
 static float gelu(float x), gelu_tanh(float x);
 static void sincos_turns(uint64_t angle, float *cosine, float *sine); /* angle: 2^64 is a turn */
 static uint64_t two_words(const uint32_t w[2]);                       /* low word first */
@@ -205,7 +206,7 @@ static void normalize(float *out, const float *x, const struct norm *n, size_t d
     float mean = 0.0f, scale, squares;
     /* LAYER is the RMS norm of x - mean(x), plus bias */
     if (n->kind == BASED_NORM_LAYER) mean = sum(x, dim) / (float)dim;
-    for (size_t i = 0; i < dim; i++) out[i] = x[i] - mean;
+    for (size_t i = 0; i < dim; i++) out[i] = n->kind == BASED_NORM_LAYER ? x[i] - mean : x[i];
     if (n->kind == BASED_NORM_NONE) return;
     squares = dot(out, out, dim);
     if (n->kind == BASED_NORM_L2) {
@@ -217,7 +218,7 @@ static void normalize(float *out, const float *x, const struct norm *n, size_t d
         scale = 1.0f / sqrtf(squares / (float)dim + n->eps);
     }
     for (size_t i = 0; i < dim; i++)
-        out[i] = out[i] * scale * n->weight[i] + (n->bias ? n->bias[i] : 0.0f);
+        out[i] = mul_add(out[i] * scale, n->weight[i], n->bias ? n->bias[i] : 0.0f);
 }
 
 /* Widths of a layer's arrays. `in` gives in_rows numbers per token: the queries of all heads, the
@@ -1396,16 +1397,17 @@ INLINE float sum(const float *a, size_t n) {
 #define ROUND_MAGIC_F 12582912.0f
 enum { ROUND_MAGIC = 0x4b400000 };
 
-/* The bits of ROUND_MAGIC_F + x * scale, where scale is a power of two */
+/* round(x * scale), but at most 127 in size, where scale is a power of two */
 #ifndef BASED_SOFT_FLOAT
-INLINE int32_t scaled_bits(float x, float scale) {
+INLINE int32_t quantized(float x, float scale) {
     int32_t bits;
     x = x * scale + ROUND_MAGIC_F;
     memcpy(&bits, &x, sizeof bits);
-    return bits;
+    bits = bits > ROUND_MAGIC - 127 ? bits : ROUND_MAGIC - 127;
+    return (bits < ROUND_MAGIC + 127 ? bits : ROUND_MAGIC + 127) - ROUND_MAGIC;
 }
 #else
-static int32_t scaled_bits(float x, float scale);
+INLINE int32_t quantized(float x, float scale);
 #endif
 
 #ifndef BASED_SOFT_FLOAT        /* "Walled off I" makes the same steps in integers */
@@ -1623,11 +1625,7 @@ INLINE void quantize_group(int8_t *q, float *scale, int32_t *offset, const float
     memcpy(&inv_scale, &inv_bits, sizeof inv_bits);
 
     /* n = round(x / scale), at most 127 in size */
-    for (size_t l = 0; l < width; l++) {
-        int32_t i = scaled_bits(x[l], inv_scale);
-        i = i > ROUND_MAGIC - 127 ? i : ROUND_MAGIC - 127;
-        n[l] = (i < ROUND_MAGIC + 127 ? i : ROUND_MAGIC + 127) - ROUND_MAGIC;
-    }
+    for (size_t l = 0; l < width; l++) n[l] = quantized(x[l], inv_scale);
     for (size_t l = 0; l < width; l++) q[l] = (int8_t)n[l];
     for (size_t l = 0; l < width; l++) total += n[l];
     if (top > 0x7f800000) scale_bits = 0x7fc00000;              /* there was a NaN */
@@ -3790,12 +3788,13 @@ INLINE uint32_t round_off(uint32_t m, uint32_t lost, const int bits) {
     return sum << (32 - bits) | lost ? sum >> bits : sum >> bits & ~1u;
 }
 
-/* A product of 127 and more, or of a NaN, may be any of that size. */
-static int32_t scaled_bits(float x, float scale) {
+/* A NaN may become any number. */
+INLINE int32_t quantized(float x, float scale) {
     uint32_t bits = bits_of_float(x), m = (bits << 9 >> 9) | 0x800000;
     int by = 277 - exponent(bits) - exponent(bits_of_float(scale));
-    m = by < 1 ? 127 : by > 24 ? 0 : round_off(m, 0, by);
-    return ROUND_MAGIC + (int32_t)(bits >> 31 ? 0u - m : m);
+    m = by < 17 ? 127 : by > 24 ? 0 : round_off(m, 0, by);
+    m = m < 127 ? m : 127;
+    return (int32_t)(bits >> 31 ? 0u - m : m);
 }
 
 /* m / 2^by; the lowest bit is set, too, if bits are lost */
