@@ -3797,10 +3797,9 @@ INLINE int32_t quantized(float x, float scale) {
     return (int32_t)(bits >> 31 ? 0u - m : m);
 }
 
-/* m / 2^by; the lowest bit is set, too, if bits are lost */
+/* m / 2^by, by < 32; the lowest bit is set, too, if bits are lost */
 INLINE uint32_t shift_right(uint32_t m, int by) {
-    uint32_t shifted = m >> (by & 31);
-    if (by > 31) return m != 0;
+    uint32_t shifted = m >> by;
     return shifted << by == m ? shifted : shifted | 1;
 }
 
@@ -3853,14 +3852,14 @@ INLINE uint32_t product_of_24(uint32_t a, uint32_t b) {
 }
 
 /* c + a * b / 2^31 / 2^by, or - if `minus` is all ones */
-__attribute__((noinline)) static uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by,
-                                                         uint32_t minus) {
+INLINE uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by, uint32_t minus) {
     uint32_t p = shift_right(product_of_24(a, b), by);
     return round_to_24(c + (p ^ minus) - minus, 0);
 }
 
 static float exp_approx(float x) {
-    uint32_t bits = bits_of_float(x), size = bits << 1 >> 1, n = 0, y, u;
+    static const uint32_t c[] = { 0x448ef780, 0x55551780, 0x55552380, 0x40000000 };
+    uint32_t bits = bits_of_float(x), size = bits << 1 >> 1, n = 0, y = 0x40000000, u;
     uint32_t minus = 0u - (bits >> 31); /* all ones if r is negative; now, if x is */
     int e = exponent(bits) - 127;       /* r = x is m * 2^(e - 30) */
     uint32_t m = (size << 7 | 0x40000000) & 0x7fffffff;
@@ -3868,7 +3867,6 @@ static float exp_approx(float x) {
     if (size > 0x7f800000) return x;                            /* NaN */
     if (minus && size > 0x42ae0000) return 0.0f;                /* below -87 */
     if (!minus && size > 0x42b00000) e = 6, m = 0x58000000;     /* 88 */
-    if (e < -26) return 1.0f;
     if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 0, 29 - e);
     if (n) {
         /* r = |x| - n * 355 / 512 (exact, in units of 2^-25) + n * 2.12194440e-4, in 2^-37 */
@@ -3882,12 +3880,12 @@ static float exp_approx(float x) {
         m = round_to_24(m, 0);
         if (m >> 31) m >>= 1, e++;
     }
-    y = add_product_to(0x448ef780, 0x5b6d3a00, m, 2 - e, minus);
-    y = add_product_to(0x55551780, y, m, 1 - e, minus);
-    y = add_product_to(0x55552380, y, m, 1 - e, minus);
-    y = add_product_to(0x40000000, y, m, 1 - e, minus);
-    u = add_product_to(m, y, product_of_24(m, m), -1 - e, minus);
-    y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus, 0);
+    if (e >= -26) {                     /* not so small that 1 + r is 1 */
+        u = 0x2db69d00;
+        for (size_t i = 0; i < COUNT(c); i++) u = add_product_to(c[i], u, m, 1 - e, minus);
+        u = add_product_to(m, u, product_of_24(m, m), -1 - e, minus);
+        y = round_to_24(y + (shift_right(u, -e) ^ minus) - minus, 0);
+    }
     /* y * 2^n */
     bits = y >> 30 ? y >> 7 : (power--, y >> 6);
     return float_of_bits(((uint32_t)(power - 1) << 23) + bits);
@@ -3904,10 +3902,10 @@ INLINE void add(struct unpacked *s, struct unpacked p) {
     uint32_t sum = p.m, other = s->m, sign = p.sign;
     int e = p.e, d = e - s->e;
     if (d < 0) {
-        sum = shift_right(sum, -d);
+        sum = d < -31 ? 0 : shift_right(sum, -d);
         e = s->e;
     } else {
-        other = shift_right(other, d);
+        other = d > 31 ? 0 : shift_right(other, d);
     }
     if ((int32_t)(sign ^ s->sign) >= 0) {
         sum += other;
