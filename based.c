@@ -191,7 +191,7 @@ static void run_threads(based_session *s, size_t n, size_t n_logits);
 #define FOR_MY_PART(i, n) \
     for (size_t i = partition(n, th, 0), end_##i = partition(n, th, 1); i < end_##i; i++)
 static float dot(const float *a, const float *b, size_t n), sum(const float *a, size_t n);
-static float mul_add(float a, float b, float c); /* a * b + c, rounded twice */
+static float mul_add(float a, float b, float c), divide(float a, float b); /* a * b + c; a / b */
 static float gelu(float x), gelu_tanh(float x);
 static void sincos_turns(uint64_t angle, float *cosine, float *sine); /* angle: 2^64 is a turn */
 static uint64_t two_words(const uint32_t w[2]);                       /* low word first */
@@ -323,7 +323,7 @@ static void window_mixer(const struct layer *l, const struct thread *th, size_t 
             total = kernel->softmax_exp(scores, seen, c->scale, &top);
             /* y = scores V / sum of scores */
             kernel->weighted_sum(y, scores, values, seen, dv, dv);
-            for (size_t e = 0; e < dv; e++) y[e] /= total;
+            for (size_t e = 0; e < dv; e++) y[e] = divide(y[e], total);
         }
     }
 }
@@ -1116,7 +1116,7 @@ static void normalize_output(float *y, size_t n, float z, const based_taylor_con
     if (c->normalizer == BASED_ADD) z += c->normalizer_eps;
     if (c->normalizer == BASED_CLAMP) z = z > c->normalizer_eps ? z : c->normalizer_eps;
     for (size_t e = 0; e < n; e++) {
-        y[e] /= z;
+        y[e] = divide(y[e], z);
         if (c->normalizer != BASED_RAW) continue;
         if (y[e] != y[e]) y[e] = 0.0f;
         if (y[e] > FLT_MAX) y[e] = FLT_MAX;
@@ -1614,8 +1614,12 @@ INLINE void quantize_group(int8_t *q, float *scale, int32_t *offset, const float
     float inv_scale;
 
     /* top: the bits of max |x| */
-    memcpy(n, x, width * sizeof *n);
-    for (size_t l = 0; l < width; l++) top = (n[l] & 0x7fffffff) > top ? n[l] & 0x7fffffff : top;
+    for (size_t l = 0; l < width; l++) {
+        float value = x[l];
+        int32_t i;
+        memcpy(&i, &value, sizeof i);
+        top = (i & 0x7fffffff) > top ? i & 0x7fffffff : top;
+    }
 
     /* scale = 2^(e - 6) for the smallest e with top <= 127/64 * 2^e; if top is more than 127/64 of
      * its power of two, adding 0x1ffff carries into the exponent */
