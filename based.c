@@ -3732,15 +3732,16 @@ void based_session_free(based_session *s) {
  * They may assume what the generic functions assume: columns are padded to a multiple of 32.
  * Tests: `make firmware` compares the logits of each emulated board with those of the host. With
  * -DBASED_NARROW on x86-64, tests/test_based.c compares the AVX2 and AVX-512 sets with the twins.
- * tests/test_soft_float.c compares floats in integer registers with those of this machine.
+ * tests/test_soft_float.c and test_soft_float_cores.c compare floats in integer registers with
+ * those of this machine.
  */
 #ifdef BASED_SOFT_FLOAT
 /* ---- Floats in integer registers ----------------------------------------------------------------
  * Without an FPU most of a token's time goes into exp and into products that are added. Functions
  * that keep a number in registers from step to step, and know the common case only, are faster than
  * the compiler's, which pack and unpack it for every operation. They round as those do. A token of
- * stories260K-q8 takes 6.6 instead of 12.2 million instructions on a Cortex-M0+, 4.0 instead of 5.4
- * on an M3, 4.4 instead of 10.5 on RV32IMAC.
+ * stories260K-q8 takes 5.8 instead of 12.2 million instructions on a Cortex-M0+, 3.3 instead of 5.4
+ * on an M3, 4.0 instead of 10.5 on RV32IMAC.
  */
 INLINE uint32_t bits_of_float(float x) {
     uint32_t bits;
@@ -3786,13 +3787,13 @@ __attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float
     return y + (float)s * w * x;
 }
 
-/* m / 2^bits, rounded to nearest, halves to even; `lost` is not 0 if m had more bits, now cut off */
+/* m / 2^bits, rounded to nearest, halves to even; `lost` is not 0 if m had more bits, cut off */
 INLINE uint32_t round_off(uint32_t m, uint32_t lost, const int bits) {
     uint32_t sum = m + (1u << (bits - 1));
     return sum << (32 - bits) | lost ? sum >> bits : sum >> bits & ~1u;
 }
 
-/* A NaN may become any number. */
+/* See section 9. A NaN may become any number. */
 INLINE int32_t quantized(float x, float scale) {
     uint32_t bits = bits_of_float(x), m = (bits << 9 >> 9) | 0x800000;
     int by = 277 - exponent(bits) - exponent(bits_of_float(scale));
@@ -3807,13 +3808,13 @@ INLINE uint32_t shift_right(uint32_t m, int by) {
     return shifted << by == m ? shifted : shifted | 1;
 }
 
-/* a * b / 2^32 for multiples of 2^7; *lost is not 0 if bits are cut off */
+/* a * b / 2^32 for multiples of 2^6; *lost is not 0 if bits are cut off */
 INLINE uint32_t high_product(uint32_t a, uint32_t b, uint32_t *lost) {
 #if defined(__ARM_ARCH_6M__) || defined(__XTENSA__)    /* an M0+ and lx106 have 32-bit products */
-    uint32_t a1 = a >> 16, a0 = (a & 0xffff) >> 7, b1 = b >> 16, b0 = (b & 0xffff) >> 7;
-    uint32_t low = a0 * b0, middle = a1 * b0 + a0 * b1 + (low >> 9);
-    *lost = (middle | low) << 23;
-    return a1 * b1 + (middle >> 9);
+    uint32_t a1 = a >> 16, a0 = (a & 0xffff) >> 6, b1 = b >> 16, b0 = (b & 0xffff) >> 6;
+    uint32_t low = a0 * b0, middle = a1 * b0 + a0 * b1 + (low >> 10);
+    *lost = (middle | low) << 22;
+    return a1 * b1 + (middle >> 10);
 #else
     uint64_t product = (uint64_t)a * b;
     *lost = (uint32_t)product;
@@ -3821,12 +3822,13 @@ INLINE uint32_t high_product(uint32_t a, uint32_t b, uint32_t *lost) {
 #endif
 }
 
-/* The number of zeros before the first bit of m */
 #if defined(__ARM_FEATURE_CLZ) || defined(__XTENSA__)
-enum { COUNTS_ZEROS = 1 };              /* there is an instruction */
+enum { COUNTS_ZEROS = 1 };              /* one instruction does */
 #else
 enum { COUNTS_ZEROS = 0 };
 #endif
+
+/* The number of zeros before the first bit of m */
 INLINE int leading_zeros(uint32_t m) {
     int n = 0;
     if (COUNTS_ZEROS) return __builtin_clz(m);
@@ -3950,24 +3952,24 @@ __attribute__((noinline)) static float mul_add(float a, float b, float c) {
     return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
-/* a / b. The quotient grows by 8 bits at a time where there is an instruction that divides, otherwise
- * by one. It never lies in the middle between two floats. */
+/* a / b: long division, 8 bits at a time where an instruction divides, else one. The quotient of
+ * two floats is never a half that would have to be rounded to even. */
 __attribute__((noinline)) static float divide(float a, float b) {
-    uint32_t x = bits_of_float(a), y = bits_of_float(b), q = 0;
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), q = 1;         /* q: 25 bits in the end */
     uint32_t rest = (x & 0x7fffff) | 0x800000, by = (y & 0x7fffff) | 0x800000;
     int ex = exponent(x), ey = exponent(y), e = ex - ey + 126;
     if (is_rare(ex, ey, e)) return rare_divide(a, b);
     if (rest < by) rest <<= 1, e--;
+    rest -= by;
 #if defined(__ARM_FEATURE_IDIV) || defined(__riscv_div)
-    q = 1, rest -= by;
     for (int i = 0; i < 3; i++) rest <<= 8, q = q << 8 | rest / by, rest %= by;
 #else
-    _Pragma("GCC unroll 5") for (int i = 0; i < 25; i++, rest <<= 1) {
-        q <<= 1;
+    _Pragma("GCC unroll 4") for (int i = 0; i < 24; i++) {
+        rest <<= 1, q <<= 1;
         if (rest >= by) rest -= by, q++;
     }
 #endif
-    return float_of_bits((x ^ y) >> 31 << 31 | (((uint32_t)e << 23) + ((q + 1) >> 1)));
+    return float_of_bits(((x ^ y) >> 31 << 31) + ((uint32_t)e << 23) + ((q + 1) >> 1));
 }
 
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
