@@ -195,6 +195,7 @@ static size_t session_end(const based_session *s, size_t at, size_t n);
 #define FOR_SESSIONS(at, end, n)                                                                   \
     for (size_t at = 0, end; at < (n) && (end = session_end(th->s, at, n)) > 0; at = end)
 static float dot(const float *a, const float *b, size_t n), sum(const float *a, size_t n);
+static float mul_add(float a, float b, float c), divide(float a, float b); /* a * b + c; a / b */
 static float gelu(float x), gelu_tanh(float x);
 static void sincos_turns(uint64_t angle, float *cosine, float *sine); /* angle: 2^64 is a turn */
 static uint64_t two_words(const uint32_t w[2]);                       /* low word first */
@@ -209,7 +210,7 @@ static void normalize(float *out, const float *x, const struct norm *n, size_t d
     float mean = 0.0f, scale, squares;
     /* LAYER is the RMS norm of x - mean(x), plus bias */
     if (n->kind == BASED_NORM_LAYER) mean = sum(x, dim) / (float)dim;
-    for (size_t i = 0; i < dim; i++) out[i] = x[i] - mean;
+    for (size_t i = 0; i < dim; i++) out[i] = n->kind == BASED_NORM_LAYER ? x[i] - mean : x[i];
     if (n->kind == BASED_NORM_NONE) return;
     squares = dot(out, out, dim);
     if (n->kind == BASED_NORM_L2) {
@@ -221,7 +222,7 @@ static void normalize(float *out, const float *x, const struct norm *n, size_t d
         scale = 1.0f / sqrtf(squares / (float)dim + n->eps);
     }
     for (size_t i = 0; i < dim; i++)
-        out[i] = out[i] * scale * n->weight[i] + (n->bias ? n->bias[i] : 0.0f);
+        out[i] = mul_add(out[i] * scale, n->weight[i], n->bias ? n->bias[i] : 0.0f);
 }
 
 /* Widths of a layer's arrays. `in` gives in_rows numbers per token: the queries of all heads, the
@@ -326,7 +327,7 @@ static void window_mixer(const struct layer *l, const struct thread *th, size_t 
             total = kernel->softmax_exp(scores, seen, c->scale, &top);
             /* y = scores V / sum of scores */
             kernel->weighted_sum(y, scores, values, seen, dv, dv);
-            for (size_t e = 0; e < dv; e++) y[e] /= total;
+            for (size_t e = 0; e < dv; e++) y[e] = divide(y[e], total);
         }
     }
 }
@@ -1117,7 +1118,7 @@ static void normalize_output(float *y, size_t n, float z, const based_taylor_con
     if (c->normalizer == BASED_ADD) z += c->normalizer_eps;
     if (c->normalizer == BASED_CLAMP) z = z > c->normalizer_eps ? z : c->normalizer_eps;
     for (size_t e = 0; e < n; e++) {
-        y[e] /= z;
+        y[e] = divide(y[e], z);
         if (c->normalizer != BASED_RAW) continue;
         if (y[e] != y[e]) y[e] = 0.0f;
         if (y[e] > FLT_MAX) y[e] = FLT_MAX;
@@ -1361,8 +1362,9 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 
 #ifndef BASED_SOFT_FLOAT
 INLINE float mul_add(float a, float b, float c) { return a * b + c; }   /* rounded twice */
+INLINE float divide(float a, float b) { return a / b; }
 #else
-static float mul_add(float a, float b, float c);
+static float mul_add(float a, float b, float c), divide(float a, float b);
 #endif
 
 /* The sum of the sixteen lanes, in a fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
@@ -1397,16 +1399,17 @@ INLINE float sum(const float *a, size_t n) {
 #define ROUND_MAGIC_F 12582912.0f
 enum { ROUND_MAGIC = 0x4b400000 };
 
-/* The bits of ROUND_MAGIC_F + x * scale, where scale is a power of two */
+/* round(x * scale), but at most 127 in size, where scale is a power of two */
 #ifndef BASED_SOFT_FLOAT
-INLINE int32_t scaled_bits(float x, float scale) {
+INLINE int32_t quantized(float x, float scale) {
     int32_t bits;
     x = x * scale + ROUND_MAGIC_F;
     memcpy(&bits, &x, sizeof bits);
-    return bits;
+    bits = bits > ROUND_MAGIC - 127 ? bits : ROUND_MAGIC - 127;
+    return (bits < ROUND_MAGIC + 127 ? bits : ROUND_MAGIC + 127) - ROUND_MAGIC;
 }
 #else
-static int32_t scaled_bits(float x, float scale);
+INLINE int32_t quantized(float x, float scale);
 #endif
 
 #ifndef BASED_SOFT_FLOAT        /* "Walled off I" makes the same steps in integers */
@@ -1437,7 +1440,7 @@ INLINE float exp_definition(float x) {
 }
 
 INLINE float sigmoid(float x) { return 1.0f / (1.0f + exp_approx(-x)); }
-INLINE float silu(float x) { return x / (1.0f + exp_approx(-x)); }
+INLINE float silu(float x) { return divide(x, 1.0f + exp_approx(-x)); }
 
 /* gelu(x) = x (1 + erf(z)) / 2 with z = x / sqrt(2). erf(z) is a polynomial for |z| <= 1, and
  * 1 - exp(-z^2) times a polynomial in 1 / (1 + z/2) beyond. */
@@ -1613,8 +1616,12 @@ INLINE void quantize_group(int8_t *q, float *scale, int32_t *offset, const float
     float inv_scale;
 
     /* top: the bits of max |x| */
-    memcpy(n, x, width * sizeof *n);
-    for (size_t l = 0; l < width; l++) top = (n[l] & 0x7fffffff) > top ? n[l] & 0x7fffffff : top;
+    for (size_t l = 0; l < width; l++) {
+        float value = x[l];
+        int32_t i;
+        memcpy(&i, &value, sizeof i);
+        top = (i & 0x7fffffff) > top ? i & 0x7fffffff : top;
+    }
 
     /* scale = 2^(e - 6) for the smallest e with top <= 127/64 * 2^e; if top is more than 127/64 of
      * its power of two, adding 0x1ffff carries into the exponent */
@@ -1624,11 +1631,7 @@ INLINE void quantize_group(int8_t *q, float *scale, int32_t *offset, const float
     memcpy(&inv_scale, &inv_bits, sizeof inv_bits);
 
     /* n = round(x / scale), at most 127 in size */
-    for (size_t l = 0; l < width; l++) {
-        int32_t i = scaled_bits(x[l], inv_scale);
-        i = i > ROUND_MAGIC - 127 ? i : ROUND_MAGIC - 127;
-        n[l] = (i < ROUND_MAGIC + 127 ? i : ROUND_MAGIC + 127) - ROUND_MAGIC;
-    }
+    for (size_t l = 0; l < width; l++) n[l] = quantized(x[l], inv_scale);
     for (size_t l = 0; l < width; l++) q[l] = (int8_t)n[l];
     for (size_t l = 0; l < width; l++) total += n[l];
     if (top > 0x7f800000) scale_bits = 0x7fc00000;              /* there was a NaN */
@@ -3742,15 +3745,16 @@ void based_session_free(based_session *s) {
  * They may assume what the generic functions assume: columns are padded to a multiple of 32.
  * Tests: `make firmware` compares the logits of each emulated board with those of the host. With
  * -DBASED_NARROW on x86-64, tests/test_based.c compares the AVX2 and AVX-512 sets with the twins.
- * tests/test_soft_float.c compares floats in integer registers with those of this machine.
+ * tests/test_soft_float.c and test_soft_float_cores.c compare floats in integer registers with
+ * those of this machine.
  */
 #ifdef BASED_SOFT_FLOAT
 /* ---- Floats in integer registers ----------------------------------------------------------------
  * Without an FPU most of a token's time goes into exp and into products that are added. Functions
  * that keep a number in registers from step to step, and know the common case only, are faster than
  * the compiler's, which pack and unpack it for every operation. They round as those do. A token of
- * stories260K-q8 takes 6.6 instead of 12.2 million instructions on a Cortex-M0+, 4.0 instead of 5.4
- * on an M3, 4.4 instead of 10.5 on RV32IMAC.
+ * stories260K-q8 takes 5.8 instead of 12.2 million instructions on a Cortex-M0+, 3.3 instead of 5.4
+ * on an M3, 4.0 instead of 10.5 on RV32IMAC.
  */
 INLINE uint32_t bits_of_float(float x) {
     uint32_t bits;
@@ -3791,41 +3795,59 @@ INLINE int is_rare(int x, int y, int product) {
 }
 
 __attribute__((noinline)) static float rare_mul_add(float a, float b, float c) { return a * b + c; }
+__attribute__((noinline)) static float rare_divide(float a, float b) { return a / b; }
 __attribute__((noinline)) static float rare_scaled_sum(float y, int32_t s, float w, float x) {
     return y + (float)s * w * x;
 }
 
-/* m / 2^bits, rounded to nearest, halves to even */
-INLINE uint32_t round_off(uint32_t m, const int bits) {
+/* m / 2^bits, rounded to nearest, halves to even; `lost` is not 0 if m had more bits, cut off */
+INLINE uint32_t round_off(uint32_t m, uint32_t lost, const int bits) {
     uint32_t sum = m + (1u << (bits - 1));
-    return sum << (32 - bits) ? sum >> bits : sum >> bits & ~1u;
+    return sum << (32 - bits) | lost ? sum >> bits : sum >> bits & ~1u;
 }
 
-/* A product of 127 and more, or of a NaN, may be any of that size. */
-static int32_t scaled_bits(float x, float scale) {
+/* See section 9. A NaN may become any number. */
+INLINE int32_t quantized(float x, float scale) {
     uint32_t bits = bits_of_float(x), m = (bits << 9 >> 9) | 0x800000;
     int by = 277 - exponent(bits) - exponent(bits_of_float(scale));
-    m = by < 1 ? 127 : by > 24 ? 0 : round_off(m, by);
-    return ROUND_MAGIC + (int32_t)(bits >> 31 ? 0u - m : m);
+    m = by < 17 ? 127 : by > 24 ? 0 : round_off(m, 0, by);
+    m = m < 127 ? m : 127;
+    return (int32_t)(bits >> 31 ? 0u - m : m);
 }
 
-/* m / 2^by; the lowest bit is set, too, if bits are lost */
+/* m / 2^by, by < 32; the lowest bit is set, too, if bits are lost */
 INLINE uint32_t shift_right(uint32_t m, int by) {
-    uint32_t shifted = m >> (by & 31);
-    if (by > 31) return m != 0;
+    uint32_t shifted = m >> by;
     return shifted << by == m ? shifted : shifted | 1;
 }
 
-/* a * b / 2^32; the lowest bit is set, too, if what was cut off is not 0 */
-INLINE uint32_t high_product(uint32_t a, uint32_t b) {
+/* a * b / 2^32 for multiples of 2^6; *lost is not 0 if bits are cut off */
+INLINE uint32_t high_product(uint32_t a, uint32_t b, uint32_t *lost) {
 #if defined(__ARM_ARCH_6M__) || defined(__XTENSA__)    /* an M0+ and lx106 have 32-bit products */
-    uint32_t a0 = a & 0xffff, a1 = a >> 16, b0 = b & 0xffff, b1 = b >> 16;
-    uint32_t low = a0 * b0, middle = a1 * b0 + (low >> 16), other = a0 * b1 + (middle & 0xffff);
-    return (a1 * b1 + (middle >> 16) + (other >> 16)) | ((low << 16 | other << 16) != 0);
+    uint32_t a1 = a >> 16, a0 = (a & 0xffff) >> 6, b1 = b >> 16, b0 = (b & 0xffff) >> 6;
+    uint32_t low = a0 * b0, middle = a1 * b0 + a0 * b1 + (low >> 10);
+    *lost = (middle | low) << 22;
+    return a1 * b1 + (middle >> 10);
 #else
     uint64_t product = (uint64_t)a * b;
-    return (uint32_t)(product >> 32) | ((uint32_t)product != 0);
+    *lost = (uint32_t)product;
+    return (uint32_t)(product >> 32);
 #endif
+}
+
+#if defined(__ARM_FEATURE_CLZ) || defined(__XTENSA__)
+enum { COUNTS_ZEROS = 1 };              /* one instruction does */
+#else
+enum { COUNTS_ZEROS = 0 };
+#endif
+
+/* The number of zeros before the first bit of m */
+INLINE int leading_zeros(uint32_t m) {
+    int n = 0;
+    if (COUNTS_ZEROS) return __builtin_clz(m);
+    _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
+        if (m >> (32 - by) == 0) m <<= by, n += by;
+    return n;
 }
 
 /* ---- exp_approx ---------------------------------------------------------------------------------
@@ -3833,29 +3855,30 @@ INLINE uint32_t high_product(uint32_t a, uint32_t b) {
  * is known from its place in the polynomial and from that of r. So nothing is packed or unpacked,
  * and every step is rounded as exp_definition rounds it. */
 
-/* m >= 2^24 with its highest 24 bits, rounded to nearest, halves to even */
-INLINE uint32_t round_to_24(uint32_t m) {
-    uint32_t half = 128, low;
-    while (m >> 24 < half) half >>= 1;
+/* m >= 2^24 with its highest 24 bits, rounded to nearest, halves to even; lost as above */
+INLINE uint32_t round_to_24(uint32_t m, uint32_t lost) {
+    uint32_t half = COUNTS_ZEROS ? 128u >> leading_zeros(m) : 128, rest;
+    while (!COUNTS_ZEROS && m >> 24 < half) half >>= 1;
     m += half;
-    low = m & (2 * half - 1);
-    return low ? m - low : m & ~(2 * half);
+    rest = m & (2 * half - 1);
+    return rest | lost ? m - rest : m & ~(2 * half);
 }
 
 /* a * b / 2^31 */
 INLINE uint32_t product_of_24(uint32_t a, uint32_t b) {
-    return round_to_24(high_product(a << 1, b));
+    uint32_t lost, p = high_product(a << 1, b, &lost);
+    return round_to_24(p, lost);
 }
 
 /* c + a * b / 2^31 / 2^by, or - if `minus` is all ones */
-__attribute__((noinline)) static uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by,
-                                                         uint32_t minus) {
+INLINE uint32_t add_product_to(uint32_t c, uint32_t a, uint32_t b, int by, uint32_t minus) {
     uint32_t p = shift_right(product_of_24(a, b), by);
-    return round_to_24(c + (p ^ minus) - minus);
+    return round_to_24(c + (p ^ minus) - minus, 0);
 }
 
 static float exp_approx(float x) {
-    uint32_t bits = bits_of_float(x), size = bits << 1 >> 1, n = 0, y, u;
+    static const uint32_t c[] = { 0x448ef780, 0x55551780, 0x55552380, 0x40000000 };
+    uint32_t bits = bits_of_float(x), size = bits << 1 >> 1, n = 0, y = 0x40000000, u;
     uint32_t minus = 0u - (bits >> 31); /* all ones if r is negative; now, if x is */
     int e = exponent(bits) - 127;       /* r = x is m * 2^(e - 30) */
     uint32_t m = (size << 7 | 0x40000000) & 0x7fffffff;
@@ -3863,41 +3886,45 @@ static float exp_approx(float x) {
     if (size > 0x7f800000) return x;                            /* NaN */
     if (minus && size > 0x42ae0000) return 0.0f;                /* below -87 */
     if (!minus && size > 0x42b00000) e = 6, m = 0x58000000;     /* 88 */
-    if (e < -26) return 1.0f;
-    if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 29 - e);
+    if (e >= -2) n = round_off(product_of_24(m, 0x5c551d80), 0, 29 - e);
     if (n) {
         /* r = |x| - n * 355 / 512 (exact, in units of 2^-25) + n * 2.12194440e-4, in 2^-37 */
         int32_t exact = (int32_t)((m >> 7 << (e + 2)) - n * (355u << 16));
-        int64_t r = (int64_t)exact * 4096 + (int64_t)round_to_24(n * 0x1bd0106);
+        int64_t r = (int64_t)exact * 4096 + (int64_t)round_to_24(n * 0x1bd0106, 0);
         power = minus ? 127 - (int32_t)n : 127 + (int32_t)n;
         if (r < 0) r = -r, minus = ~minus;
         e = r >> 31 ? -1 : -7;
         m = r >> 31 ? (uint32_t)(r >> 6) | ((r & 63) != 0) : (uint32_t)r;
         for (; m < 0x40000000; m <<= 1) e--;
-        m = round_to_24(m);
+        m = round_to_24(m, 0);
         if (m >> 31) m >>= 1, e++;
     }
-    y = add_product_to(0x448ef780, 0x5b6d3a00, m, 2 - e, minus);
-    y = add_product_to(0x55551780, y, m, 1 - e, minus);
-    y = add_product_to(0x55552380, y, m, 1 - e, minus);
-    y = add_product_to(0x40000000, y, m, 1 - e, minus);
-    u = add_product_to(m, y, product_of_24(m, m), -1 - e, minus);
-    y = round_to_24(0x40000000 + (shift_right(u, -e) ^ minus) - minus);
+    if (e >= -26) {                     /* not so small that 1 + r is 1 */
+        u = 0x2db69d00;
+        for (size_t i = 0; i < COUNT(c); i++) u = add_product_to(c[i], u, m, 1 - e, minus);
+        u = add_product_to(m, u, product_of_24(m, m), -1 - e, minus);
+        y = round_to_24(y + (shift_right(u, -e) ^ minus) - minus, 0);
+    }
     /* y * 2^n */
     bits = y >> 30 ? y >> 7 : (power--, y >> 6);
     return float_of_bits(((uint32_t)(power - 1) << 23) + bits);
 }
 
-/* s += p / 2^30 * 2^(e - 127), rounded to a float, with the sign of `sign`. p is at least 2^30 and
- * less than 2^31; its lowest bit is set, too, if what was cut off is not 0. */
-INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
-    uint32_t sum = round_off(p, 7) << 6, other = s->m;
-    int d = e - s->e;
+/* p / 2^30 * 2^(e - 127), rounded to a float, with the sign of `sign`. p is at least 2^30 and less
+ * than 2^31; lost as above. */
+INLINE struct unpacked rounded(uint32_t p, uint32_t lost, uint32_t sign, int e) {
+    return (struct unpacked){ round_off(p, lost, 7) << 6, sign, e };
+}
+
+/* s += p, not 0 */
+INLINE void add(struct unpacked *s, struct unpacked p) {
+    uint32_t sum = p.m, other = s->m, sign = p.sign;
+    int e = p.e, d = e - s->e;
     if (d < 0) {
-        sum = shift_right(sum, -d);
+        sum = d < -31 ? 0 : shift_right(sum, -d);
         e = s->e;
     } else {
-        other = shift_right(other, d);
+        other = d > 31 ? 0 : shift_right(other, d);
     }
     if ((int32_t)(sign ^ s->sign) >= 0) {
         sum += other;
@@ -3917,19 +3944,19 @@ INLINE void add_product(struct unpacked *s, uint32_t p, uint32_t sign, int e) {
         sum = sum >> 1 | (sum & 1);
         e++;
     }
-    *s = (struct unpacked){ round_off(sum, 6) << 6, sign, e };
+    *s = (struct unpacked){ round_off(sum, 0, 6) << 6, sign, e };
 }
 
 /* s += a * b, both rounded; or 0 and nothing is done, if that is rare. A sum of such products is 0
  * or not less than the lowest bit of a product, 2^-86. */
 INLINE int mul_add_to(struct unpacked *s, float a, float b) {
-    uint32_t x = bits_of_float(a), y = bits_of_float(b), p;
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), p, lost;
     int ex = exponent(x), ey = exponent(y), e = ex + ey - 127;
     if (is_rare(ex, ey, e)) return 0;
-    p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u);
+    p = high_product(x << 8 | 0x80000000u, y << 9 >> 2 | 0x40000000u, &lost);
     if (p >> 30) e++;
     else p <<= 1;
-    add_product(s, p, x ^ y, e);
+    add(s, rounded(p, lost, x ^ y, e));
     return 1;
 }
 
@@ -3938,18 +3965,38 @@ __attribute__((noinline)) static float mul_add(float a, float b, float c) {
     return mul_add_to(&s, a, b) ? pack(s) : rare_mul_add(a, b, c);
 }
 
+/* a / b: long division, 8 bits at a time where an instruction divides, else one. The quotient of
+ * two floats is never a half that would have to be rounded to even. */
+__attribute__((noinline)) static float divide(float a, float b) {
+    uint32_t x = bits_of_float(a), y = bits_of_float(b), q = 1;         /* q: 25 bits in the end */
+    uint32_t rest = (x & 0x7fffff) | 0x800000, by = (y & 0x7fffff) | 0x800000;
+    int ex = exponent(x), ey = exponent(y), e = ex - ey + 126;
+    if (is_rare(ex, ey, e)) return rare_divide(a, b);
+    if (rest < by) rest <<= 1, e--;
+    rest -= by;
+#if defined(__ARM_FEATURE_IDIV) || defined(__riscv_div)
+    for (int i = 0; i < 3; i++) rest <<= 8, q = q << 8 | rest / by, rest %= by;
+#else
+    _Pragma("GCC unroll 4") for (int i = 0; i < 24; i++) {
+        rest <<= 1, q <<= 1;
+        if (rest >= by) rest -= by, q++;
+    }
+#endif
+    return float_of_bits(((x ^ y) >> 31 << 31) + ((uint32_t)e << 23) + ((q + 1) >> 1));
+}
+
 /* y + (float)s * w * x, where w is a bfloat16, x a power of two and |s| < 2^24 */
 __attribute__((noinline)) static float add_scaled_sum(float y, int32_t s, float w, float x) {
     uint32_t p = s < 0 ? 0u - (uint32_t)s : (uint32_t)s, scale = bits_of_float(w);
-    int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103;
-    struct unpacked sum = unpack(y);
+    int ew = exponent(scale), ex = exponent(bits_of_float(x)), e = ew + ex - 103, zeros;
+    struct unpacked sum = unpack(y), product;
     if (s == 0 || is_rare(ew, ex, e - 24)) return rare_scaled_sum(y, s, w, x);
-    _Pragma("GCC unroll 5") for (int by = 16; by; by /= 2)
-        if (p >> (24 - by) == 0) p <<= by, e -= by;
-    p *= (scale >> 16 & 127) | 128;     /* 31 or 32 bits */
-    if (p >> 31) p = p >> 1 | (p & 1);
-    else e--;
-    add_product(&sum, p, (uint32_t)s ^ scale, e);
+    p *= (scale >> 16 & 127) | 128;     /* 8 to 32 bits */
+    zeros = leading_zeros(p);
+    p <<= zeros;
+    product = rounded(p >> 1, p & 1, (uint32_t)s ^ scale, e - zeros);
+    if (bits_of_float(y) == 0) return pack(product);
+    add(&sum, product);
     return pack(sum);
 }
 #endif

@@ -42,6 +42,13 @@ static void test_mul_add(void) {
     }
 }
 
+static void test_divide(void) {
+    for (int i = 0; i < 3000000; i++) {
+        float b = any(), a = next() & 1 ? any() : near(b);
+        CHECK(same(divide(a, b), a / b));
+    }
+}
+
 /* w: a bfloat16 as is_bad_scale allows it; x: a power of two, as quantize_group makes it */
 static void test_add_scaled(void) {
     for (int i = 0; i < 3000000; i++) {
@@ -69,14 +76,14 @@ static void test_weighted_sum(void) {
     }
 }
 
-static void test_scaled_bits(void) {
+static void test_quantized(void) {
     for (int i = 0; i < 1000000; i++) {
         float scale = float_of_bits((40 + next() % 143) << 23), x = any(), product = x * scale;
-        int32_t bits = scaled_bits(x, scale);
         if (product > -127.5f && product < 127.5f)
-            CHECK(bits == (int32_t)bits_of_float(product + ROUND_MAGIC_F));
+            CHECK(quantized(x, scale)
+                  == (int32_t)bits_of_float(product + ROUND_MAGIC_F) - ROUND_MAGIC);
         else if (product == product)
-            CHECK(product < 0.0f ? bits <= ROUND_MAGIC - 127 : bits >= ROUND_MAGIC + 127);
+            CHECK(quantized(x, scale) == (product < 0.0f ? -127 : 127));
     }
 }
 
@@ -97,9 +104,10 @@ static void test_exp(void) {
 
 int main(void) {
     test_mul_add();
+    test_divide();
     test_exp();
     test_weighted_sum();
-    test_scaled_bits();
+    test_quantized();
     test_add_scaled();
     return test_end();
 }
