@@ -108,16 +108,17 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The page, in a folder of its own: other processes may run tests of this file, too."""
+def built(once):
+    """The page."""
     need("clang for WebAssembly",
          shutil.which(os.environ.get("WASM_CC", "clang-14")) and shutil.which("wasm-ld"))
-    build = tmp_path_factory.mktemp("build")
-    done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}",
-                           f"BUILD={build}", "SOURCE_URL=https://example.org/?a=1&b=2"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return build
+
+    def make(build):
+        done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}",
+                               f"BUILD={build}", "SOURCE_URL=https://example.org/?a=1&b=2"],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return once("page", make)
 
 
 @pytest.fixture(scope="module")
