@@ -140,11 +140,27 @@ def driver():
         process.terminate()
 
 
-@pytest.fixture
-def browser(driver, tmp_path):
-    b = Browser(driver, tmp_path / "profile", tmp_path)
+@pytest.fixture(scope="module")
+def chromium(driver, tmp_path_factory):
+    place = tmp_path_factory.mktemp("chromium")
+    b = Browser(driver, place / "profile", place)
     yield b
     b.close()
+
+
+@pytest.fixture
+def browser(chromium, tmp_path):
+    """A new tab that knows nothing of those before it, and downloads into tmp_path."""
+    new = chromium.ask("/window/new", {"type": "tab"})["handle"]
+    chromium.ask("/window", method="DELETE")
+    chromium.ask("/window", {"handle": new})
+    chromium.ask("/window/rect", {"width": 1000, "height": 900})
+    for command, parameters in (
+            ("Storage.clearDataForOrigin", {"origin": "file://", "storageTypes": "all"}),
+            ("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})):
+        chromium.ask("/goog/cdp/execute", {"cmd": command, "params": parameters})
+    chromium.complaints()                                           # those are others'
+    return chromium
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
