@@ -44,9 +44,9 @@ def once(tmp_path_factory):
     def get(name, make):
         folder = base / "once" / name
         folder.parent.mkdir(exist_ok=True)
-        with open(base / "once" / f"{name}.lock", "a+") as lock:    # not empty: the folder is ready
+        with open(base / "once" / f"{name}.lock", "a") as lock:     # not empty: the folder is ready
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not lock.tell():
+            if os.fstat(lock.fileno()).st_size == 0:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir()
                 make(folder)

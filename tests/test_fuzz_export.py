@@ -1,5 +1,6 @@
 """Hostile sources for export.py: small files with something wrong in them become a checkpoint or
-are refused with one line, never with a traceback. FUZZ_COUNT: how many of each (30; 2,000 with FULL=yes)."""
+are refused with one line, never with a traceback. FUZZ_COUNT: how many of each (30; 2,000 with
+FULL=yes)."""
 import contextlib
 import io
 import json

@@ -76,7 +76,8 @@ def installed(once):
              "LD_LIBRARY_PATH": str(prefix / "lib")}
     story = quietly(prefix / "bin" / "based", MODEL, "-t", "0", "-n", "40", "--no-display-prompt",
                     "--repeat-penalty", "1")
-    return SimpleNamespace(prefix=prefix, env=flags, story=story, sources=place / f"based-{VERSION}",
+    return SimpleNamespace(prefix=prefix, env=flags, story=story,
+                           sources=place / f"based-{VERSION}",
                            make=lambda *targets: make(place, *targets))
 
 
