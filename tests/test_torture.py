@@ -29,10 +29,11 @@ OLD = b"what was there before"
 
 
 def build(directory):
-    """./run with calls that can fail. The bench reads shorter texts; nothing else is changed."""
+    """./run with calls that can fail. The bench is shorter; nothing else is changed."""
     source = (ROOT / "run.c").read_text()
     for long, short in (("{ 128, 512, 2048 }", "{ 1, 2, 3 }"),
-                        ("{ 0, 1024, 16384, DEEPEST }", "{ 0, 1, 2, 3 }")):
+                        ("{ 0, 1024, 16384, DEEPEST }", "{ 0, 1, 2, 3 }"),
+                        ("seconds() + 0.05", "seconds()")):
         assert long in source
         source = source.replace(long, short)
     (directory / "run.c").write_text(source)
