@@ -105,23 +105,27 @@ _library = None
 
 def load(path):
     """The library in this file, with the prototypes above."""
-    lib = C.CDLL(path)
+    lib = C.CDLL(os.fspath(path))
     for name, (result, arguments) in PROTOTYPES.items():
         function = getattr(lib, name)
         function.restype, function.argtypes = result, arguments
     return lib
 
 
+def compile(path, *extra):
+    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags."""
+    sources = [os.path.join(ROOT, name) for name in ("based.c", "tokenizer.c")]
+    command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(),
+               *shlex.split(os.environ.get("CFLAGS", "")), *extra]
+    subprocess.run([*command, "-o", path, *sources, "-lm"], check=True)
+
+
 def build(*extra):
-    """Compiles the library with $CC (else cc), FLAGS, $CFLAGS and extra flags into a temporary
-    directory; loads and returns it."""
+    """The library as compile() makes it, loaded."""
     with tempfile.TemporaryDirectory(prefix="based-") as directory:
-        out = os.path.join(directory, "based.so")
-        sources = [os.path.join(ROOT, name) for name in ("based.c", "tokenizer.c")]
-        command = [*shlex.split(os.environ.get("CC", "cc")), *FLAGS.split(),
-                   *shlex.split(os.environ.get("CFLAGS", "")), *extra]
-        subprocess.run([*command, "-o", out, *sources, "-lm"], check=True)
-        return load(out)                                  # stays loaded when the file is gone
+        path = os.path.join(directory, "based.so")
+        compile(path, *extra)
+        return load(path)                                 # stays loaded when the file is gone
 
 
 def library():

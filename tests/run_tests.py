@@ -1,7 +1,9 @@
-"""Runs the C tests given as arguments, then all Python tests on all processors (at most 8).
+"""Runs the C tests given as arguments, then all Python tests, in one process more than there are
+processors (at most 8), since some tests wait.
 
 Shows how far it is, and ends with one line, `N passed, N failed`.
 """
+import os
 import re
 import subprocess
 import sys
@@ -33,7 +35,7 @@ for i, unit in enumerate(sys.argv[1:], 1):
     print(f"[{i}/{len(sys.argv)}] {Path(unit).name}: ", end="", flush=True)
     totals.append(counts([unit]))
 print(f"[{len(sys.argv)}/{len(sys.argv)}] Python tests; each dot is one, s: a tool is not here")
-totals.append(counts([sys.executable, "-m", "pytest", "-q", "-n", "auto", "--maxprocesses", "8",
+totals.append(counts([sys.executable, "-m", "pytest", "-q", "-n", str(min(8, os.cpu_count() + 1)),
                       "--dist", "worksteal", "-ra", str(HERE)]))
 passed, failed = map(sum, zip(*totals))
 print(f"{(time.monotonic() - start) / 60:.0f} minutes")

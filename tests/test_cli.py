@@ -1200,7 +1200,7 @@ if __name__ == "__main__":
 
 def test_bench(random_model):
     """Every test has its row, and what does not depend on time is right."""
-    model = random_model(7, mixers=[1, 2, 3], dim=32, input=0, rows=40, vocab=40, flags=1, dtype=1)
+    model = random_model(7, mixers=[1, 3], dim=16, input=0, rows=40, vocab=40, flags=1, dtype=1)
     rows = list(csv.DictReader(run(model, "-b", "--csv", "-j", "1").text().decode().splitlines()))
     assert [row["test"] for row in rows] == [
         "pp128", "pp512", "pp2048", "tg16 x 1", "tg16 x 4", "tg16 x 16", "tg16 x 64",

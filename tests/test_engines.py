@@ -10,6 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from conftest import FULL
 from test_cli import MODEL, ROOT, RUN, run
 from test_jsonl import mixed, write
 
@@ -25,7 +26,7 @@ def place(tmp_path):
     (tmp_path / "run").symlink_to(ROOT / "run")
     (tmp_path / "models").mkdir()
     (tmp_path / NAMED).symlink_to(MODEL)
-    path = write(tmp_path / "requests.jsonl", mixed(300))
+    path = write(tmp_path / "requests.jsonl", mixed(300 if FULL else 100))
     return tmp_path, sorted(run(MODEL, "--jsonl", path, "-q").text().splitlines())
 
 

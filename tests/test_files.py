@@ -36,7 +36,7 @@ def restored(path, text):
 # --------------------------------------------------------------------------------------------------
 # A. Writing a file.
 
-ROUNDS = 1000 if FULL else 200
+ROUNDS = 1000 if FULL else 100
 
 
 def test_writers_and_readers_of_one_name(tmp_path):

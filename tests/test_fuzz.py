@@ -1,7 +1,7 @@
 """Hostile files without a fuzzer.
 
 Every finding of `make fuzz` is replayed, and random mutants go through each fuzz target and through
-the program itself. FUZZ_COUNT says how many of each (default 40; .ci/run takes 2,000).
+the program itself. FUZZ_COUNT says how many of each (40; 2,000 with FULL=yes).
 """
 import os
 import random
@@ -13,26 +13,26 @@ from pathlib import Path
 import pytest
 
 import based
+from conftest import FULL
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUND = ROOT / "tests" / "fuzz" / "found"
 TARGETS = sorted(path.stem for path in (ROOT / "tests" / "fuzz").glob("*.c") if path.stem != "main")
-COUNT = int(os.environ.get("FUZZ_COUNT", 40))
+COUNT = int(os.environ.get("FUZZ_COUNT", 2000 if FULL else 40))
 
 
 @pytest.fixture(scope="session")
-def targets(tmp_path_factory):
+def targets(once):
     """target -> (its program, its seeds), built by the compiler of every test."""
-    directory = tmp_path_factory.mktemp("fuzz")
-    programs = {name: directory / f"replay_{name}" for name in TARGETS}
-    subprocess.run(["make", "-s", f"BUILD={directory}", "CFLAGS=-O1", *programs.values()],
-                   cwd=ROOT, check=True)
-    seeds = {}
-    for name, program in programs.items():
-        (directory / name).mkdir()
-        subprocess.run([program, "--seeds", directory / name], check=True)
-        seeds[name] = sorted((directory / name).iterdir())
-    return {name: (programs[name], seeds[name]) for name in TARGETS}
+    def make(directory):
+        subprocess.run(["make", "-s", f"BUILD={directory}", "CFLAGS=-O1" if FULL else "CFLAGS=-O0",
+                        *(directory / f"replay_{name}" for name in TARGETS)], cwd=ROOT, check=True)
+        for name in TARGETS:
+            (directory / name).mkdir()
+            subprocess.run([directory / f"replay_{name}", "--seeds", directory / name], check=True)
+    directory = once("fuzz", make)
+    return {name: (directory / f"replay_{name}", sorted((directory / name).iterdir()))
+            for name in TARGETS}
 
 
 @pytest.mark.parametrize("name", TARGETS)

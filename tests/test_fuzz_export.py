@@ -1,5 +1,6 @@
 """Hostile sources for export.py: small files with something wrong in them become a checkpoint or
-are refused with one line, never with a traceback. FUZZ_COUNT: how many of each (default 60)."""
+are refused with one line, never with a traceback. FUZZ_COUNT: how many of each (30; 2,000 with
+FULL=yes)."""
 import contextlib
 import io
 import json
@@ -14,12 +15,13 @@ np = pytest.importorskip("numpy")
 pytest.importorskip("safetensors")
 import export           # noqa: E402
 import origins          # noqa: E402
+from conftest import FULL                                 # noqa: E402
 import test_families    # noqa: E402
 from models import tokens                                 # noqa: E402
 from test_fuzz import mutant                              # noqa: E402
 from test_layers import EDIFICE, LUCIDRAINS, save, weights    # noqa: E402
 
-COUNT = int(os.environ.get("FUZZ_COUNT", 60))
+COUNT = int(os.environ.get("FUZZ_COUNT", 2000 if FULL else 30))
 DATA = Path(__file__).resolve().parent / "data"
 VALUES = [None, True, -1, 0, 1, 7, 2**31, 2**63, 1e308, float("nan"), "", "x", "<s>", [], [0], [[]],
           {}, {"a": 1}]

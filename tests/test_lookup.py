@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from conftest import FULL
 from test_chat import CHATML, exported
 from test_cli import ROOT, run
 
@@ -33,8 +34,8 @@ def pair(*args, stdin=b""):
 def test_same_text(sampling):
     right, made = map(sum, zip(*(
         pair(STORY, "-i", PROMPT, "-s", seed, "-n", "120", *sampling, "--ignore-eos", "-j",
-             1 + seed % 2) for seed in range(20))))
-    assert 0 < right < made
+             1 + seed % 2) for seed in range(20 if FULL else 4))))
+    assert 0 < right <= made and (right < made or not FULL)
 
 
 def test_longer_and_shorter(tmp_path):

@@ -51,31 +51,34 @@ def tarball(directory):
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    """The prefix; `make` runs make in the sources, `programs` are based and `prefix`/bin."""
+def installed(once):
+    """The prefix; `make` runs make in the sources, `story` is what the program tells."""
     need("PACKAGE", "git", "make")
-    place = tmp_path_factory.mktemp("package")
-    with tarfile.open(tarball(place)) as archive:
-        archive.extractall(place, filter="data")
-    (place / "tools").mkdir()
-    for tool in TOOLS:
-        (place / "tools" / tool).symlink_to(shutil.which(tool))
     offline = ["unshare", "-rn"]
     if subprocess.run([*offline, "true"], capture_output=True).returncode:
         offline = []
-    prefix = place / "a b" / "prefix"
-    environment = {"PATH": str(place / "tools"), "TMPDIR": str(place)}
-    tar = place / f"based-{VERSION}"
 
-    def make(*targets):
-        quietly(*map(shutil.which, offline[:1]), *offline[1:], "make", "CFLAGS=-O1", *targets,
-                cwd=tar, env=environment)
-    make("install", f"PREFIX={prefix}")
+    def make(place, *targets):
+        quietly(*map(shutil.which, offline[:1]), *offline[1:], "make", "CFLAGS=-O0", *targets,
+                cwd=place / f"based-{VERSION}",
+                env={"PATH": str(place / "tools"), "TMPDIR": str(place)})
+
+    def install(place):
+        with tarfile.open(tarball(place)) as archive:
+            archive.extractall(place, filter="data")
+        (place / "tools").mkdir()
+        for tool in TOOLS:
+            (place / "tools" / tool).symlink_to(shutil.which(tool))
+        make(place, "install", f"PREFIX={place / 'a b' / 'prefix'}")
+    place = once("package", install)
+    prefix = place / "a b" / "prefix"
     flags = {**os.environ, "PKG_CONFIG_PATH": str(prefix / "lib" / "pkgconfig"),
              "LD_LIBRARY_PATH": str(prefix / "lib")}
     story = quietly(prefix / "bin" / "based", MODEL, "-t", "0", "-n", "40", "--no-display-prompt",
                     "--repeat-penalty", "1")
-    return SimpleNamespace(prefix=prefix, make=make, env=flags, story=story, sources=tar)
+    return SimpleNamespace(prefix=prefix, env=flags, story=story,
+                           sources=place / f"based-{VERSION}",
+                           make=lambda *targets: make(place, *targets))
 
 
 PROGRAM = r"""

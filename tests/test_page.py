@@ -108,16 +108,17 @@ class Browser:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """The page, in a folder of its own: other processes may run tests of this file, too."""
+def built(once):
+    """The page."""
     need("clang for WebAssembly",
          shutil.which(os.environ.get("WASM_CC", "clang-14")) and shutil.which("wasm-ld"))
-    build = tmp_path_factory.mktemp("build")
-    done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}",
-                           f"BUILD={build}", "SOURCE_URL=https://example.org/?a=1&b=2"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return build
+
+    def make(build):
+        done = subprocess.run(["make", "-C", str(ROOT), "page", "run", f"MODEL={MODEL}",
+                               f"BUILD={build}", "SOURCE_URL=https://example.org/?a=1&b=2"],
+                              capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return once("page", make)
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +140,27 @@ def driver():
         process.terminate()
 
 
-@pytest.fixture
-def browser(driver, tmp_path):
-    b = Browser(driver, tmp_path / "profile", tmp_path)
+@pytest.fixture(scope="module")
+def chromium(driver, tmp_path_factory):
+    place = tmp_path_factory.mktemp("chromium")
+    b = Browser(driver, place / "profile", place)
     yield b
     b.close()
+
+
+@pytest.fixture
+def browser(chromium, tmp_path):
+    """A new tab that knows nothing of those before it, and downloads into tmp_path."""
+    new = chromium.ask("/window/new", {"type": "tab"})["handle"]
+    chromium.ask("/window", method="DELETE")
+    chromium.ask("/window", {"handle": new})
+    chromium.ask("/window/rect", {"width": 1000, "height": 900})
+    for command, parameters in (
+            ("Storage.clearDataForOrigin", {"origin": "file://", "storageTypes": "all"}),
+            ("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})):
+        chromium.ask("/goog/cdp/execute", {"cmd": command, "params": parameters})
+    chromium.complaints()                                           # those are others'
+    return chromium
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -225,9 +225,9 @@ def test_interrupted_reading_goes_on_where_it_was(book, tmp_path):
     """
     text, _ = book
     long, state = tmp_path / "long.txt", tmp_path / "s"
-    long.write_bytes(text.read_bytes() * 40)
+    long.write_bytes(text.read_bytes() * 20)
     p = start(MODEL, "-f", long, "-n", 5, "-t", 0, "--save", state)
-    time.sleep(0.8)
+    time.sleep(0.4)
     p.send_signal(signal.SIGINT)
     _, err = p.communicate(timeout=60)
     if p.returncode == 0:

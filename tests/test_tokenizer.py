@@ -31,6 +31,7 @@ DATA = HERE / "data"
 MERGES = ROOT / "models" / "gpt2.bpe.xz"
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
+import based            # noqa: E402
 from models import tokens                       # noqa: E402
 import unicode_tables   # noqa: E402
 
@@ -56,12 +57,8 @@ class Decoder(ctypes.Structure):
 
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory):
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.so"
-    compiler = os.environ.get("CC", "cc").split()
-    subprocess.run([*compiler, "-std=c99", "-O2", "-ffp-contract=off", "-shared", "-fPIC",
-                    "-o", path, ROOT / "tokenizer.c", ROOT / "based.c", "-lm"], check=True)
-    lib = ctypes.CDLL(str(path))
+def library():
+    lib = based.build()
     p, size = ctypes.c_void_p, ctypes.c_size_t
     lib.based_tokenizer_init.argtypes = [p, p, size, ctypes.c_uint32, p]
     lib.based_encode_bound.argtypes = lib.based_encode_scratch.argtypes = [p, size]

@@ -1,4 +1,6 @@
 """models/train.py, end to end: it learns, and what it saves says the same in PyTorch and in C."""
+import contextlib
+import io
 import itertools
 import json
 import pathlib
@@ -18,10 +20,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "models" / "train.py"
 
 
-def python(*arguments):
-    done = subprocess.run([sys.executable, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A beginning of the trainer's own text, on which models are measured."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(TRAIN.read_text(encoding="utf-8")[:20000], encoding="utf-8")
+    return path
+
+
+def python(program, *arguments):
+    """What a program prints, which runs in this process: importing PyTorch takes seconds."""
+    main = {TRAIN: train.main, ROOT / "export.py": export.main}[program]
+    with (pytest.MonkeyPatch.context() as patch,
+          contextlib.redirect_stdout(io.StringIO()) as said):
+        patch.setattr(sys, "argv", [str(program), *map(str, arguments)])
+        assert not main()
+    return said.getvalue()
 
 
 def run(*arguments):
@@ -30,13 +44,14 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
+def smoke(once):
     """A model with all three mixers, one of which decays, trained for half a minute on the
     trainer's own text, exported."""
-    folder = tmp_path_factory.mktemp("smoke")
-    said = python(TRAIN, "--smoke", "--out", folder)
-    python(ROOT / "export.py", folder, folder / "smoke.bin")
-    return folder, said
+    def make(folder):
+        (folder / "said").write_text(python(TRAIN, "--smoke", "--out", folder))
+        python(ROOT / "export.py", folder, folder / "smoke.bin")
+    folder = once("smoke", make)
+    return folder, (folder / "said").read_text()
 
 
 def test_it_learns(smoke):
@@ -58,11 +73,9 @@ def test_same_logits_in_c(smoke, tmp_path):
     assert expected.std() > 0.5                         # of a model that has learned something
 
 
-def test_same_bits_per_byte_in_c(smoke, tmp_path):
+def test_same_bits_per_byte_in_c(smoke, text):
     """To four digits, over pieces of text that are fed one after the other and in blocks."""
     folder, _ = smoke
-    text = tmp_path / "text.txt"
-    text.write_text(TRAIN.read_text(encoding="utf-8")[:20000], encoding="utf-8")
     said = python(TRAIN, "--eval", folder, "--text", text)
     expected = float(re.search(r"([0-9.]+) bits per byte", said)[1])
     printed = run(folder / "smoke.bin", "-x", text, "-q")
@@ -71,16 +84,18 @@ def test_same_bits_per_byte_in_c(smoke, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def taught(smoke, tmp_path_factory):
+def taught(smoke, text, once):
     """A model that learns from the smoke model alone, in 4 bits from the middle on, with the mean
     of its weights."""
-    folder = tmp_path_factory.mktemp("taught")
-    said = python(TRAIN, "--out", folder, "--tokenizer", smoke[0] / "tokenizer.json",
-                  "--data", f"self={TRAIN}", "--valid", TRAIN, *SHAPE, "--length", 128,
-                  "--batch-tokens", 1024, "--tokens", "80e3", "--warm-up", 10, "--anneal", 0,
-                  "--eval-every", 26, "--teacher", smoke[0], "--teacher-share", 1,
-                  "--bits", 4, "--bits-part", 0.5, "--average", 0.1)
-    return folder, said
+    def make(folder):
+        (folder / "said").write_text(python(
+            TRAIN, "--out", folder, "--tokenizer", smoke[0] / "tokenizer.json",
+            "--data", f"self={TRAIN}", "--valid", text, *SHAPE, "--length", 128,
+            "--batch-tokens", 1024, "--tokens", "80e3", "--warm-up", 10, "--anneal", 0,
+            "--eval-every", 26, "--teacher", smoke[0], "--teacher-share", 1,
+            "--bits", 4, "--bits-part", 0.5, "--average", 0.1))
+    folder = once("taught", make)
+    return folder, (folder / "said").read_text()
 
 
 SHAPE = ("--layers", "clsc", "--width", 64, "--heads", 2, "--feature", 8, "--keys", 16,
@@ -103,10 +118,8 @@ def test_mean_of_weights(taught):
         assert now < mean < now + 0.6, taught[1]
 
 
-def test_4_bits_in_c(taught, tmp_path):
+def test_4_bits_in_c(taught, text, tmp_path):
     """The model as training saw it, rounded, is the one in the file; a float one is another."""
-    text = tmp_path / "text.txt"
-    text.write_text(TRAIN.read_text(encoding="utf-8")[:20000], encoding="utf-8")
     python(ROOT / "export.py", taught[0], tmp_path / "q4.bin", "--dtype", "q4")
     printed = run(tmp_path / "q4.bin", "-x", text, "-q")
     got = float(re.search(r"([0-9.]+) bits per byte", printed)[1])
@@ -142,14 +155,14 @@ def test_gradients_of_borrowed_values():
     assert p.tolist() == [1, 2] and p.grad.tolist() == [6, 10]
 
 
-def test_minutes(smoke, tmp_path, monkeypatch):
+def test_minutes(smoke, text, tmp_path, monkeypatch):
     """By a clock that goes 0.1 s at every look: each part of the time has its steps, the rate falls
     with it, and the last evaluation is not late."""
     ticks = itertools.count()
     monkeypatch.setattr(train, "time", types.SimpleNamespace(time=lambda: next(ticks) / 10))
     monkeypatch.setattr(sys, "argv", list(map(str, (
         TRAIN, "--out", tmp_path, "--tokenizer", smoke[0] / "tokenizer.json", "--data",
-        f"self={TRAIN}", "--valid", TRAIN, *SHAPE, "--length", 64, "--anneal-length", 128,
+        f"self={TRAIN}", "--valid", text, *SHAPE, "--length", 64, "--anneal-length", 128,
         "--anneal", 0.4, "--batch-tokens", 512, "--log-every", 1, "--eval-every", 7,
         "--minutes", 0.1))))
     train.main()
@@ -166,7 +179,6 @@ def test_minutes(smoke, tmp_path, monkeypatch):
 
 def test_teacher_of_another_language(smoke, tmp_path):
     train.train_tokenizer(["another text, other tokens"], 264, tmp_path / "other.json")
-    done = subprocess.run([sys.executable, TRAIN, "--out", tmp_path / "x", "--tokenizer",
-                           tmp_path / "other.json", "--data", f"self={TRAIN}", "--teacher",
-                           smoke[0], "--length", "128"], capture_output=True, text=True)
-    assert done.returncode and "has another tokenizer" in done.stderr.splitlines()[-1]
+    with pytest.raises(SystemExit, match="has another tokenizer"):
+        python(TRAIN, "--out", tmp_path / "x", "--tokenizer", tmp_path / "other.json", "--data",
+               f"self={TRAIN}", "--teacher", smoke[0], "--length", 128)
