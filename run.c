@@ -27,8 +27,8 @@
  *         -- readers who only want to know how a text is written can stop there --
  *      3. The operating system       all that is not C99
  *      4. Files                      reading, and writing a file that appears only when complete
- *      5. Feeding and statistics     blocks of tokens, guesses, the progress line, times
- *      6. From text to tokens        prompts from everywhere
+ *      5. From text to tokens        prompts from everywhere
+ *      6. Feeding and statistics     blocks of tokens, guesses, the progress line, times
  *      7. Saved states               --save, --load, and what /undo goes back to
  *      8. Chat                       turns, with commands
  *      9. Perplexity                 -x
@@ -37,7 +37,7 @@
  *     12. Vectors                    --vectors, for models that do not read text
  *     13. Options                    one table: parsing, help, errors, what goes with what
  *     14. Many texts at once         --jsonl, --branches
- *     15. main
+ *     15. main                       generate, and the choice of what is to be done
  */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
 #define _XOPEN_SOURCE 700               /* POSIX 2008, and realpath                               */
@@ -286,30 +286,15 @@ enum lead { CONTINUES, OPENS, BEGINS, PREDICTS };
 enum extent { ALL, LINE, STATE };
 
 /* What is used before its section, with the number of that. */
-static int     save_to_file(run *r, const char *path);              /*  7: --save, /save          */
-static int     load_prompt(run *r);                                 /*  7: --load                 */
-static int     score_rows(run *r, size_t first, size_t n);          /*  9: for feed_ids           */
-static int     no_tokenizer(const run *r);                          /*  6: an error line          */
-static int32_t start_token(const based_tokenizer *t);               /*  6: begins a text; or -1   */
-static int     check_logits(run *r, const float *logits, uint64_t token);   /*  5: are there any? */
-static int     read_prompt(run *r);                                 /*  6: -i, -f, ... to r->ids  */
-static int     open_session(run *r, int every_row);                 /*  5: r->session             */
-static int     feed_ids(run *r, size_t n);                          /*  5: the first n of r->ids  */
-static void    hash_logits(run *r, const float *logits);            /*  5: for -v                 */
-static int     open_lookup(run *r);                                 /*  5: --lookup               */
-static void    look_up(run *r, int32_t id);                         /*  5: one more token of text */
-static int     feed_ahead(run *r, int32_t id, uint64_t most);       /*  5: it, and guesses        */
-static int     drop_guesses(run *r);                                /*  5: out of the session     */
-static int     dump_rows(run *r, const float *rows, size_t n);      /*  5: --dump-logits          */
-static void    clear_progress(run *r);                              /*  5: before an error line   */
-static void    describe(const run *r, const char *what);            /*  5: the lines of -v        */
-static void    report(const run *r, const char *feeding, int reading);      /*  5                 */
-static int     open_output(const run *r, output *f, const char *path, const char *what);    /*  4 */
-static int     close_output(output *f, int rc);                     /*  4: and gives it its name  */
-static double  seconds(void);                                       /*  3: a clock                */
-static void    catch_signals(int all);                              /*  3: Ctrl-C ends the text   */
-static void    print_settings(const run *r, FILE *to);              /* 13: of the sampler         */
-static int     write_branches(run *r);                              /* 14: --branches             */
+static int    feed_ids(run *r, size_t n);                           /*  6: the first n of r->ids  */
+static int    feed_ahead(run *r, int32_t id, uint64_t most);        /*  6: it, and guesses        */
+static void   look_up(run *r, int32_t id);                          /*  6: one more token of text */
+static int    drop_guesses(run *r);                                 /*  6: out of the session     */
+static int    dump_rows(run *r, const float *rows, size_t n);       /*  6: --dump-logits          */
+static void   clear_progress(run *r);                               /*  6: before an error line   */
+static int    score_rows(run *r, size_t first, size_t n);           /*  9: --perplexity           */
+static double seconds(void);                                        /*  3: a clock                */
+static void   print_settings(const run *r, FILE *to);               /* 13: of the sampler         */
 
 /* ==== 2. Continue a text =========================================================================
  * Why the program exists. The prompt is fed in blocks; then each new token is drawn from the
@@ -430,6 +415,22 @@ static const float *logits_of(const run *r) {
 }
 static uint64_t count_of(const run *r) {
     return based_count(r->session) - (r->lookup.fed - r->lookup.used);
+}
+
+/* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
+static void hash_logits(run *r, const float *logits) {
+    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
+}
+
+/* If no logit is finite, there is nothing to choose from. */
+static int check_logits(run *r, const float *logits, uint64_t token) {
+    for (size_t i = 0; i < based_width(r->model); i++) {
+        if (logits[i] - logits[i] == 0) return DONE;
+    }
+    clear_progress(r);
+    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
+                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
+                r->o->vectors ? ", or the vectors are" : "");
 }
 
 /* Feeds the newest token of the text, unless that has been done, and at most `ahead` guesses. */
@@ -560,40 +561,8 @@ static void free_text(run *r) {
     r->out.token = r->out.held.bytes = NULL;
 }
 
-/* For -v: the seed and the settings. */
-static void tell_sampling(const run *r) {
-    if (!r->o->verbose) return;
-    fprintf(stderr, "seed:   %" PRIu64 "\nsample:", r->sampler.seed);
-    print_settings(r, stderr);
-}
-
-static int generate(run *r) {
-    TRY(open_session(r, r->o->dump != NULL));
-    TRY(read_prompt(r));
-    TRY(prepare(r));
-    TRY(open_lookup(r));
-    if (r->o->load) TRY(load_prompt(r));
-    if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
-    catch_signals(0);
-    describe(r, "prompt:");
-    tell_sampling(r);
-    TRY(feed_prompt(r));
-    if (r->o->branches) {
-        TRY(write_branches(r));
-    } else {
-        if (!interrupted) TRY(show_prompt(r, !r->o->no_display_prompt));
-        TRY(flush_text());
-        TRY(continue_text(r));
-        TRY(end_text(r));
-    }
-    if (r->o->save) TRY(feed_newest(r, 0));     /* its logits belong to the dump                  */
-    TRY(close_output(&r->dump, DONE));
-    if (r->o->save) TRY(save_to_file(r, r->o->save));
-    report(r, "prompt eval time", r->o->predict == 0);
-    return interrupted ? INTERRUPTED : DONE;
-}
-
-/* ---- If you wanted to know how a text is written with based.h, you can stop reading here. ---- */
+/* ---- If you wanted to know how a text is written with based.h, you can stop reading here; only
+ * generate, in section 15, puts these functions into their order. ---- */
 
 /* ==== 3. The operating system ====================================================================
  * Everything that is not C99. Without it the program still works: the clock is coarser, files are
@@ -1065,7 +1034,165 @@ static int close_output(output *f, int rc) {
     return rc == DONE && error ? output_failed(f) : rc;
 }
 
-/* ==== 5. Feeding and statistics ==================================================================
+/* ==== 5. From text to tokens =====================================================================
+ * Prompts come from -i, -f, --tokens, --append or standard input, and end up in r->ids.
+ */
+static int no_tokenizer(const run *r) {
+    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a "
+                "tokenizer", r->o->checkpoint);
+}
+
+/* The token that the model saw before every text in training; -1 if there is none. */
+static int32_t start_token(const based_tokenizer *t) {
+    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
+    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
+}
+
+/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
+ * follow their letter) and this one does not. */
+static void warn_of_nfc(run *r, const char *text, size_t n) {
+    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
+    for (size_t i = 0; i + 1 < n && !quiet; i++) {
+        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
+        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
+        clear_progress(r);
+        fputs("note: some accents of this text stand apart from their letters; the model was "
+              "trained on text without such (Unicode's NFC), and understands it less well\n",
+              stderr);
+        quiet = r->told_nfc = 1;
+    }
+}
+
+/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
+ * text[from .. to - 1]. Returns a status of the library; r->error says more. */
+static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
+    based_tokenizer t = r->tokenizer;
+    const size_t end[3] = { from, to, n };
+    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
+    int64_t got = 0;
+    warn_of_nfc(r, text, n);
+    if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+
+    /* room for the start token and as many others as there can be */
+    size_t bound = based_encode_bound(&t, n), size = sizeof *r->ids;
+    free(r->ids);
+    r->n_ids = r->n_loaded = 0;
+    r->ids = bound >= SIZE_MAX / size ? NULL : malloc((bound + 1) * size);
+    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
+    if (!r->ids || !scratch) {
+        free(scratch);
+        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
+        return BASED_ENOMEM;
+    }
+
+    /* the start token, where based_encode does not put it */
+    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
+        r->ids[r->n_ids++] = start_token(&t);
+    }
+    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
+        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
+        if (part == 1) r->n_first = r->n_ids;
+        if (end[part] == at) continue;
+        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
+        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
+                           &r->error);
+        /* only the first text gets a prefix space */
+        for (int64_t i = 0; i < got; i++) {
+            size_t shown;
+            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
+            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+        }
+    }
+    free(scratch);
+    return got < 0 ? (int)got : BASED_OK;
+}
+
+static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                        size_t to) {
+    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
+    return DONE;
+}
+
+static int encode(run *r, const char *text, size_t n, enum lead lead) {
+    return encode_parts(r, text, n, lead, n, n);
+}
+
+/* The length of the special token's name that the text begins with; or 0. */
+static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
+    for (uint32_t i = 0; i < t->specials; i++) {
+        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
+        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
+    }
+    return 0;
+}
+
+/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
+ * text there. The text is cut only at special tokens of the template, where it would be cut in any
+ * case; so without such names the tokens are those of encode. */
+static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
+    size_t begin = 0, name;
+    for (size_t at = 0; at < from; ) {
+        name = special_name(&r->tokenizer, text + at, from - at);
+        at += name ? name : 1;
+        if (name) begin = at;
+    }
+    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
+    return encode_parts(r, text, n, lead, begin, to);
+}
+
+/* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
+static int read_tokens(run *r, const char *list) {
+    static const char separators[] = " ,\t\r\n";
+    uint64_t id, vocab = based_width(r->model);
+    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
+    if (!r->ids) return out_of_memory("the tokens");
+    for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
+        n = strcspn(list, separators);
+        id = strtoull(list, NULL, 10);
+        if (strspn(list, "0123456789") < n || id >= vocab) {
+            char word[SHORT_BYTES];
+            snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
+            return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
+                        "got %s", vocab - 1, QUOTE(word));
+        }
+        r->ids[r->n_ids++] = (int32_t)id;
+    }
+    if (r->n_ids > 0) return DONE;
+    return fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
+}
+
+/* The prompt. Without one a new text begins with the start token. After --load the prompt is the
+ * text of --append, or nothing. */
+static int read_prompt(run *r) {
+    const options *o = r->o;
+    int append = o->load && !(o->prompt || o->file || o->tokens);
+    const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
+    if (append && !text) return DONE;
+    if (o->tokens) return read_tokens(r, o->tokens);
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    if (text && strcmp(text, "-") == 0) path = "-";
+    if (!text && !path && !same_file(o->checkpoint, "-")) {
+        int comes = input_comes();
+        if (comes > 0) path = "-";
+        if (comes < 0 && !o->quiet) {
+            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
+                  "-i - waits for it\n", stderr);
+        }
+    }
+    if (path) {
+        TRY(read_text(r, path));
+        TRY(encode(r, r->input.bytes, r->input.n, append ? CONTINUES : BEGINS));
+    } else {
+        TRY(encode(r, text, text ? strlen(text) : 0, append ? CONTINUES : BEGINS));
+    }
+    if (r->n_ids > 0 || append) return DONE;
+    return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
+                o->checkpoint);
+}
+
+/* ==== 6. Feeding and statistics ==================================================================
  * Sessions, blocks of tokens with a progress line where a person is waiting, and what is told on
  * stderr.
  */
@@ -1093,22 +1220,6 @@ static int open_session(run *r, int every_row) {
     if (every_row && !r->rows) return out_of_memory("logits");
     return r->has_tokenizer || !(r->o->chat || r->o->perplexity || r->o->jsonl) ? DONE
                                                                                : no_tokenizer(r);
-}
-
-/* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
-static void hash_logits(run *r, const float *logits) {
-    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
-}
-
-/* If no logit is finite, there is nothing to choose from. */
-static int check_logits(run *r, const float *logits, uint64_t token) {
-    for (size_t i = 0; i < based_width(r->model); i++) {
-        if (logits[i] - logits[i] == 0) return DONE;
-    }
-    clear_progress(r);
-    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
-                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
-                r->o->vectors ? ", or the vectors are" : "");
 }
 
 /* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
@@ -1312,6 +1423,13 @@ static void describe(const run *r, const char *what) {
     if (what) fprintf(stderr, "%-7s %s tokens\n", what, THOUSANDS(r->n_ids));
 }
 
+/* For -v: the seed and the settings. */
+static void tell_sampling(const run *r) {
+    if (!r->o->verbose) return;
+    fprintf(stderr, "seed:   %" PRIu64 "\nsample:", r->sampler.seed);
+    print_settings(r, stderr);
+}
+
 static void time_line(const char *what, double spent, uint64_t n, const char *unit) {
     fprintf(stderr, "%16s = %10.2f ms / %5" PRIu64 " %-6s (%8.2f ms per token, "
             "%8.2f tokens per second)\n", what, 1e3 * spent, n, unit,
@@ -1333,164 +1451,6 @@ static void report(const run *r, const char *feeding, int reading) {
     if (r->o->quiet) return;
     fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
                                                     : per_second(r->timed, r->generate_time));
-}
-
-/* ==== 6. From text to tokens =====================================================================
- * Prompts come from -i, -f, --tokens, --append or standard input, and end up in r->ids.
- */
-static int no_tokenizer(const run *r) {
-    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a "
-                "tokenizer", r->o->checkpoint);
-}
-
-/* The token that the model saw before every text in training; -1 if there is none. */
-static int32_t start_token(const based_tokenizer *t) {
-    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
-    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
-}
-
-/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
- * follow their letter) and this one does not. */
-static void warn_of_nfc(run *r, const char *text, size_t n) {
-    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
-    for (size_t i = 0; i + 1 < n && !quiet; i++) {
-        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
-        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
-        clear_progress(r);
-        fputs("note: some accents of this text stand apart from their letters; the model was "
-              "trained on text without such (Unicode's NFC), and understands it less well\n",
-              stderr);
-        quiet = r->told_nfc = 1;
-    }
-}
-
-/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
- * text[from .. to - 1]. Returns a status of the library; r->error says more. */
-static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                          size_t to) {
-    based_tokenizer t = r->tokenizer;
-    const size_t end[3] = { from, to, n };
-    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
-    int64_t got = 0;
-    warn_of_nfc(r, text, n);
-    if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
-
-    /* room for the start token and as many others as there can be */
-    size_t bound = based_encode_bound(&t, n), size = sizeof *r->ids;
-    free(r->ids);
-    r->n_ids = r->n_loaded = 0;
-    r->ids = bound >= SIZE_MAX / size ? NULL : malloc((bound + 1) * size);
-    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
-    if (!r->ids || !scratch) {
-        free(scratch);
-        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
-        return BASED_ENOMEM;
-    }
-
-    /* the start token, where based_encode does not put it */
-    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
-        r->ids[r->n_ids++] = start_token(&t);
-    }
-    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
-        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
-        if (part == 1) r->n_first = r->n_ids;
-        if (end[part] == at) continue;
-        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
-        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
-                           &r->error);
-        /* only the first text gets a prefix space */
-        for (int64_t i = 0; i < got; i++) {
-            size_t shown;
-            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
-            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
-        }
-    }
-    free(scratch);
-    return got < 0 ? (int)got : BASED_OK;
-}
-
-static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                        size_t to) {
-    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
-    return DONE;
-}
-
-static int encode(run *r, const char *text, size_t n, enum lead lead) {
-    return encode_parts(r, text, n, lead, n, n);
-}
-
-/* The length of the special token's name that the text begins with; or 0. */
-static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
-    for (uint32_t i = 0; i < t->specials; i++) {
-        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
-        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
-    }
-    return 0;
-}
-
-/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
- * text there. The text is cut only at special tokens of the template, where it would be cut in any
- * case; so without such names the tokens are those of encode. */
-static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                          size_t to) {
-    size_t begin = 0, name;
-    for (size_t at = 0; at < from; ) {
-        name = special_name(&r->tokenizer, text + at, from - at);
-        at += name ? name : 1;
-        if (name) begin = at;
-    }
-    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
-    return encode_parts(r, text, n, lead, begin, to);
-}
-
-/* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
-static int read_tokens(run *r, const char *list) {
-    static const char separators[] = " ,\t\r\n";
-    uint64_t id, vocab = based_width(r->model);
-    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
-    if (!r->ids) return out_of_memory("the tokens");
-    for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
-        n = strcspn(list, separators);
-        id = strtoull(list, NULL, 10);
-        if (strspn(list, "0123456789") < n || id >= vocab) {
-            char word[SHORT_BYTES];
-            snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
-            return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
-                        "got %s", vocab - 1, QUOTE(word));
-        }
-        r->ids[r->n_ids++] = (int32_t)id;
-    }
-    if (r->n_ids > 0) return DONE;
-    return fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
-}
-
-/* The prompt. Without one a new text begins with the start token. After --load the prompt is the
- * text of --append, or nothing. */
-static int read_prompt(run *r) {
-    const options *o = r->o;
-    int append = o->load && !(o->prompt || o->file || o->tokens);
-    const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
-    if (append && !text) return DONE;
-    if (o->tokens) return read_tokens(r, o->tokens);
-    if (!r->has_tokenizer) return no_tokenizer(r);
-    if (text && strcmp(text, "-") == 0) path = "-";
-    if (!text && !path && !same_file(o->checkpoint, "-")) {
-        int comes = input_comes();
-        if (comes > 0) path = "-";
-        if (comes < 0 && !o->quiet) {
-            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
-                  "-i - waits for it\n", stderr);
-        }
-    }
-    if (path) {
-        TRY(read_text(r, path));
-        TRY(encode(r, r->input.bytes, r->input.n, append ? CONTINUES : BEGINS));
-    } else {
-        TRY(encode(r, text, text ? strlen(text) : 0, append ? CONTINUES : BEGINS));
-    }
-    if (r->n_ids > 0 || append) return DONE;
-    return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
-                o->checkpoint);
 }
 
 /* ==== 7. Saved states ============================================================================
@@ -3699,7 +3659,35 @@ static int answer_requests(run *r) {
     return rc;
 }
 
-/* ==== 15. main ================================================================================ */
+/* ==== 15. main ===================================================================================
+ * The work that the options ask for; generate, which continues one text, is the usual one.
+ */
+static int generate(run *r) {
+    TRY(open_session(r, r->o->dump != NULL));
+    TRY(read_prompt(r));
+    TRY(prepare(r));
+    TRY(open_lookup(r));
+    if (r->o->load) TRY(load_prompt(r));
+    if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
+    catch_signals(0);
+    describe(r, "prompt:");
+    tell_sampling(r);
+    TRY(feed_prompt(r));
+    if (r->o->branches) {
+        TRY(write_branches(r));
+    } else {
+        if (!interrupted) TRY(show_prompt(r, !r->o->no_display_prompt));
+        TRY(flush_text());
+        TRY(continue_text(r));
+        TRY(end_text(r));
+    }
+    if (r->o->save) TRY(feed_newest(r, 0));     /* its logits belong to the dump                  */
+    TRY(close_output(&r->dump, DONE));
+    if (r->o->save) TRY(save_to_file(r, r->o->save));
+    report(r, "prompt eval time", r->o->predict == 0);
+    return interrupted ? INTERRUPTED : DONE;
+}
+
 static int do_job(run *r, options *o) {
     if (o->help) return print_help();
     if (o->version) {
