@@ -83,6 +83,7 @@ enum { NUMBER_BYTES = 24 };             /* a 64-bit number with its sign, a spac
 enum { NOTE_HEADER = 28 };              /* bytes of a saved note before the recent tokens         */
 enum { UNDO = 8 };                      /* turns of a conversation that can be taken back         */
 enum { SHORT_BYTES = 80 };              /* what the user typed, shortened for a line              */
+enum { FORMAT_BYTES = 160 };            /* of FORMAT, below                                       */
 
 typedef struct {                        /* the command line; section 13 fills it                  */
     const char *checkpoint;
@@ -91,7 +92,7 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
     const char *jsonl;                  /* requests, one a line                                   */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
-    char       *turn, *stop, *own;      /* the plain template; what ends a reply there            */
+    char       *turn, *stop, *own;      /* the plain template; what ends a reply there; one block */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
     int64_t     predict, top_k, repeat_last_n, threads, branches, parallel, lookup;
@@ -133,7 +134,6 @@ typedef struct {                        /* of a conversation                    
     buffer   line, name;                /* what was typed; the file of the last /save, or --save  */
     based_session *snapshot;            /* before the token in which the held text begins         */
     buffer   raw;                       /* the text generated since the snapshot                  */
-    int      has_snapshot;
 } conversation;
 
 typedef struct {                        /* guesses at the next tokens, from the text so far; 5    */
@@ -152,6 +152,7 @@ typedef struct {                        /* guesses at the next tokens, from the 
 typedef struct {                        /* one run of the program                                 */
     const options  *o;
     based_model    *model;
+    char            name[65];           /* of the model                                           */
     based_session  *session;
     based_tokenizer tokenizer;
     int             has_tokenizer;
@@ -190,11 +191,10 @@ static void sanitize(char *text) {
 }
 
 /* The name in the checkpoint, made fit for a terminal. */
-static const char *model_name(const run *r, char name[65]) {
-    memcpy(name, based_model_config(r->model)->name, 64);
-    name[64] = '\0';
-    sanitize(name);
-    return name[0] ? name : "a model without a name";
+static void take_name(run *r) {
+    memcpy(r->name, based_model_config(r->model)->name, sizeof r->name - 1);
+    if (!r->name[0]) strcpy(r->name, "a model without a name");
+    sanitize(r->name);
 }
 
 /* What the program was started as; set once, by main. */
@@ -203,13 +203,12 @@ static const char *program = "run";
 /* Prints one error line and returns `status`. */
 static int fail(int status, const char *format, ...) {
     char line[1024];
-    int n = snprintf(line, sizeof line / 4, "%s: ", program);
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(line + n, sizeof line - (size_t)n, format, arguments);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     sanitize(line);
-    fprintf(stderr, "%s\n", line);
+    fprintf(stderr, "%s: %s\n", program, line);
     return status;
 }
 
@@ -229,12 +228,21 @@ static int out_of_memory(const char *what) {
     return fail(BAD_INPUT, "not enough memory for %s", what);
 }
 
-/* 1234567 as 1,234,567. THOUSANDS(value) brings its own buffer, which lives as long as the block
- * around it. So do QUOTE(text), what the user typed in quotes and shortened, and AMOUNT(bytes),
- * 412 kB or 6.1 MB. */
+/* FORMAT(...), a short text made as printf does, brings its own buffer, which lives as long as the
+ * block around it. So do THOUSANDS(1234567), 1,234,567; QUOTE(text), what the user typed, in quotes
+ * and shortened; and AMOUNT(bytes), 412 kB or 6.1 MB. */
+#define FORMAT(...) format_text((char[FORMAT_BYTES]){ 0 }, __VA_ARGS__)
 #define THOUSANDS(value) thousands((char[SHORT_BYTES]){ 0 }, value)
 #define QUOTE(text) quote((char[SHORT_BYTES]){ 0 }, text)
 #define AMOUNT(bytes) amount((char[SHORT_BYTES]){ 0 }, (double)(bytes))
+
+static const char *format_text(char out[FORMAT_BYTES], const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(out, FORMAT_BYTES, format, arguments);
+    va_end(arguments);
+    return out;
+}
 
 static const char *thousands(char out[SHORT_BYTES], uint64_t value) {
     int n = snprintf(out, SHORT_BYTES, "%" PRIu64, value);
@@ -259,6 +267,8 @@ static const char *amount(char out[SHORT_BYTES], double bytes) {
     else snprintf(out, SHORT_BYTES, "%.1f MB", bytes / 1e6);
     return out;
 }
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static double per_second(uint64_t count, double spent) {
     return spent > 0 ? (double)count / spent : 0;
@@ -378,7 +388,7 @@ static int put_text(run *r, const char *text, size_t n, int last) {
         for (size_t i = 0; i < r->o->n_stops; i++) {
             const char *stop = r->o->stops[i];
             size_t bytes = strlen(stop);
-            if (memcmp(held->bytes + at, stop, bytes < rest ? bytes : rest) != 0) continue;
+            if (memcmp(held->bytes + at, stop, smaller(bytes, rest)) != 0) continue;
             out->stopped |= bytes <= rest;
             if (bytes <= rest || (!last && at < ready)) ready = at;
         }
@@ -462,13 +472,9 @@ static int feed_prompt(run *r) {
 static void take_snapshot(run *r, size_t n) {
     conversation *c = &r->chat;
     size_t held = r->out.held.n;
-    if (held == 0) c->has_snapshot = 0;
+    if (held <= n || c->raw.n + n > c->raw.room) c->raw.n = 0;
     if (held == 0) return;
-    if (held <= n || !c->has_snapshot || c->raw.n + n > c->raw.room) {
-        c->has_snapshot = 1;
-        c->raw.n = 0;
-        based_copy(c->snapshot, r->session, NULL);
-    }
+    if (c->raw.n == 0) based_copy(c->snapshot, r->session, NULL);
     memcpy(c->raw.bytes + c->raw.n, r->out.token, n);
     c->raw.n += n;
 }
@@ -710,12 +716,12 @@ static int open_temporary(output *f) {
     f->target = realpath(f->path, NULL);
     if (!f->target && errno != ENOENT) return -1;
     const char *path = f->target ? f->target : f->path, *slash = strrchr(path, '/');
-    size_t folder = slash ? (size_t)(slash + 1 - path) : 0, base = strlen(path + folder);
+    size_t folder = slash ? (size_t)(slash + 1 - path) : 0;
+    size_t base = smaller(strlen(path + folder), 200);  /* names may have 255 bytes */
     size_t bytes = folder + base + 48;
     char *name = malloc(bytes);
     int fd = -1;
     if (!name) return -1;
-    if (base > 200) base = 200;         /* names may have 255 bytes                               */
     renaming = 1;
     for (int k = 0; fd < 0 && k < 10000 && (k == 0 || errno == EEXIST); k++) {
         snprintf(name, bytes, "%.*s.%ld-%d.tmp", (int)(folder + base), path, (long)getpid(), k);
@@ -888,6 +894,11 @@ static uint64_t get_little(const unsigned char *from, size_t n) {
     return value;
 }
 
+static int cannot_read(const char *path) {
+    return fail(BAD_INPUT, "cannot read %s: %s",
+                strcmp(path, "-") == 0 ? "standard input" : path, strerror(errno));
+}
+
 /* Reads a file, or standard input for "-"; all of it, or only its next line, newline included, or
  * only its beginning if a saved state was expected and it is none. The bytes are followed by a zero
  * that does not count; there are none at the end of the input. */
@@ -913,8 +924,8 @@ static int read_input(const char *path, enum extent extent, buffer *to) {
         clearerr(stdin);
         return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
     }
-    return fail(BAD_INPUT, "cannot read %s: %s", standard ? "standard input" : path,
-                strerror(error));
+    errno = error;
+    return cannot_read(path);
 }
 
 /* Drops a byte order mark, which is no part of a text. */
@@ -1145,17 +1156,15 @@ static int encode_message(run *r, const char *text, size_t n, enum lead lead, si
 /* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
 static int read_tokens(run *r, const char *list) {
     static const char separators[] = " ,\t\r\n";
-    uint64_t id, vocab = based_width(r->model);
+    uint64_t vocab = based_width(r->model);
     r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
     if (!r->ids) return out_of_memory("the tokens");
     for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
         n = strcspn(list, separators);
-        id = strtoull(list, NULL, 10);
+        uint64_t id = strtoull(list, NULL, 10);
         if (strspn(list, "0123456789") < n || id >= vocab) {
-            char word[SHORT_BYTES];
-            snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
             return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
-                        "got %s", vocab - 1, QUOTE(word));
+                        "got %s", vocab - 1, QUOTE(FORMAT("%.*s", (int)smaller(n, 99), list)));
         }
         r->ids[r->n_ids++] = (int32_t)id;
     }
@@ -1224,24 +1233,24 @@ static int open_session(run *r, int every_row) {
 
 /* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
 static int dump_rows(run *r, const float *rows, size_t n) {
-    size_t width = based_width(r->model), total = n * width;
+    size_t width = based_width(r->model), total = n * width, at = 0;
     uint64_t before = count_of(r) - n;
     unsigned char bytes[4096];
     for (size_t row = 0; row < n; row++) {
         TRY(check_logits(r, rows + row * width, before + row + 1));
         hash_logits(r, rows + row * width);
     }
-    for (size_t done = 0, some; done < total; done += some) {
-        some = total - done < sizeof bytes / 4 ? total - done : sizeof bytes / 4;
-        for (size_t i = 0; i < some; i++) {
-            uint32_t bits;
-            memcpy(&bits, rows + done + i, sizeof bits);
-            put_little(bytes + 4 * i, bits, 4);
-        }
-        if (fwrite(bytes, 4, some, r->dump.file) != some) {
+    for (size_t i = 0; i < total; i++) {
+        uint32_t bits;
+        memcpy(&bits, rows + i, sizeof bits);
+        put_little(bytes + at, bits, 4);
+        at += 4;
+        if (at < sizeof bytes && i + 1 < total) continue;
+        if (fwrite(bytes, 1, at, r->dump.file) != at) {
             clear_progress(r);
             return output_failed(&r->dump);
         }
+        at = 0;
     }
     return DONE;
 }
@@ -1256,27 +1265,17 @@ static void clear_progress(run *r) {
 }
 
 /* The progress line is rewritten a few times per second, once the work has taken a while. */
-static int progress_is_due(const run *r) {
+static void show_progress(run *r, const char *format, ...) {
+    char line[FORMAT_BYTES];
     double now = seconds();
-    return !r->o->quiet && now - r->begun >= 0.3 && now - r->shown >= 0.1 && is_terminal(stderr);
-}
-
-static void print_progress(run *r, const char *line) {
+    if (r->o->quiet || now - r->begun < 0.3 || now - r->shown < 0.1 || !is_terminal(stderr)) return;
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
     fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
     fflush(stderr);
-    r->shown = seconds();
-}
-
-static void show_progress(run *r, size_t done, size_t total) {
-    double spent = seconds() - r->begun;
-    char line[160];
-    if (r->o->jsonl || !progress_is_due(r)) return;
-    int n = snprintf(line, sizeof line, "%s: %s of %s tokens, %.0f tok/s, %.0f s left",
-                     r->o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(done),
-                     THOUSANDS(total), per_second(done, spent),
-                     spent / (double)done * (double)(total - done));
-    if (r->scored) snprintf(line + n, sizeof line - (size_t)n, ", PPL %.4g", exp(r->mean));
-    print_progress(r, line);
+    r->shown = now;
 }
 
 /* Feeds the first n of r->ids, without the loaded ones, and scores or dumps the logits if that is
@@ -1287,7 +1286,7 @@ static int feed_ids(run *r, size_t n) {
     float *rows = o->perplexity || o->dump ? r->rows : NULL;
     r->begun = seconds();
     for (size_t i = r->n_loaded, some; i < n && !interrupted; i += some) {
-        some = n - i < r->block ? n - i : r->block;
+        some = smaller(n - i, r->block);
         if (o->perplexity) {
             /* every document of a text begins, at a start token, with an empty session */
             size_t same = 1;
@@ -1307,7 +1306,13 @@ static int feed_ids(run *r, size_t n) {
         r->fed += some;
         if (o->perplexity) TRY(score_rows(r, i, some));
         if (o->dump) TRY(dump_rows(r, r->rows, some));
-        show_progress(r, i + some, n);
+        double spent = seconds() - r->begun, done = (double)(i + some);
+        if (!o->jsonl) {
+            show_progress(r, "%s: %s of %s tokens, %.0f tok/s, %.0f s left%s",
+                          o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(i + some),
+                          THOUSANDS(n), done / spent, spent / done * ((double)n - done),
+                          o->perplexity ? FORMAT(", PPL %.4g", exp(r->mean)) : "");
+        }
     }
     r->feed_time += seconds() - r->begun;
     clear_progress(r);
@@ -1415,10 +1420,9 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
 
 /* -v, before the work: what was opened and how long the text is. */
 static void describe(const run *r, const char *what) {
-    char name[65];
     if (!r->o->verbose) return;
     fprintf(stderr, "model:  %s, %s parameters\nstate:  %s bytes, however long the text\n",
-            model_name(r, name), THOUSANDS(based_model_parameters(r->model)),
+            r->name, THOUSANDS(based_model_parameters(r->model)),
             THOUSANDS(based_state_bytes(r->model)));
     if (what) fprintf(stderr, "%-7s %s tokens\n", what, THOUSANDS(r->n_ids));
 }
@@ -1691,7 +1695,6 @@ static int commit_reply(run *r) {
     /* a stop text: back to before it, then up to it */
     r->unfed = -1;
     based_copy(r->session, c->snapshot, NULL);
-    c->has_snapshot = 0;
     if (printed > 0) {
         TRY(encode_message(r, c->raw.bytes, printed, CONTINUES, 0, printed));
         TRY(feed_prompt(r));
@@ -1702,7 +1705,7 @@ static int commit_reply(run *r) {
 /* One turn: a message of n bytes and the reply to it. */
 static int chat_turn(run *r, const char *message, size_t n) {
     const options *o = r->o;
-    const conversation *c = &r->chat;
+    conversation *c = &r->chat;
 
     /* the message in its template, then the beginning of a reply */
     const char *user = c->text[BASED_CHAT_USER], *said = strstr(user, "{}"),
@@ -1726,7 +1729,7 @@ static int chat_turn(run *r, const char *message, size_t n) {
     push_undo(r, message);
 
     /* the reply */
-    r->chat.has_snapshot = 0;
+    c->raw.n = 0;
     rc = continue_text(r);
     if (rc != DONE && !ferror(stdout)) return rc;
     int committed = commit_reply(r);    /* the session knows what was said, even if nobody reads  */
@@ -1784,7 +1787,6 @@ static int run_command(run *r, const char *line, size_t n) {
 /* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
 static void choose_template(run *r, options *o) {
     const char *const plain[4] = { "{}\n", o->turn, "{}\n", "" };
-    char name[65];
     if (!o->chat || !r->has_tokenizer) return;
     if (r->tokenizer.chat[0] && !o->chat_template) {
         memcpy(r->chat.text, r->tokenizer.chat, sizeof r->chat.text);
@@ -1795,7 +1797,7 @@ static void choose_template(run *r, options *o) {
     if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
     if (o->chat_template || o->quiet) return;
     fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
-            "two people might\n", model_name(r, name));
+            "two people might\n", r->name);
 }
 
 /* Feeds the start token if the template does not name it, and sets what stands before the first
@@ -1961,8 +1963,6 @@ enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 
 enum { LONGEST_WAIT = 600 };            /* seconds for a text before its test is left out         */
 
 typedef struct {
-    char     name[65];
-    const char *model;
     int      threads;
     uint64_t weights, state, memory;    /* bytes: read per token, of a session, of the process    */
     unsigned char *bytes;               /* (weights) what is read to measure the memory           */
@@ -1970,36 +1970,24 @@ typedef struct {
     based_session *session[BATCH_MOST];
 } benchmark;
 
-/* Two ways to read all cache lines of a block: one byte of each line, at addresses known
- * beforehand; and a search for a byte that is not there, for which the C library uses the widest
- * instructions of the machine. */
-static int read_lines(const unsigned char *p, size_t n) {
-    int found = 0;
-    for (size_t i = 0; i < n; i += 64) found |= p[i];
-    return found >> 1;
-}
-
-static int search(const unsigned char *p, size_t n) { return memchr(p, 2, n) != NULL; }
-
-/* How many bytes per second can be read now, by as many threads as the model uses? 0 if that cannot
- * be measured. The best of several readings, because a block that fits into a cache is there only
- * after the first ones. */
+/* How many bytes per second can be read now, by as many threads as the model uses? They search for
+ * a byte that is not there, for which the C library uses the widest instructions of the machine.
+ * The best of several readings, because a block that fits into a cache is there only after the
+ * first one. 0 if that cannot be measured. */
 static double read_memory(const benchmark *b) {
     size_t part = (size_t)b->weights / (size_t)b->threads;
     double most = 0.0, enough = seconds() + 0.05;
     int found = 0;
-    for (int way = 0; b->bytes && (way < 2 || seconds() < enough); way++) {
-        double begun = seconds(), spent;
+    for (int i = 0; b->bytes && (i < 2 || seconds() < enough); i++) {
+        double begun = seconds();
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(b->threads) schedule(static) reduction(| : found)
 #endif
-        for (int i = 0; i < b->threads; i++) {
-            found |= (way % 2 ? search : read_lines)(b->bytes + (size_t)i * part, part);
+        for (int thread = 0; thread < b->threads; thread++) {
+            found |= memchr(b->bytes + (size_t)thread * part, 2, part) != NULL;
         }
-        spent = seconds() - begun;
-        if (!found && spent > 0.0 && (double)b->weights / spent > most) {
-            most = (double)b->weights / spent;
-        }
+        double speed = per_second(b->weights, seconds() - begun);
+        if (!found && speed > most) most = speed;
     }
     return most;
 }
@@ -2024,12 +2012,12 @@ static int feed_any(run *r, uint64_t n) {
  * prompt of n tokens. reset: each repetition begins with an empty session. */
 static int time_test(run *r, benchmark *b, const char *test, size_t sessions, uint64_t n,
                      int reset) {
-    double tokens = (double)n * (sessions ? (double)sessions : 1);
-    double readings = sessions ? (double)n : ceil((double)n / (double)BLOCK);   /* of weights */
+    double tokens = (double)(sessions ? n * sessions : n);
+    double readings = sessions ? (double)n : ceil((double)n / BLOCK);   /* of the weights         */
     double each[REPEATS], mean = 0.0, spread = 0.0, reads = 0.0;
     int32_t ids[BATCH_MOST];
     for (int i = 0; i < REPEATS; i++) {
-        reads += read_memory(b) * 1e-9 / (double)REPEATS;
+        reads += read_memory(b) * 1e-9 / REPEATS;
         if (reset) based_reset(r->session);
 
         /* the prompt, or the steps */
@@ -2041,7 +2029,7 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
             if (interrupted) return INTERRUPTED;
         }
         each[i] = b->speed = tokens / (seconds() - begun);
-        mean += each[i] / (double)REPEATS;
+        mean += each[i] / REPEATS;
     }
 
     /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
@@ -2053,7 +2041,7 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
     double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
     if (r->o->csv) {
         printf("\"%s\",%s,%d,%" PRIu64 ",%" PRIu64 ",%" PRIu64 ",%.3f,%s,%.2f,%.2f,%.3f,%.1f\n",
-               b->model, based_model_kernels(r->model), b->threads, b->weights, b->state,
+               r->name, based_model_kernels(r->model), b->threads, b->weights, b->state,
                b->memory, reads, test, mean, spread, bandwidth, used);
     } else {
         printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread,
@@ -2065,7 +2053,6 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
 
 static int run_tests(run *r, benchmark *b) {
     static const uint64_t prompts[] = { 128, 512, 2048 }, depths[] = { 0, 1024, 16384, DEEPEST };
-    char test[32];
     if (r->o->csv) {
         puts("model,kernels,threads,weight bytes,state bytes,peak memory,read GB/s,test,tokens/s,"
              "spread,GB/s,% of read speed");
@@ -2074,14 +2061,13 @@ static int run_tests(run *r, benchmark *b) {
                "%s bytes of memory at most with one session\n\n"
                "| test           |  tokens/s |  spread |   GB/s | memory | used |\n"
                "|----------------|-----------|---------|--------|--------|------|\n",
-               b->model, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s",
+               r->name, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s",
                THOUSANDS(b->weights), THOUSANDS(b->state), THOUSANDS(b->memory));
     }
 
     /* read a prompt */
     for (size_t i = 0; i < 3; i++) {
-        snprintf(test, sizeof test, "pp%" PRIu64, prompts[i]);
-        TRY(time_test(r, b, test, 0, prompts[i], 1));
+        TRY(time_test(r, b, FORMAT("pp%" PRIu64, prompts[i]), 0, prompts[i], 1));
     }
     double prompt_speed = b->speed;
 
@@ -2092,8 +2078,7 @@ static int run_tests(run *r, benchmark *b) {
             TRY(new_session(r, &b->session[have], BATCH_MOST));
             TRY_MODEL(based_copy(b->session[have], r->session, &r->error));
         }
-        snprintf(test, sizeof test, "tg%d x %zu", BATCH_STEPS, many);
-        TRY(time_test(r, b, test, many, BATCH_STEPS, 0));
+        TRY(time_test(r, b, FORMAT("tg%d x %zu", BATCH_STEPS, many), many, BATCH_STEPS, 0));
     }
 
     /* behind texts of several lengths. The longest test comes last: Ctrl-C loses only that one */
@@ -2101,8 +2086,8 @@ static int run_tests(run *r, benchmark *b) {
     for (size_t i = 0; i < 4; i++) {
         uint64_t depth = depths[i], count = based_count(r->session);
         double wait = ((double)depth - (double)count) / prompt_speed;
-        snprintf(test, sizeof test, "tg%d @ %" PRIu64, DECODED, depth);
-        if (wait > (double)LONGEST_WAIT) {
+        const char *test = FORMAT("tg%d @ %" PRIu64, DECODED, depth);
+        if (wait > LONGEST_WAIT) {
             fprintf(stderr, "%s is left out: reading so long a text first would take %.0f "
                     "minutes\n", test, wait / 60.0);
             continue;
@@ -2118,7 +2103,6 @@ static int bench(run *r) {
     char line[128];
     TRY(open_session(r, 0));
     catch_signals(0);
-    b.model = model_name(r, b.name);
     b.weights = based_model_weight_bytes(r->model);
     b.state = based_state_bytes(r->model);
 
@@ -2158,27 +2142,18 @@ static void print_size(const char *label, uint64_t bytes, const char *note) {
 
 /* The line of layers first..last, which are all alike. */
 static void print_layers(const based_layer *l, unsigned first, unsigned last) {
-    char range[NUMBER_BYTES], heads[48], shape[120] = "";
-    snprintf(range, sizeof range, first == last ? "%u" : "%u-%u", first, last);
-    int n = snprintf(heads, sizeof heads, "%u heads", (unsigned)l->heads);
-    if (l->kv_heads != l->heads) {
-        snprintf(heads + n, sizeof heads - (size_t)n, " (%u key/value)", (unsigned)l->kv_heads);
-    }
-    if (l->mixer == BASED_CONV) {
-        snprintf(shape, sizeof shape, "%u channels, width %u", (unsigned)l->head_dim_v,
-                 (unsigned)l->conv_width);
-    } else if (l->mixer == BASED_TAYLOR) {
-        n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, %s %u", heads,
-                     (unsigned)l->head_dim_k, (unsigned)l->head_dim_v,
-                     l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree", (unsigned)l->degree);
-        if (l->window) {
-            snprintf(shape + n, sizeof shape - (size_t)n, ", last %u tokens exact",
-                     (unsigned)l->window);
-        }
-    } else if (l->mixer == BASED_WINDOW) {
-        snprintf(shape, sizeof shape, "%s of %u, last %u tokens", heads, (unsigned)l->head_dim_k,
-                 (unsigned)l->window);
-    }
+    const char *heads = FORMAT(l->kv_heads == l->heads ? "%u heads" : "%u heads (%u key/value)",
+                               (unsigned)l->heads, (unsigned)l->kv_heads);
+    const char *exact = l->window ? FORMAT(", last %u tokens", (unsigned)l->window) : "";
+    const char *shape = l->mixer == BASED_CONV
+        ? FORMAT("%u channels, width %u", (unsigned)l->head_dim_v, (unsigned)l->conv_width)
+        : l->mixer == BASED_TAYLOR
+        ? FORMAT("%s, keys of %u, values of %u, %s %u%s%s", heads, (unsigned)l->head_dim_k,
+                 (unsigned)l->head_dim_v, l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree",
+                 (unsigned)l->degree, exact, l->window ? " exact" : "")
+        : l->mixer == BASED_WINDOW
+        ? FORMAT("%s of %u%s", heads, (unsigned)l->head_dim_k, exact) : "";
+    const char *range = FORMAT(first == last ? "%u" : "%u-%u", first, last);
     printf("%-12s %-8s %-52s %s", range, NAME_OF(mixer_names, l->mixer), shape,
            NAME_OF(mlp_names, l->mlp));
     if (l->mlp != BASED_MLP_NONE) printf(" %u", (unsigned)l->hidden_dim);
@@ -2197,7 +2172,6 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
 static int print_info(run *r) {
     const based_config *c = based_model_config(r->model);
     const based_tokenizer *t = &r->tokenizer;
-    char name[65];
 
     /* one dtype, if all matrices have the same */
     int same = c->rows == 0 || c->head_dtype == c->embedding_dtype;
@@ -2208,7 +2182,7 @@ static int print_info(run *r) {
     }
 
     /* the header */
-    printf("%-12s %s\n", "name", model_name(r, name));
+    printf("%-12s %s\n", "name", r->name);
     printf("%-12s %u, checksum %08x%08x is %s\n", "format", (unsigned)c->format,
            (unsigned)c->checksum[1], (unsigned)c->checksum[0],
            r->o->no_checksum ? "not compared" : "right");
@@ -2350,7 +2324,7 @@ static int vectors(run *r) {
     if (!r->rows) return out_of_memory("the result");
     TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     for (size_t at = 0; at < rows; at += block) {
-        size_t some = rows - at < block ? rows - at : block;
+        size_t some = smaller(rows - at, block);
         TRY_MODEL((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
                 x + at * c->input, some, r->rows, &r->error));
         TRY(dump_rows(r, r->rows, some));
@@ -2365,19 +2339,20 @@ static int vectors(run *r) {
  * go together all follow from it.
  */
 #define PLAIN_TURN "User: {}\\nAssistant:"
-enum kind { SWITCH, TEXT, TEXTS, NAME, WHOLE, REAL, SEED, MODE };
+/* What a flag takes; and how help calls that. A REGULAR file cannot be "-". */
+enum kind { SWITCH, TEXT, TEXTS, IDS, INPUT, REGULAR, WHOLE, SEED, REAL, MODE };
+static const char *const values[] = { NULL, "TEXT", "TEXT", "IDS", "FILE", "FILE", "N", "N", "X",
+                                      "MODE" };
 
-/* What a flag is, for the rules about others. */
+/* What a flag is, for the rules about others. A JOB writes no text; it excludes NO_TEXT. */
 enum {
     PROMPT = 1, CHAT = 2, JOB = 4, BENCH = 8, SAVE = 16, LOAD = 32, BRANCHES = 64, DUMP = 128,
-    VERBOSE = 256, JSONL = 512,
-    NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES | DUMP       /* what a job excludes    */
+    VERBOSE = 256, JSONL = 512, NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES | DUMP
 };
 
 typedef struct {
     char        letter;                 /* 0: none                                                */
     const char *name;
-    const char *value;                  /* how help calls the value; NULL for a switch            */
     enum kind   kind;
     int         is, excludes, needs;    /* of the enum above                                      */
     size_t      offset;                 /* of the field in options                                */
@@ -2396,151 +2371,151 @@ typedef struct {
 
 static const flag flags[] = {
 
-    {'i', "prompt", "TEXT", TEXT, AT(prompt), .title = "Model and prompt",
+    {'i', "prompt", TEXT, AT(prompt), .title = "Model and prompt",
      .help = "Continue this text; \"-\" reads it from standard input. Without a prompt, that "
              "is done with what comes through a pipe or from a file there, if it begins within a "
              "second; or else a new text begins",
      .is = PROMPT, .excludes = PROMPT},
-    {'f', "file", "FILE", TEXT, AT(file),
+    {'f', "file", INPUT, AT(file),
      .help = "Continue the text in this file; \"-\" is standard input. One newline at the end of "
              "the input is dropped",
      .is = PROMPT, .excludes = PROMPT},
-    {0, "tokens", "IDS", TEXT, AT(tokens),
+    {0, "tokens", IDS, AT(tokens),
      .help = "Continue these token ids, such as \"1 403 407\", exactly as given",
      .is = PROMPT, .excludes = PROMPT | CHAT},
-    {'j', "threads", "N", WHOLE, AT(threads),
+    {'j', "threads", WHOLE, AT(threads),
      .help = "Compute with N threads; the result is the same for any number. 0 chooses by the "
              "size of the model and the processors there are",
      .standard = "0", .high = 1024},
-    {0, "no-checksum", NULL, SWITCH, AT(no_checksum),
+    {0, "no-checksum", SWITCH, AT(no_checksum),
      .help = "Open the checkpoint without comparing its checksum: at once, where the file is "
              "known to be whole, or to see what is left of a damaged one"},
 
-    {'n', "predict", "N", WHOLE, AT(predict), .title = "Generation and sampling",
+    {'n', "predict", WHOLE, AT(predict), .title = "Generation and sampling",
      .help = "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the "
              "end of the text or Ctrl-C: the model's memory of the past has a fixed size, so "
              "there is no limit",
      .standard = "256", .low = -1, .high = 9e18, .alias = "n-predict",
      .takes = "a whole number of tokens, 0 or more, or -1 for no limit"},
-    {'t', "temp", "X", REAL, RECOMMENDED(temperature),
+    {'t', "temp", REAL, RECOMMENDED(temperature),
      .help = "Temperature: low is careful, high is daring, 0 always takes the most probable token",
      .standard = "1.0", .high = 100, .elsewhere = "for threads use -j or --threads"},
-    {'p', "top-p", "X", REAL, RECOMMENDED(top_p),
+    {'p', "top-p", REAL, RECOMMENDED(top_p),
      .help = "Choose among the most probable tokens that together reach probability X; 1 is all",
      .standard = "0.9", .high = 1, .elsewhere = "for a prompt use -i or --prompt"},
-    {'k', "top-k", "N", WHOLE, RECOMMENDED(top_k),
+    {'k', "top-k", WHOLE, RECOMMENDED(top_k),
      .help = "Choose among the N most probable tokens; 0 is all",
      .standard = "0", .high = 4294967295.0},
-    {0, "min-p", "X", REAL, RECOMMENDED(min_p),
+    {0, "min-p", REAL, RECOMMENDED(min_p),
      .help = "Leave out tokens less than X times as probable as the best one",
      .standard = "0", .high = 1},
-    {0, "repeat-penalty", "X", REAL, RECOMMENDED(repeat_penalty),
+    {0, "repeat-penalty", REAL, RECOMMENDED(repeat_penalty),
      .help = "Make recent tokens less probable if above 1",
      .standard = "1.0", .low = 0.01, .high = 100},
-    {0, "repeat-last-n", "N", WHOLE, RECOMMENDED(repeat_last_n),
+    {0, "repeat-last-n", WHOLE, RECOMMENDED(repeat_last_n),
      .help = "Count the last N tokens as recent",
      .standard = "64", .high = 1048576},
-    {'s', "seed", "N", SEED, AT(seed),
+    {'s', "seed", SEED, AT(seed),
      .help = "Seed of the random choices; the same seed gives the same text on every machine "
              "(default: the time, which -v shows)",
      .takes = "a whole number from 0 to 18446744073709551615"},
-    {'r', "reverse-prompt", "TEXT", TEXTS,
+    {'r', "reverse-prompt", TEXTS,
      .help = "Stop before this text would be printed; may be given several times. \\n is a new "
              "line, \\\\ a backslash",
      .takes = "a text that is not empty"},
-    {0, "lookup", "N", WHOLE, AT(lookup),
+    {0, "lookup", WHOLE, AT(lookup),
      .help = "Where the text repeats itself, guess up to N tokens from what followed before and "
              "compute them together: the same text, sooner. 0 makes no guesses",
      .standard = "15", .high = GUESSES},
-    {0, "ignore-eos", NULL, SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
+    {0, "ignore-eos", SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
 
-    {0, "save", "FILE", NAME, AT(save), .title = "The past as a file",
+    {0, "save", REGULAR, AT(save), .title = "The past as a file",
      .help = "At the end, write all that the model remembers to FILE; its size depends only on "
              "the model",
      .is = SAVE},
-    {0, "load", "FILE", NAME, AT(load),
+    {0, "load", REGULAR, AT(load),
      .help = "Begin where a run with --save ended. Without a prompt its text goes on. A prompt "
              "(-i, -f, --tokens) is the whole text, as always: it must begin with the saved one, "
              "and only the rest is read",
      .is = LOAD},
-    {0, "append", "TEXT", TEXT, AT(append),
+    {0, "append", TEXT, AT(append),
      .help = "With --load: put this behind the saved text before going on; \"-\" reads it from "
              "standard input",
      .excludes = PROMPT | CHAT, .needs = LOAD},
-    {0, "branches", "N", WHOLE, AT(branches),
+    {0, "branches", WHOLE, AT(branches),
      .help = "Read the prompt once and write N continuations, each as a run of its own with the "
              "next seed would; 0 is one text as usual",
      .is = BRANCHES, .excludes = SAVE | DUMP | CHAT, .standard = "0", .high = 65536},
 
-    {0, "jsonl", "FILE", TEXT, AT(jsonl), .title = "Many texts at once",
+    {0, "jsonl", INPUT, AT(jsonl), .title = "Many texts at once",
      .help = "Answer the requests in FILE, one JSON object a line, such as {\"id\": 1, "
              "\"prompt\": \"Once\", \"max_tokens\": 20}, with one line each; \"-\" is standard "
              "input. Other keys: temperature, top_p, top_k, min_p, repeat_penalty, "
              "repeat_last_n, seed, stop, logprobs, n; or continuation, a text to be scored. What a "
              "line leaves out is as the options say",
-     .is = JOB | JSONL, .excludes = NO_TEXT},
-    {0, "parallel", "N", WHOLE, AT(parallel),
+     .is = JOB | JSONL},
+    {0, "parallel", WHOLE, AT(parallel),
      .help = "Compute at most N texts together; the answers are the same for any number. 0 is "
              "64, or fewer if the model's memory of so many texts takes more than 1 GB",
      .needs = JSONL | BRANCHES, .standard = "0", .high = BASED_MAX_BLOCK},
-    {0, "unordered", NULL, SWITCH, AT(unordered),
+    {0, "unordered", SWITCH, AT(unordered),
      .help = "Write each answer when it is complete, not in the order of the requests",
      .needs = JSONL},
 
-    {'m', "mode", "MODE", MODE, AT(chat), .title = "Conversation",
+    {'m', "mode", MODE, AT(chat), .title = "Conversation",
      .help = "generate (the default) or chat: a conversation, line by line from standard input, "
              "until Ctrl-D; /help there lists its commands",
      .is = CHAT, .takes = "generate or chat",
      .elsewhere = "the model is the first argument, before the options"},
-    {'y', "system-prompt", "TEXT", TEXT, AT(system),
+    {'y', "system-prompt", TEXT, AT(system),
      .help = "A text that stands before the conversation",
      .needs = CHAT},
-    {0, "chat-template", "TEXT", TEXT, AT(chat_template),
+    {0, "chat-template", TEXT, AT(chat_template),
      .help = "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash "
              "(default: as the checkpoint says, else \"" PLAIN_TURN "\")",
      .takes = "a text with one {} in it"},
-    {0, "specials", NULL, SWITCH, AT(specials),
+    {0, "specials", SWITCH, AT(specials),
      .help = "Names of special tokens in what you say become these tokens. Without it they are "
              "text, as anything that you say",
      .needs = CHAT},
 
-    {'x', "perplexity", "FILE", TEXT, AT(perplexity), .title = "Measuring",
+    {'x', "perplexity", INPUT, AT(perplexity), .title = "Measuring",
      .help = "Measure how well the model predicts the text in FILE, of any length; \"-\" is "
              "standard input. Documents that an end-of-text token separates begin from nothing "
              "each",
-     .is = JOB, .excludes = NO_TEXT},
-    {'b', "bench", NULL, SWITCH, AT(bench),
+     .is = JOB},
+    {'b', "bench", SWITCH, AT(bench),
      .help = "Measure speed: prompts, texts of several lengths, several texts at once; beside "
              "each the share of the memory's speed that it uses",
-     .is = JOB | BENCH, .excludes = NO_TEXT},
-    {0, "csv", NULL, SWITCH, AT(csv),
+     .is = JOB | BENCH},
+    {0, "csv", SWITCH, AT(csv),
      .help = "With --bench: comma-separated values instead of a table",
      .needs = BENCH},
-    {0, "info", NULL, SWITCH, AT(info),
+    {0, "info", SWITCH, AT(info),
      .help = "Say what this checkpoint is: its layers, parameters and sizes",
-     .is = JOB, .excludes = NO_TEXT},
-    {0, "check", NULL, SWITCH, AT(check),
+     .is = JOB},
+    {0, "check", SWITCH, AT(check),
      .help = "Check all of this checkpoint, each weight too, and say in one line whether it is "
              "sound (status 0) or what is wrong first (status 1)",
-     .is = JOB, .excludes = NO_TEXT},
-    {0, "dump-logits", "FILE", NAME, AT(dump),
+     .is = JOB},
+    {0, "dump-logits", REGULAR, AT(dump),
      .help = "Write the logits after every token read, row after row, as little-endian float32",
      .is = DUMP, .excludes = CHAT},
-    {0, "vectors", "FILE", TEXT, AT(vectors),
+    {0, "vectors", INPUT, AT(vectors),
      .help = "For a model that reads vectors: feed those in FILE, rows of little-endian float32; "
              "--dump-logits receives what comes out",
-     .is = JOB, .excludes = NO_TEXT, .needs = DUMP},
+     .is = JOB, .needs = DUMP},
 
-    {0, "no-display-prompt", NULL, SWITCH, AT(no_display_prompt), .title = "Output",
+    {0, "no-display-prompt", SWITCH, AT(no_display_prompt), .title = "Output",
      .help = "Print only what is generated"},
-    {'q', "quiet", NULL, SWITCH, AT(quiet),
+    {'q', "quiet", SWITCH, AT(quiet),
      .help = "Write nothing but errors to standard error",
      .excludes = VERBOSE},
-    {'v', "verbose", NULL, SWITCH, AT(verbose),
+    {'v', "verbose", SWITCH, AT(verbose),
      .help = "Also write the model, the seed, sizes, times, and a fingerprint of all logits used",
      .is = VERBOSE},
-    {'h', "help", NULL, SWITCH, AT(help), .help = "Print this text"},
-    {0, "version", NULL, SWITCH, AT(version), .help = "Print the version"},
+    {'h', "help", SWITCH, AT(help), .help = "Print this text"},
+    {0, "version", SWITCH, AT(version), .help = "Print the version"},
 };
 
 enum { FLAGS = (int)COUNT(flags) };
@@ -2562,29 +2537,20 @@ static int print_help(void) {
     printf("usage: %s CHECKPOINT [options]\n\n"
            "Continues a text with a Based language model. The text goes to standard output and\n"
            "nothing else does; statistics and errors go to standard error.\n", program);
-    for (int i = 0; i < FLAGS; i++) {
-        const flag *f = &flags[i];
-        char left[64], letter[8] = "    ", whole[512];
+    for (const flag *f = flags; f < flags + FLAGS; f++) {
+        const char *letter = f->letter ? FORMAT("-%c, ", f->letter) : "    ";
+        char whole[512];
         if (f->title) printf("\n%s:\n", f->title);
-        if (f->letter) snprintf(letter, sizeof letter, "-%c, ", f->letter);
-        snprintf(left, sizeof left, "%s--%s %s", letter, f->name, f->value ? f->value : "");
-        printf("  %-27s ", left);
+        printf("  %-27s", FORMAT("%s--%s %s", letter, f->name,
+                                 f->kind == SWITCH ? "" : values[f->kind]));
 
-        /* the words of the text, wrapped between columns 30 and 80 */
+        /* the words of the text, in columns 30 to 80 */
         snprintf(whole, sizeof whole, f->config ? "%s (default %s, or as the checkpoint says)."
                  : f->standard ? "%s (default %s)." : "%s.", f->help, f->standard);
-        int column = 30;
-        for (const char *word = whole; *word; ) {
-            int n = (int)strcspn(word, " ");
-            if (column > 30) {
-                int fits = column + 1 + n <= 80;
-                fputs(fits ? " " : "\n                              ", stdout);
-                column = fits ? column + 1 : 30;
-            }
-            printf("%.*s", n, word);
-            column += n;
-            word += n;
-            word += *word == ' ';
+        int column = 29;
+        for (const char *word = strtok(whole, " "); word; word = strtok(NULL, " ")) {
+            if (column + 1 + (int)strlen(word) > 80) column = printf("\n%29s", "") - 1;
+            column += printf(" %s", word);
         }
         putchar('\n');
     }
@@ -2640,6 +2606,10 @@ static void unescape(char *text) {
     *to = '\0';
 }
 
+static void drop_spaces(char *text) {
+    for (size_t n = strlen(text); n > 0 && text[n - 1] == ' '; n--) text[n - 1] = '\0';
+}
+
 /* Stores the value of a flag. Returns 0 if the flag takes no such value. */
 static int store_value(options *o, const flag *f, const char *text) {
     void *field = (char *)o + f->offset;
@@ -2647,10 +2617,12 @@ static int store_value(options *o, const flag *f, const char *text) {
     int good = 1;
     switch (f->kind) {
     case SWITCH: *(int *)field = 1; break;
-    case TEXT:   *(const char **)field = text; break;
+    case TEXT:
+    case IDS:
+    case INPUT:  *(const char **)field = text; break;
     case TEXTS:  o->stops[o->n_stops] = (char *)text, good = *text != '\0';
                  unescape(o->stops[o->n_stops++]); break;
-    case NAME:   *(const char **)field = text;
+    case REGULAR: *(const char **)field = text;
                  good = *text != '\0' && strcmp(text, "-") != 0; break;
     case SEED:   good = o->has_seed = parse_number(text, SEED, field); break;
     case MODE:   *(int *)field = strcmp(text, "chat") == 0;
@@ -2676,7 +2648,7 @@ static int set_value(options *o, const flag *f, const char *typed, const char *t
 /* How many letters must be changed, added or left out to make one word of the other (Levenshtein),
  * row by row. */
 static size_t distance(const char *a, const char *b) {
-    size_t row[33], nb = strlen(b) < 32 ? strlen(b) : 32;
+    size_t row[33], nb = smaller(strlen(b), 32);
     for (size_t j = 0; j <= nb; j++) row[j] = j;
     for (size_t i = 0; i < 32 && a[i]; i++) {
         size_t diagonal = row[0]++;
@@ -2694,8 +2666,7 @@ static size_t distance(const char *a, const char *b) {
 static int unknown_flag(const char *typed) {
     const char *word = typed + strspn(typed, "-"), *nearest = NULL;
     size_t best = 2 + strlen(word) / 4;
-    char name[48];
-    snprintf(name, sizeof name, " %.*s ", (int)strcspn(typed, "= "), typed);
+    const char *name = FORMAT(" %.*s ", (int)strcspn(typed, "= "), typed);
     for (size_t i = 0; i < COUNT(foreign); i++) {
         if (strstr(foreign[i].names, name)) {
             return fail(BAD_USAGE, "there is no %.*s: %s", (int)strlen(name) - 2, name + 1,
@@ -2704,7 +2675,7 @@ static int unknown_flag(const char *typed) {
     }
     for (int i = 0; i < FLAGS; i++) {
         const flag *f = &flags[i];
-        if (typed[1] == f->letter && f->value && strspn(typed + 2, "+-.0123456789") > 0) {
+        if (typed[1] == f->letter && f->kind != SWITCH && strspn(typed + 2, "+-.0123456789") > 0) {
             return fail(BAD_USAGE, "unknown option %s; put a space before the value: -%c %.20s",
                         QUOTE(typed), typed[1], typed + 2);
         }
@@ -2722,7 +2693,8 @@ static int is_on(const options *o, const flag *f) {
     const void *field = (const char *)o + f->offset;
     if (!(f->is || f->excludes || f->needs)) return 0;
     if (f->kind == WHOLE) return *(const int64_t *)field != 0;
-    return f->value && f->kind != MODE ? *(const char *const *)field != NULL : *(const int *)field;
+    if (f->kind == SWITCH || f->kind == MODE) return *(const int *)field;
+    return *(const char *const *)field != NULL;
 }
 
 /* The rules about several flags: excludes and needs in the table; and what stdin is in a chat. */
@@ -2733,14 +2705,14 @@ static int check_options(const options *o) {
     }
     /* each flag f that is on against all others */
     for (const flag *f = flags; f < flags + FLAGS; f++) {
-        int others = 0;                 /* what the others are                                    */
+        int others = 0, excludes = f->is & JOB ? NO_TEXT : f->excludes;
         const flag *needed = NULL;
         if (!is_on(o, f)) continue;
         for (const flag *g = flags; g < flags + FLAGS; g++) {
             if (g->is & f->needs) needed = g;
             if (g == f || !is_on(o, g)) continue;
             others |= g->is;
-            if (g->is & f->excludes & ~f->needs) {
+            if (g->is & excludes & ~f->needs) {
                 return fail(BAD_USAGE, "--%s does not go with --%s%s; leave one of them out",
                             f->name, g->name, g->kind == MODE ? " chat" : "");
             }
@@ -2763,22 +2735,20 @@ static int check_options(const options *o) {
  * the spaces at their ends. */
 static int read_template(options *o) {
     const char *text = o->chat_template ? o->chat_template : PLAIN_TURN;
-    size_t n = strlen(text) + 1;
-    o->turn = malloc(n);
-    o->stop = malloc(2 * n + 2);
-    if (!o->turn || !o->stop) return out_of_memory("the template of a conversation");
-    memcpy(o->turn, text, n);
-    unescape(o->turn);
+    size_t n = strlen(text) + 2;
+    o->turn = malloc(3 * n);
+    if (!o->turn) return out_of_memory("the template of a conversation");
+    o->stop = o->turn + n;
+    o->own = o->stop + n;
+    unescape(strcpy(o->turn, text));
     const char *hole = strstr(o->turn, "{}");
     if (!hole || strstr(hole + 2, "{}")) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
                     "\"" PLAIN_TURN "\"");
     }
-    o->own = o->stop + n + 1;
-    snprintf(o->stop, n + 1, "\n%.*s", (int)(hole - o->turn), o->turn);
-    memcpy(o->own, hole + 2, strlen(hole + 2) + 1);
-    for (n = strlen(o->stop); n > 1 && o->stop[n - 1] == ' '; n--) o->stop[n - 1] = '\0';
-    for (n = strlen(o->own); n > 0 && o->own[n - 1] == ' '; n--) o->own[n - 1] = '\0';
+    snprintf(o->stop, n, "\n%.*s", (int)(hole - o->turn), o->turn);
+    drop_spaces(o->stop);
+    drop_spaces(strcpy(o->own, hole + 2));
     return DONE;
 }
 
@@ -2844,7 +2814,6 @@ static int parse_options(options *o, int argc, char **argv) {
         const char *typed = argv[i], *text = NULL;
         size_t n = strcspn(typed, "=");
         const flag *f = NULL;
-        char name[48];
 
         /* the checkpoint */
         if (only_paths || typed[0] != '-' || typed[1] == '\0') {
@@ -2870,10 +2839,11 @@ static int parse_options(options *o, int argc, char **argv) {
             }
         }
         if (!f) return unknown_flag(typed);
-        snprintf(name, sizeof name, "%.*s", (int)n, typed);
-        if (!f->value && text) return fail(BAD_USAGE, "%s is a switch and takes no value", name);
-        if (f->value && !text) {
-            if (++i == argc) return fail(BAD_USAGE, "%s needs a value: %s", name, f->value);
+        const char *name = FORMAT("%.*s", (int)n, typed);
+        if (f->kind == SWITCH) {
+            if (text) return fail(BAD_USAGE, "%s is a switch and takes no value", name);
+        } else if (!text) {
+            if (++i == argc) return fail(BAD_USAGE, "%s needs a value: %s", name, values[f->kind]);
             text = argv[i];
         }
         TRY(set_value(o, f, name, text));
@@ -3159,10 +3129,8 @@ static int read_request(job *j, char *line, size_t n) {
 static int next_line(batch *b, int wait) {
     b->too_long = 0;
     for (size_t searched = b->at; ; ) {
-        char *from = b->bytes.bytes + b->at, *end = NULL;
-        if (b->bytes.n > searched) {
-            end = memchr(b->bytes.bytes + searched, '\n', b->bytes.n - searched);
-        }
+        char *from = b->bytes.bytes + b->at;
+        char *end = memchr(b->bytes.bytes + searched, '\n', b->bytes.n - searched);
         if (!end && b->ended && b->bytes.n > b->at) end = b->bytes.bytes + b->bytes.n;
         if (end) {
             b->line = (span){ from, (size_t)(end - from) };
@@ -3189,8 +3157,7 @@ static int next_line(batch *b, int wait) {
                              wait);
         if (wait) catch_signals(0);
         if (got == -2) return 0;
-        if (got < 0) b->status = fail(BAD_INPUT, "cannot read %s: %s", b->r->o->jsonl,
-                                      strerror(errno));
+        if (got < 0) b->status = cannot_read(b->r->o->jsonl);
         if (got > 0) b->bytes.n += (size_t)got;
         else b->ended = 1;
     }
@@ -3202,6 +3169,7 @@ static job *add_job(batch *b) {
     j->o = *b->r->o;
     j->r = *b->r;
     j->r.o = &j->o;
+    j->id = (span){ "null", 4 };
     j->r.out = (text_out){ .to = &j->text, .decoder = b->r->out.decoder };
     j->r.sampler_memory = NULL, j->r.recent = NULL;
     *(b->first ? &b->last->next : &b->first) = j;
@@ -3285,25 +3253,24 @@ static int put_quoted(buffer *b, const char *text, size_t n) {
     TRY(put(b, "\""));
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
+        if (c == '"' || c == '\\') TRY(put(b, "\\"));
         if (c < 0x20) TRY(put(b, c == '\n' ? "\\n" : "\\u%04x", c));
-        else TRY(append(b, c == '"' ? "\\\"" : c == '\\' ? "\\\\" : text + i,
-                        c == '"' || c == '\\' ? 2 : 1));
+        else TRY(append(b, text + i, 1));
     }
     return put(b, "\"");
 }
 
-/* A log probability; JSON has no infinity. */
-static int put_log(buffer *b, double x) { return put(b, x - x == 0 ? "%.9g" : "null", x); }
+/* A log probability behind some text; JSON has no infinity. */
+static int put_log(buffer *b, const char *before, double x) {
+    return put(b, x - x == 0 ? "%s%.9g" : "%snull", before, x);
+}
 
 /* Notes a token that was written or scored. */
 static int note_token(batch *b, job *j, const float *logits, int32_t id) {
     double log = j->logprobs || j->n_scored
                ? based_log_probability(logits, based_width(b->r->model), id) : 0;
     TRY(put(&j->tokens, j->n ? ", %ld" : "%ld", (long)id));
-    if (j->logprobs) {
-        TRY(put(&j->logs, j->n ? ", " : ""));
-        TRY(put_log(&j->logs, log));
-    }
+    if (j->logprobs) TRY(put_log(&j->logs, j->n ? ", " : "", log));
     j->n++;
     j->score += log;
     return DONE;
@@ -3315,27 +3282,23 @@ static int write_answer(batch *b, job *j) {
     a->n = 0;
     TRY(put(a, "{\"id\": "));
     if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
-    else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
+    else TRY(put(a, "%.*s", (int)j->id.n, j->id.text));
     if (j->wrong) {
-        TRY(put(&j->text, "line %" PRIu64, j->line_number));
-        if (j->byte) TRY(put(&j->text, ", byte %" PRIu64, j->byte));
-        TRY(put(&j->text, ": %s", j->wrong));
+        const char *byte = j->byte ? FORMAT(", byte %" PRIu64, j->byte) : "";
+        TRY(put(&j->text, "line %" PRIu64 "%s: %s", j->line_number, byte, j->wrong));
         TRY(put(a, ", \"error\": "));
         TRY(put_quoted(a, j->text.bytes, j->text.n));
-    } else if (j->continuation.text) {
-        TRY(put(a, ", \"logprob\": "));
-        TRY(put_log(a, j->score));
-        TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
     } else {
-        TRY(put(a, ", \"index\": %" PRIu64 ", \"text\": ", j->index));
-        TRY(put_quoted(a, j->text.bytes, j->text.n));
-    }
-    if (!j->wrong) {
-        TRY(put(a, ", \"tokens\": ["));
-        TRY(append(a, j->tokens.bytes, j->tokens.n));
-        TRY(put(a, j->logprobs ? "], \"logprobs\": [" : ""));
-        TRY(append(a, j->logs.bytes, j->logs.n));
-        TRY(put(a, "]"));
+        if (j->continuation.text) {
+            TRY(put_log(a, ", \"logprob\": ", j->score));
+            TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
+        } else {
+            TRY(put(a, ", \"index\": %" PRIu64 ", \"text\": ", j->index));
+            TRY(put_quoted(a, j->text.bytes, j->text.n));
+        }
+        TRY(put(a, ", \"tokens\": [%s%s%s]", j->n ? j->tokens.bytes : "",
+                j->logprobs ? "], \"logprobs\": [" : "",
+                j->n && j->logprobs ? j->logs.bytes : ""));
     }
     TRY(put(a, ", \"finish_reason\": \"%s\"}\n", j->finish));
     return fwrite(a->bytes, 1, a->n, stdout) == a->n ? DONE : write_failed();
@@ -3353,7 +3316,8 @@ static int write_branch(batch *b, const job *j) {
     return DONE;
 }
 
-/* Writes the answers that are complete: in order, up to the first that is not, or each. */
+/* Writes the answers that are complete: in order, up to the first that is not, or each. Then tells
+ * how far that is. */
 static int deliver(batch *b) {
     for (job *j = b->first; j && (j->finish || b->r->o->unordered); j = j->next) {
         if (!j->finish || j->delivered) continue;
@@ -3363,21 +3327,15 @@ static int deliver(batch *b) {
         j->delivered = 1;
     }
     while (b->first && b->first->delivered) free_first(b);
-    return DONE;
-}
+    if (!b->r->o->jsonl) return DONE;
 
-static void show_requests(batch *b) {
-    char line[160];
     double spent = seconds() - b->r->begun;
-    if (!b->r->o->jsonl || !progress_is_due(b->r)) return;
-    int n = snprintf(line, sizeof line, "answered %s requests, %s tokens, %.0f tok/s",
-                     THOUSANDS(b->answered), THOUSANDS(b->tokens),
-                     per_second(b->tokens, spent));
-    if (b->file_bytes > 0 && b->done_bytes > 0) {
-        snprintf(line + n, sizeof line - (size_t)n, ", %.0f s left",
-                 spent / b->done_bytes * (b->file_bytes - b->done_bytes));
-    }
-    print_progress(b->r, line);
+    show_progress(b->r, "answered %s requests, %s tokens, %.0f tok/s%s", THOUSANDS(b->answered),
+                  THOUSANDS(b->tokens), per_second(b->tokens, spent),
+                  b->file_bytes > 0 && b->done_bytes > 0
+                  ? FORMAT(", %.0f s left", spent / b->done_bytes * (b->file_bytes - b->done_bytes))
+                  : "");
+    return DONE;
 }
 
 /* ---- Computing --------------------------------------------------------------------------------*/
@@ -3418,8 +3376,7 @@ static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t fro
     *shared = 0;
     if (least < prefix) least = prefix; /* whose tokens see each other, so it is read as a whole  */
     for (int k = 0; j && k < LOOKAHEAD; k++, j = j->next) {
-        size_t most = j->n_prompt, same = 0;
-        if (most > fork) most = fork;
+        size_t most = smaller(j->n_prompt, fork), same = 0;
         if (j->finish || most < least) continue;
         while (same < most && j->r.ids[same] == ids[same]) same++;
         if (same >= least) fork = same, *shared = 1;
@@ -3461,7 +3418,7 @@ static int score_continuation(batch *b, job *j) {
     const int32_t *ids = j->r.ids + j->n_prompt;        /* (n_scored)                             */
     j->greedy = 1;
     for (size_t at = 0, some; at < n && !interrupted; at += some) {
-        some = n - at < r->block ? n - at : r->block;
+        some = smaller(n - at, r->block);
         TRY_LIB(based_feed(r->session, ids + at - 1, some, r->rows, &r->error), r->o->jsonl);
         for (size_t i = 0; i < some; i++) {
             const float *logits = r->rows + i * width;
@@ -3568,11 +3525,9 @@ static int run_jobs(batch *b) {
         while (b->waiting && b->n_running < b->parallel && !interrupted) {
             TRY(start_job(b));
             TRY(deliver(b));
-            show_requests(b);
         }
         if (b->n_running > 0 && !interrupted) TRY(advance_all(b));
         TRY(deliver(b));
-        show_requests(b);
     }
     return INTERRUPTED;
 }
@@ -3621,7 +3576,7 @@ static int write_branches(run *r) {
 static int open_requests(batch *b) {
     run *r = b->r;
     b->file = strcmp(r->o->jsonl, "-") == 0 ? stdin : fopen(r->o->jsonl, "rb");
-    if (!b->file) return fail(BAD_INPUT, "cannot read %s: %s", r->o->jsonl, strerror(errno));
+    if (!b->file) return cannot_read(r->o->jsonl);
     b->file_bytes = file_size(b->file);
     if (!reserve(&b->bytes, BUFSIZ)) return out_of_memory("the requests");
     setvbuf(stdout, NULL, _IONBF, 0);   /* a line is written by one call                          */
@@ -3699,6 +3654,7 @@ static int do_job(run *r, options *o) {
     if (o->dump) TRY(check_output(r, o->dump, "the logits"));
     r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
     if (!r->model) return no_checkpoint(r);
+    take_name(r);
     r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
     if (r->has_tokenizer) {
         TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
@@ -3717,10 +3673,8 @@ int main(int argc, char **argv) {
     options o = { .stops = calloc((size_t)argc + 2, sizeof *o.stops) };
     run r = { .o = &o };
     prepare_system();
-    for (const char *at = argc > 0 ? argv[0] : ""; *at; at += *at != '\0') {
-        at += strspn(at, "/\\");
-        if (*at) program = at;
-        at += strcspn(at, "/\\");
+    for (char *at = argc > 0 ? argv[0] : NULL; at && *at; at++) {
+        if (at == argv[0] || strchr("/\\", at[-1])) program = at;
     }
     int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
     if (rc == DONE) rc = do_job(&r, &o);
@@ -3745,6 +3699,5 @@ int main(int argc, char **argv) {
     based_close(r.model);
     free(o.stops);
     free(o.turn);
-    free(o.stop);
     return rc;
 }
