@@ -132,6 +132,7 @@ typedef struct {                        /* of a conversation                    
     buffer   begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
     buffer   line, name;                /* what was typed; the file of the last /save, or --save  */
+    buffer   message;                   /* what was typed, in the template                        */
     based_session *snapshot;            /* before the token in which the held text begins         */
     buffer   raw;                       /* the text generated since the snapshot                  */
 } conversation;
@@ -152,7 +153,9 @@ typedef struct {                        /* guesses at the next tokens, from the 
 typedef struct {                        /* one run of the program                                 */
     const options  *o;
     based_model    *model;
-    char            name[65];           /* of the model                                           */
+    const based_config *config;         /* of the model                                           */
+    size_t          width;              /* of a row of its logits                                 */
+    char            name[65];           /* its name, fit for a terminal                           */
     based_session  *session;
     based_tokenizer tokenizer;
     int             has_tokenizer;
@@ -166,7 +169,6 @@ typedef struct {                        /* one run of the program               
     size_t          n_first;            /* tokens before text[from] when it was encoded           */
     int32_t         unfed;              /* the newest token, if it is not fed yet; or -1          */
     size_t          block;              /* tokens of r->ids that are fed together                 */
-    int             told_nfc;           /* warn_of_nfc has said its line                          */
     float          *rows;               /* (block, width) logits of fed tokens; NULL: not needed  */
     text_out        out;
     output          dump;
@@ -180,7 +182,7 @@ typedef struct {                        /* one run of the program               
     uint32_t        hash;               /* of all logits used                                     */
     uint64_t        fed, timed;         /* tokens that took feed_time, and generate_time          */
     double          feed_time, generate_time;   /* seconds                                        */
-    double          begun, shown;       /* of the progress line; shown 0: it is not on the screen */
+    double          begun;              /* when reading or measuring began, for the progress line */
 } run;
 
 /* Replaces bytes that could move the cursor or break a line. Names and files are not trusted. */
@@ -190,15 +192,26 @@ static void sanitize(char *text) {
     }
 }
 
-/* The name in the checkpoint, made fit for a terminal. */
-static void take_name(run *r) {
-    memcpy(r->name, based_model_config(r->model)->name, sizeof r->name - 1);
-    if (!r->name[0]) strcpy(r->name, "a model without a name");
-    sanitize(r->name);
-}
-
 /* What the program was started as; set once, by main. */
 static const char *program = "run";
+
+/* When the progress line was last written; 0: it is not on the screen. */
+static double progress_shown = 0;
+enum { PROGRESS_COLUMNS = 76 };
+
+/* Must come before anything else is written. Also covers the "^C" of the terminal. */
+static void clear_progress(void) {
+    if (progress_shown > 0) fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");
+    fflush(stderr);
+    progress_shown = 0;
+}
+
+/* Prints one line on stderr, unless -q forbids it. */
+static void say(const options *o, const char *line) {
+    if (o->quiet) return;
+    clear_progress();
+    fprintf(stderr, "%s\n", line);
+}
 
 /* Prints one error line and returns `status`. */
 static int fail(int status, const char *format, ...) {
@@ -208,6 +221,7 @@ static int fail(int status, const char *format, ...) {
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     sanitize(line);
+    clear_progress();
     fprintf(stderr, "%s: %s\n", program, line);
     return status;
 }
@@ -301,7 +315,6 @@ static int    feed_ahead(run *r, int32_t id, uint64_t most);        /*  6: it, a
 static void   look_up(run *r, int32_t id);                          /*  6: one more token of text */
 static int    drop_guesses(run *r);                                 /*  6: out of the session     */
 static int    dump_rows(run *r, const float *rows, size_t n);       /*  6: --dump-logits          */
-static void   clear_progress(run *r);                               /*  6: before an error line   */
 static int    score_rows(run *r, size_t first, size_t n);           /*  9: --perplexity           */
 static double seconds(void);                                        /*  3: a clock                */
 static void   print_settings(const run *r, FILE *to);               /* 13: of the sampler         */
@@ -421,7 +434,7 @@ static int end_text(run *r) {
  * ahead of the text: guesses are fed together with the token before them (--lookup). */
 static const float *logits_of(const run *r) {
     const lookup *l = &r->lookup;
-    return l->used ? l->rows + (l->used - 1) * based_width(r->model) : based_logits(r->session);
+    return l->used ? l->rows + (l->used - 1) * r->width : based_logits(r->session);
 }
 static uint64_t count_of(const run *r) {
     return based_count(r->session) - (r->lookup.fed - r->lookup.used);
@@ -429,15 +442,14 @@ static uint64_t count_of(const run *r) {
 
 /* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
 static void hash_logits(run *r, const float *logits) {
-    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
+    if (r->o->verbose) r->hash = based_hash(r->hash, logits, r->width);
 }
 
 /* If no logit is finite, there is nothing to choose from. */
 static int check_logits(run *r, const float *logits, uint64_t token) {
-    for (size_t i = 0; i < based_width(r->model); i++) {
+    for (size_t i = 0; i < r->width; i++) {
         if (logits[i] - logits[i] == 0) return DONE;
     }
-    clear_progress(r);
     return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
                 r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
                 r->o->vectors ? ", or the vectors are" : "");
@@ -536,7 +548,7 @@ static int prepare(run *r) {
         .temperature = (float)o->temperature, .top_p = (float)o->top_p,
         .top_k = (uint32_t)o->top_k, .min_p = (float)o->min_p,
         .repeat_penalty = (float)o->repeat_penalty, .repeat_last_n = (uint32_t)o->repeat_last_n,
-        .seed = o->seed, .vocab = (uint32_t)based_width(r->model)
+        .seed = o->seed, .vocab = (uint32_t)r->width
     };
     /* without -s the seed differs from one start to the next, also within a second */
     if (!o->has_seed) {
@@ -989,6 +1001,20 @@ static int no_checkpoint(const run *r) {
                 path, is, path, advice);
 }
 
+static int open_model(run *r) {
+    r->model = based_open(r->o->checkpoint, r->o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
+    if (!r->model) return no_checkpoint(r);
+    r->config = based_model_config(r->model);
+    r->width = based_width(r->model);
+    memcpy(r->name, r->config->name, sizeof r->name - 1);
+    if (!r->name[0]) strcpy(r->name, "a model without a name");
+    sanitize(r->name);
+    r->has_tokenizer = r->config->tokenizer_bytes > 0;
+    if (!r->has_tokenizer) return DONE;
+    TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
+    return DONE;
+}
+
 /* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
  * is read completely before. */
 static int refuse_inputs(const run *r, const char *path, const char *what) {
@@ -1061,16 +1087,14 @@ static int32_t start_token(const based_tokenizer *t) {
 
 /* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
  * follow their letter) and this one does not. */
-static void warn_of_nfc(run *r, const char *text, size_t n) {
-    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
-    for (size_t i = 0; i + 1 < n && !quiet; i++) {
+static void warn_of_nfc(const run *r, const char *text, size_t n) {
+    static int told = 0;
+    for (size_t i = 0; i + 1 < n && !told && (r->tokenizer.flags & BASED_TOK_NFC); i++) {
         unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
-        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
-        clear_progress(r);
-        fputs("note: some accents of this text stand apart from their letters; the model was "
-              "trained on text without such (Unicode's NFC), and understands it less well\n",
-              stderr);
-        quiet = r->told_nfc = 1;
+        told = a == 0xCC || (a == 0xCD && b <= 0xAF);
+        if (told) say(r->o, "note: some accents of this text stand apart from their letters; the "
+                       "model was trained on text without such (Unicode's NFC), and understands it "
+                       "less well");
     }
 }
 
@@ -1156,7 +1180,7 @@ static int encode_message(run *r, const char *text, size_t n, enum lead lead, si
 /* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
 static int read_tokens(run *r, const char *list) {
     static const char separators[] = " ,\t\r\n";
-    uint64_t vocab = based_width(r->model);
+    uint64_t vocab = r->width;
     r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
     if (!r->ids) return out_of_memory("the tokens");
     for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
@@ -1185,17 +1209,15 @@ static int read_prompt(run *r) {
     if (!text && !path && !same_file(o->checkpoint, "-")) {
         int comes = input_comes();
         if (comes > 0) path = "-";
-        if (comes < 0 && !o->quiet) {
-            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
-                  "-i - waits for it\n", stderr);
-        }
+        if (comes < 0) say(o, "note: nothing came through the pipe on standard input, so a new "
+                            "text begins; -i - waits for it");
     }
+    size_t n = text ? strlen(text) : 0;
     if (path) {
         TRY(read_text(r, path));
-        TRY(encode(r, r->input.bytes, r->input.n, append ? CONTINUES : BEGINS));
-    } else {
-        TRY(encode(r, text, text ? strlen(text) : 0, append ? CONTINUES : BEGINS));
+        text = r->input.bytes, n = r->input.n;
     }
+    TRY(encode(r, text, n, append ? CONTINUES : BEGINS));
     if (r->n_ids > 0 || append) return DONE;
     return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
                 o->checkpoint);
@@ -1215,13 +1237,13 @@ static int new_session(run *r, based_session **s, size_t block) {
 /* Opens a session for text. every_row: with room for the logits of every token of a block, which is
  * smaller then if the vocabulary is large. */
 static int open_session(run *r, int every_row) {
-    const based_config *c = based_model_config(r->model);
-    size_t row = based_width(r->model) * sizeof(float), fit = ROWS_BYTES / (row > 0 ? row : 1);
+    const based_config *c = r->config;
     if (c->input > 0 || c->rows == 0) {
         return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors; see "
                     "--vectors", r->o->checkpoint);
     }
-    r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    size_t row = r->width * sizeof(float), fit = ROWS_BYTES / row;
+    r->block = every_row ? smaller(BLOCK, fit > 0 ? fit : 1) : BLOCK;
     if (c->prefix > r->block) r->block = c->prefix;     /* it is fed in one block */
     r->unfed = -1;
     TRY(new_session(r, &r->session, r->block));
@@ -1233,7 +1255,7 @@ static int open_session(run *r, int every_row) {
 
 /* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
 static int dump_rows(run *r, const float *rows, size_t n) {
-    size_t width = based_width(r->model), total = n * width, at = 0;
+    size_t width = r->width, total = n * width, at = 0;
     uint64_t before = count_of(r) - n;
     unsigned char bytes[4096];
     for (size_t row = 0; row < n; row++) {
@@ -1246,36 +1268,25 @@ static int dump_rows(run *r, const float *rows, size_t n) {
         put_little(bytes + at, bits, 4);
         at += 4;
         if (at < sizeof bytes && i + 1 < total) continue;
-        if (fwrite(bytes, 1, at, r->dump.file) != at) {
-            clear_progress(r);
-            return output_failed(&r->dump);
-        }
+        if (fwrite(bytes, 1, at, r->dump.file) != at) return output_failed(&r->dump);
         at = 0;
     }
     return DONE;
-}
-
-enum { PROGRESS_COLUMNS = 76 };
-
-/* Must come before anything else is written to stderr. Also covers the "^C" of the terminal. */
-static void clear_progress(run *r) {
-    if (r->shown > 0) fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");
-    fflush(stderr);
-    r->shown = 0;
 }
 
 /* The progress line is rewritten a few times per second, once the work has taken a while. */
 static void show_progress(run *r, const char *format, ...) {
     char line[FORMAT_BYTES];
     double now = seconds();
-    if (r->o->quiet || now - r->begun < 0.3 || now - r->shown < 0.1 || !is_terminal(stderr)) return;
+    int due = now - r->begun >= 0.3 && now - progress_shown >= 0.1;
+    if (!due || r->o->quiet || !is_terminal(stderr)) return;
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
     fflush(stderr);
-    r->shown = now;
+    progress_shown = now;
 }
 
 /* Feeds the first n of r->ids, without the loaded ones, and scores or dumps the logits if that is
@@ -1296,13 +1307,10 @@ static int feed_ids(run *r, size_t n) {
         }
         /* the beginning of a prompt, in a model that has prefix layers */
         int alone = o->perplexity || based_count(r->session) > 0;
-        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
+        size_t prefix = alone ? 0 : r->config->prefix;
         if (prefix > 0 && some > prefix) some = prefix;
-        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, rows,
-                                                          &r->error) != BASED_OK) {
-            clear_progress(r);
-            return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
-        }
+        TRY_LIB((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, rows,
+                &r->error), FORMAT("cannot compute tokens %zu and on", i));
         r->fed += some;
         if (o->perplexity) TRY(score_rows(r, i, some));
         if (o->dump) TRY(dump_rows(r, r->rows, some));
@@ -1315,7 +1323,7 @@ static int feed_ids(run *r, size_t n) {
         }
     }
     r->feed_time += seconds() - r->begun;
-    clear_progress(r);
+    clear_progress();
     return DONE;
 }
 
@@ -1334,7 +1342,7 @@ static int open_lookup(run *r) {
     size_t most = 1 + (size_t)r->o->lookup;
     if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
     l->enough = 16;
-    size_t rows = most * based_width(r->model), old = most * based_draft_width(r->model);
+    size_t rows = most * r->width, old = most * based_draft_width(r->model);
     l->text = calloc(RECALLED, sizeof *l->text);
     l->last = calloc(2 * RECALLED, sizeof *l->last);
     l->rows = malloc((rows + old) * sizeof *l->rows);
@@ -1452,9 +1460,8 @@ static void report(const run *r, const char *feeding, int reading) {
         }
         fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
     }
-    if (r->o->quiet) return;
-    fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
-                                                    : per_second(r->timed, r->generate_time));
+    say(r->o, FORMAT("achieved tok/s: %f", reading ? per_second(r->fed, r->feed_time)
+                                                   : per_second(r->timed, r->generate_time)));
 }
 
 /* ==== 7. Saved states ============================================================================
@@ -1571,10 +1578,9 @@ static int save_to_file(run *r, const char *path) {
     TRY(open_output(r, &f, path, "the past"));
     int good = fwrite(r->saved.bytes, 1, r->saved.n, f.file) == r->saved.n;
     TRY(close_output(&f, good ? DONE : output_failed(&f)));
-    if (!r->o->quiet && !ferror(stdin) && !ferror(stdout)) {    /* nothing behind an error line   */
-        fprintf(stderr, "saved %s tokens in %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(r->saved.n));
-    }
+    if (ferror(stdin) || ferror(stdout)) return DONE;   /* nothing stands behind an error line    */
+    say(r->o, FORMAT("saved %s tokens in %s", THOUSANDS(based_count(r->session)),
+                      AMOUNT(r->saved.n)));
     return DONE;
 }
 
@@ -1591,11 +1597,9 @@ static void show_recent(run *r) {
 static int load_from_file(run *r, const char *path) {
     TRY(read_input(path, STATE, &r->input));
     TRY(load_state(r, &r->input, path));
-    if (!r->o->quiet) {
-        fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(r->input.n));
-        if (r->o->chat) show_recent(r);
-    }
+    say(r->o, FORMAT("restored %s tokens from %s", THOUSANDS(based_count(r->session)),
+                      AMOUNT(r->input.n)));
+    if (r->o->chat && !r->o->quiet) show_recent(r);
     return DONE;
 }
 
@@ -1674,7 +1678,7 @@ static int undo(run *r) {
     c->n_undo--;
     size_t at = --c->turns % UNDO;
     TRY(load_state(r, &c->turn[at].state, "the last turn"));
-    if (!r->o->quiet) fprintf(stderr, "took back %s\n", c->turn[at].said);
+    say(r->o, FORMAT("took back %s", c->turn[at].said));
     return DONE;
 }
 
@@ -1704,7 +1708,6 @@ static int commit_reply(run *r) {
 
 /* One turn: a message of n bytes and the reply to it. */
 static int chat_turn(run *r, const char *message, size_t n) {
-    const options *o = r->o;
     conversation *c = &r->chat;
 
     /* the message in its template, then the beginning of a reply */
@@ -1712,25 +1715,22 @@ static int chat_turn(run *r, const char *message, size_t n) {
                *reply = c->text[BASED_CHAT_REPLY], *end = strstr(reply, "{}");
     int first = based_history(r->session) == c->start;
     enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
-    buffer text = { 0 };
-    int rc = put(&text, "%s%.*s", first ? c->begin.bytes : end + 2, (int)(said - user), user);
-    size_t from = text.n;
-    if (rc == DONE) rc = append(&text, message, n);
-    if (rc == DONE) rc = put(&text, "%s%.*s", said + 2, (int)(end - reply), reply);
-    if (rc == DONE) rc = save_state(r, &r->saved);
-    if (rc == DONE) {
-        rc = o->specials ? encode(r, text.bytes, text.n, opens)
-                         : encode_message(r, text.bytes, text.n, opens, from, from + n);
-    }
-    free(text.bytes);
-    TRY(rc);
+    buffer *text = &c->message;
+    text->n = 0;
+    TRY(put(text, "%s%.*s", first ? c->begin.bytes : end + 2, (int)(said - user), user));
+    size_t from = text->n;
+    TRY(append(text, message, n));
+    TRY(put(text, "%s%.*s", said + 2, (int)(end - reply), reply));
+    TRY(save_state(r, &r->saved));
+    TRY(r->o->specials ? encode(r, text->bytes, text->n, opens)
+                       : encode_message(r, text->bytes, text->n, opens, from, from + n));
     TRY(feed_prompt(r));
     if (interrupted) return load_state(r, &r->saved, "the last turn");
     push_undo(r, message);
 
     /* the reply */
     c->raw.n = 0;
-    rc = continue_text(r);
+    int rc = continue_text(r);
     if (rc != DONE && !ferror(stdout)) return rc;
     int committed = commit_reply(r);    /* the session knows what was said, even if nobody reads  */
     return rc != DONE ? rc : committed;
@@ -1795,9 +1795,9 @@ static void choose_template(run *r, options *o) {
     memcpy(r->chat.text, plain, sizeof r->chat.text);
     o->stops[o->n_stops++] = o->stop;
     if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
-    if (o->chat_template || o->quiet) return;
-    fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
-            "two people might\n", r->name);
+    if (o->chat_template) return;
+    say(o, FORMAT("%s is a base model: it was not trained to converse, and goes on as a text of "
+                   "two people might", r->name));
 }
 
 /* Feeds the start token if the template does not name it, and sets what stands before the first
@@ -1885,12 +1885,11 @@ static int chat(run *r) {
 
 /* Scores the n tokens that follow those just fed. `first` is the index of the first one fed. */
 static int score_rows(run *r, size_t first, size_t n) {
-    size_t width = based_width(r->model);
+    size_t width = r->width;
     for (size_t i = 0; i < n; i++) {
         const float *logits = r->rows + i * width;
         double nats = -based_log_probability(logits, width, r->ids[first + i + 1]);
         if (nats - nats != 0) {         /* infinite, or not a number                              */
-            clear_progress(r);
             return fail(BAD_INPUT, "%s gives token %zu of %s no probability; the checkpoint is "
                         "broken", r->o->checkpoint, first + i + 1, r->o->perplexity);
         }
@@ -1925,10 +1924,8 @@ static int measure(run *r) {
 
     /* after Ctrl-C nothing on stdout may look like a result */
     if (interrupted) {
-        if (!r->o->quiet && r->scored > 0) {
-            fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n",
-                    THOUSANDS(r->scored), perplexity);
-        }
+        if (r->scored > 0) say(r->o, FORMAT("interrupted after %s tokens: PPL = %.4f so far",
+                                             THOUSANDS(r->scored), perplexity));
         report(r, "eval time", 1);
         return INTERRUPTED;
     }
@@ -1941,10 +1938,7 @@ static int measure(run *r) {
         int32_t id = r->ids[i];
         if (based_token_bytes(t, id, &n) && n == 0) predicted -= t->start[id + 1] - t->start[id];
     }
-    if (!r->o->quiet) {
-        fprintf(stderr, "%s tokens predicted, %s bytes\n", THOUSANDS(r->scored),
-                THOUSANDS(text->n));
-    }
+    say(r->o, FORMAT("%s tokens predicted, %s bytes", THOUSANDS(r->scored), THOUSANDS(text->n)));
     printf("Final estimate: PPL = %.4f +/- %.5f, %.4f bits per byte\n", perplexity,
            perplexity * sqrt(r->squares / tokens / (tokens - 1)),
            r->nats / log(2.0) / (double)predicted);
@@ -1993,7 +1987,7 @@ static double read_memory(const benchmark *b) {
 }
 
 static int32_t any_token(const run *r, uint64_t i) {
-    return (int32_t)((i * 2654435761u >> 7) % based_model_config(r->model)->vocab);
+    return (int32_t)((i * 2654435761u >> 7) % r->config->vocab);
 }
 
 /* Feeds n tokens that mean nothing. */
@@ -2170,7 +2164,7 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
 }
 
 static int print_info(run *r) {
-    const based_config *c = based_model_config(r->model);
+    const based_config *c = r->config;
     const based_tokenizer *t = &r->tokenizer;
 
     /* one dtype, if all matrices have the same */
@@ -2182,28 +2176,28 @@ static int print_info(run *r) {
     }
 
     /* the header */
-    printf("%-12s %s\n", "name", r->name);
-    printf("%-12s %u, checksum %08x%08x is %s\n", "format", (unsigned)c->format,
+    printf("name         %s\n", r->name);
+    printf("format       %u, checksum %08x%08x is %s\n", (unsigned)c->format,
            (unsigned)c->checksum[1], (unsigned)c->checksum[0],
            r->o->no_checksum ? "not compared" : "right");
-    printf("%-12s %s (%s)\n", "parameters", THOUSANDS(based_model_parameters(r->model)),
+    printf("parameters   %s (%s)\n", THOUSANDS(based_model_parameters(r->model)),
            same ? NAME_OF(dtype_names, c->embedding_dtype) : "mixed");
-    printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim,
+    printf("shape        %u wide, %u layers, final norm %s\n", (unsigned)c->dim,
            (unsigned)c->layers, NAME_OF(norm_names, c->final_norm));
-    printf("%-12s %s tokens, %u rows, head %s\n", "vocabulary", THOUSANDS(c->vocab),
+    printf("vocabulary   %s tokens, %u rows, head %s\n", THOUSANDS(c->vocab),
            (unsigned)c->rows, c->flags & BASED_TIED ? "tied to the embedding" : "of its own");
     if (c->context > 0) {
-        printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
+        printf("trained on   %s tokens at once (a note, not a limit)\n",
                THOUSANDS(c->context));
     }
     if (c->prefix > 0) {
-        printf("%-12s the first %s tokens of a prompt see each other\n", "prefix",
+        printf("prefix       the first %s tokens of a prompt see each other\n",
                THOUSANDS(c->prefix));
     }
 
     /* the tokenizer */
     if (r->has_tokenizer) {
-        printf("%-12s %s, %s tokens, %u special", "tokenizer", NAME_OF(tokenizer_names, t->kind),
+        printf("tokenizer    %s, %s tokens, %u special", NAME_OF(tokenizer_names, t->kind),
                THOUSANDS(t->size), (unsigned)t->specials);
         if (t->bos != BASED_NONE) {
             printf(", begin %u%s", (unsigned)t->bos,
@@ -2214,13 +2208,13 @@ static int print_info(run *r) {
             printf("%s%u", i || t->eos != BASED_NONE ? " or " : ", end ", (unsigned)t->stop_id[i]);
         }
         putchar('\n');
-        printf("%-12s %s\n", "chat", t->chat[0] ? "by a template of its own" : "no: a base model");
+        printf("chat         %s\n", t->chat[0] ? "by a template of its own" : "no: a base model");
     } else {
         puts("tokenizer    none");
     }
 
     if (c->rows > 0) {
-        printf("%-12s", "sampling");
+        printf("sampling    ");
         print_settings(r, stdout);
     }
 
@@ -2259,8 +2253,8 @@ static int print_info(run *r) {
  * and still too large. */
 static int check_few(run *r) {
     enum { FEW = 8 };
-    const based_config *c = based_model_config(r->model);
-    size_t total = FEW * based_width(r->model), bad = 0, inputs = FEW * (size_t)c->input;
+    const based_config *c = r->config;
+    size_t total = FEW * r->width, bad = 0, inputs = FEW * (size_t)c->input;
     int32_t ids[FEW], start = r->has_tokenizer ? start_token(&r->tokenizer) : -1;
     for (int i = 0; i < FEW && c->vocab; i++) {
         ids[i] = i == 0 && start >= 0 ? start : any_token(r, (uint64_t)i);
@@ -2298,7 +2292,7 @@ static int check(run *r) {
  * bidirectional model reads the file as one window.
  */
 static int vectors(run *r) {
-    const based_config *c = based_model_config(r->model);
+    const based_config *c = r->config;
     if (c->input == 0) {
         return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
     }
@@ -2320,7 +2314,7 @@ static int vectors(run *r) {
     }
     const float *x = (const float *)(void *)bytes;              /* (rows, input)                  */
     TRY(new_session(r, &r->session, block));
-    r->rows = malloc(block * based_width(r->model) * sizeof(float));    /* (block, width)         */
+    r->rows = malloc(block * r->width * sizeof(float));    /* (block, width)         */
     if (!r->rows) return out_of_memory("the result");
     TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     for (size_t at = 0; at < rows; at += block) {
@@ -2767,22 +2761,21 @@ static void take_recommended(options *o, const based_config *c) {
 /* The settings of the sampler as they would be typed, and who chose them. */
 static void print_settings(const run *r, FILE *to) {
     static const char *const by[] = { "by default", "as the checkpoint says", "as given" };
-    int recommends = (based_model_config(r->model)->flags & BASED_SAMPLING) != 0;
-    const char *last = NULL;
+    int recommends = (r->config->flags & BASED_SAMPLING) != 0, groups = 0;
     for (int who = 2; who >= 0; who--) {
+        int n = 0;
         for (int i = 0; i < FLAGS; i++) {
             const flag *f = &flags[i];
             const void *field = (const char *)r->o + f->offset;
             if (!f->config || who != (r->o->given >> i & 1 ? 2 : recommends)) continue;
-            if (last && last != by[who]) fprintf(to, " %s,", last);
-            last = by[who];
-            if (f->letter) fprintf(to, " -%c", f->letter);
-            else fprintf(to, " --%s", f->name);
-            if (f->kind == REAL) fprintf(to, " %g", *(const double *)field);
-            else fprintf(to, " %lld", (long long)*(const int64_t *)field);
+            if (n++ == 0 && groups++ > 0) putc(',', to);
+            fputs(f->letter ? FORMAT(" -%c ", f->letter) : FORMAT(" --%s ", f->name), to);
+            if (f->kind == REAL) fprintf(to, "%g", *(const double *)field);
+            else fprintf(to, "%" PRId64, *(const int64_t *)field);
         }
+        if (n > 0) fprintf(to, " %s", by[who]);
     }
-    fprintf(to, " %s\n", last ? last : "");
+    putc('\n', to);
 }
 
 static int is_name(const char *name, const char *typed, size_t n) {
@@ -2791,15 +2784,14 @@ static int is_name(const char *name, const char *typed, size_t n) {
 
 /* Says what is allowed and seldom meant. */
 static void warn_of_values(const options *o) {
-    if (o->quiet) return;
     if (o->temperature >= 2) {
-        fprintf(stderr, "note: -t %g is a temperature, and a high one; for threads use -j\n",
-                o->temperature);
+        say(o, FORMAT("note: -t %g is a temperature, and a high one; for threads use -j",
+                       o->temperature));
     }
 #ifdef _OPENMP
     if (o->threads > omp_get_num_procs()) {
-        fprintf(stderr, "note: -j %lld is more than the %d processors there are, which makes it "
-                "slower\n", (long long)o->threads, omp_get_num_procs());
+        say(o, FORMAT("note: -j %d is more than the %d processors there are, which makes it slower",
+                       (int)o->threads, omp_get_num_procs()));
     }
 #endif
 }
@@ -2951,15 +2943,11 @@ static size_t character(const unsigned char *p, size_t n) {
 
 /* Reads \uXXXX from p, of which n bytes are there. Returns its length, or 0. */
 static size_t read_unit(const char *p, size_t n, uint32_t *code) {
-    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    char digits[5] = "";
     if (n < 6 || p[0] != '\\' || p[1] != 'u') return 0;
-    *code = 0;
-    for (size_t i = 2; i < 6; i++) {
-        const char *digit = p[i] ? strchr(digits, p[i]) : NULL;
-        if (!digit) return 0;
-        *code = 16 * *code + (uint32_t)(digit - digits) % 16;
-    }
-    return 6;
+    memcpy(digits, p + 2, 4);
+    *code = (uint32_t)strtoul(digits, NULL, 16);
+    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? 6 : 0;
 }
 
 /* Decodes the escape at p. Two \u that are surrogates make one character; one alone makes none. */
@@ -3268,7 +3256,7 @@ static int put_log(buffer *b, const char *before, double x) {
 /* Notes a token that was written or scored. */
 static int note_token(batch *b, job *j, const float *logits, int32_t id) {
     double log = j->logprobs || j->n_scored
-               ? based_log_probability(logits, based_width(b->r->model), id) : 0;
+               ? based_log_probability(logits, b->r->width, id) : 0;
     TRY(put(&j->tokens, j->n ? ", %ld" : "%ld", (long)id));
     if (j->logprobs) TRY(put_log(&j->logs, j->n ? ", " : "", log));
     j->n++;
@@ -3321,7 +3309,7 @@ static int write_branch(batch *b, const job *j) {
 static int deliver(batch *b) {
     for (job *j = b->first; j && (j->finish || b->r->o->unordered); j = j->next) {
         if (!j->finish || j->delivered) continue;
-        clear_progress(b->r);
+        clear_progress();
         TRY(b->r->o->branches ? write_branch(b, j) : write_answer(b, j));
         if (j->index == 0) b->answered++, b->done_bytes += (double)j->line.n + 1;
         j->delivered = 1;
@@ -3372,7 +3360,7 @@ static size_t recall(batch *b, const int32_t *ids, size_t n) {
 static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t from, int *shared) {
     const job *j = b->waiting;
     size_t fork = n, least = from + SHARED_LEAST;
-    size_t prefix = based_model_config(b->r->model)->prefix;
+    size_t prefix = b->r->config->prefix;
     *shared = 0;
     if (least < prefix) least = prefix; /* whose tokens see each other, so it is read as a whole  */
     for (int k = 0; j && k < LOOKAHEAD; k++, j = j->next) {
@@ -3414,7 +3402,7 @@ static int is_best(const float *logits, size_t n, int32_t id) {
  * the prompt but for its last token. */
 static int score_continuation(batch *b, job *j) {
     run *r = b->r;
-    size_t n = j->n_scored, width = based_width(r->model);
+    size_t n = j->n_scored, width = r->width;
     const int32_t *ids = j->r.ids + j->n_prompt;        /* (n_scored)                             */
     j->greedy = 1;
     for (size_t at = 0, some; at < n && !interrupted; at += some) {
@@ -3592,7 +3580,7 @@ static int answer_requests(run *r) {
     describe(r, NULL);
     double begun = r->begun = seconds();
     if (rc == DONE) rc = run_jobs(&b);
-    clear_progress(r);
+    clear_progress();
     close_batch(&b);
     if (rc != DONE && rc != INTERRUPTED) return rc;
     r->timed = b.tokens;
@@ -3608,9 +3596,7 @@ static int answer_requests(run *r) {
         return fail(BAD_INPUT, "%s of %s requests were not valid; their answers say why",
                     THOUSANDS(b.errors), THOUSANDS(b.requests));
     }
-    if (!r->o->quiet) {
-        fprintf(stderr, "achieved tok/s: %f\n", per_second(r->timed, r->generate_time));
-    }
+    say(r->o, FORMAT("achieved tok/s: %f", per_second(r->timed, r->generate_time)));
     return rc;
 }
 
@@ -3652,14 +3638,8 @@ static int do_job(run *r, options *o) {
     warn_of_values(o);
     if (o->save) TRY(check_output(r, o->save, "the past"));
     if (o->dump) TRY(check_output(r, o->dump, "the logits"));
-    r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
-    if (!r->model) return no_checkpoint(r);
-    take_name(r);
-    r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
-    if (r->has_tokenizer) {
-        TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
-    }
-    take_recommended(o, based_model_config(r->model));
+    TRY(open_model(r));
+    take_recommended(o, r->config);
     if (o->vectors) return vectors(r);
     if (o->info) return print_info(r);
     if (o->check) return check(r);
@@ -3684,6 +3664,7 @@ int main(int argc, char **argv) {
     free(r.chat.first.bytes);
     free(r.chat.line.bytes);
     free(r.chat.name.bytes);
+    free(r.chat.message.bytes);
     free(r.chat.raw.bytes);
     free(r.chat.begin.bytes);
     free(r.input.bytes);
