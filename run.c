@@ -282,6 +282,10 @@ static const char *amount(char out[SHORT_BYTES], double bytes) {
     return out;
 }
 
+static int is_name(const char *name, const char *typed, size_t n) {
+    return name && strlen(name) == n && memcmp(name, typed, n) == 0;
+}
+
 static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static double per_second(uint64_t count, double spent) {
@@ -1742,19 +1746,18 @@ static int run_command(run *r, const char *line, size_t n) {
     conversation *c = &r->chat;
     size_t word = strcspn(line, " ");
     const char *file = line + word + strspn(line + word, " ");
-    int named = word == 5 && (*file || line[word] == '\0');
     if (strlen(line) < n) {
         fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
     } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
         return 0;
-    } else if (named && strncmp(line, "/save", 5) == 0) {
+    } else if (is_name("/save", line, word)) {
         if (!*file && c->name.n == 0) {
             fail(BAD_INPUT, "/save needs the name of a file the first time");
         } else if (save_to_file(r, *file ? file : c->name.bytes) == DONE && *file) {
             c->name.n = 0;
             put(&c->name, "%s", file);
         }
-    } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
+    } else if ((is_name("/load", line, word) && *file) || strcmp(line, "/reset") == 0) {
         if (save_state(r, &r->saved) != DONE) return 1;
         if ((*file ? load_from_file(r, file)
                    : load_state(r, &c->first, "the beginning")) == DONE) push_undo(r, line);
@@ -2778,10 +2781,6 @@ static void print_settings(const run *r, FILE *to) {
     putc('\n', to);
 }
 
-static int is_name(const char *name, const char *typed, size_t n) {
-    return name && strlen(name) == n && memcmp(name, typed, n) == 0;
-}
-
 /* Says what is allowed and seldom meant. */
 static void warn_of_values(const options *o) {
     if (o->temperature >= 2) {
@@ -2907,6 +2906,7 @@ typedef struct {
     int      ended, too_long, status;   /* of the file; the newest line; of reading               */
     double   file_bytes, done_bytes;    /* 0: not known                                           */
     uint64_t requests, answered, errors, prompt_tokens, shared_tokens, tokens;
+    double   begun;
 } batch;
 
 /* ---- JSON: one object of texts, numbers, true, false, null, and one list ----------------------*/
@@ -3317,7 +3317,7 @@ static int deliver(batch *b) {
     while (b->first && b->first->delivered) free_first(b);
     if (!b->r->o->jsonl) return DONE;
 
-    double spent = seconds() - b->r->begun;
+    double spent = seconds() - b->begun;
     show_progress(b->r, "answered %s requests, %s tokens, %.0f tok/s%s", THOUSANDS(b->answered),
                   THOUSANDS(b->tokens), per_second(b->tokens, spent),
                   b->file_bytes > 0 && b->done_bytes > 0
@@ -3521,6 +3521,7 @@ static int run_jobs(batch *b) {
 }
 
 static int open_batch(batch *b) {
+    b->begun = b->r->begun = seconds();
     size_t fit = SESSIONS_BYTES / based_session_bytes(b->r->model, 1);
     b->parallel = (size_t)b->r->o->parallel;
     if (b->parallel == 0) b->parallel = fit > PARALLEL ? PARALLEL : fit > 0 ? fit : 1;
@@ -3530,6 +3531,8 @@ static int open_batch(batch *b) {
 }
 
 static void close_batch(batch *b) {
+    b->r->timed = b->tokens;
+    b->r->generate_time = seconds() - b->begun;
     while (b->first) free_first(b);
     for (size_t i = 0; b->session && i < b->parallel; i++) based_session_free(b->session[i]);
     for (size_t i = 0; i < KEPT; i++) based_session_free(b->kept[i]);
@@ -3544,7 +3547,6 @@ static void close_batch(batch *b) {
 static int write_branches(run *r) {
     batch b = { .r = r };
     int rc = open_batch(&b);
-    double begun = seconds();
     for (uint64_t i = 0; i < (uint64_t)r->o->branches && rc == DONE; i++) {
         job *j = add_job(&b);
         if (!j) rc = out_of_memory("so many texts");
@@ -3555,8 +3557,6 @@ static int write_branches(run *r) {
         if (finish(b.running[i], "interrupted") != DONE) rc = BAD_INPUT;
     }
     if (rc == INTERRUPTED) rc = deliver(&b);
-    r->timed = b.tokens;
-    r->generate_time = seconds() - begun;
     close_batch(&b);
     return rc;
 }
@@ -3578,19 +3578,16 @@ static int answer_requests(run *r) {
     if (rc == DONE) rc = open_requests(&b);
     catch_signals(0);
     describe(r, NULL);
-    double begun = r->begun = seconds();
     if (rc == DONE) rc = run_jobs(&b);
     clear_progress();
     close_batch(&b);
     if (rc != DONE && rc != INTERRUPTED) return rc;
-    r->timed = b.tokens;
-    r->generate_time = seconds() - begun;
     if (r->o->verbose) {
         fprintf(stderr, "{\"requests\": %" PRIu64 ", \"errors\": %" PRIu64 ", \"prompt_tokens\": %"
                 PRIu64 ", \"shared_tokens\": %" PRIu64 ", \"tokens\": %" PRIu64 ", \"seconds\": "
                 "%.3f, \"tokens_per_second\": %.1f}\n", b.requests, b.errors, b.prompt_tokens,
                 b.shared_tokens, b.tokens, r->generate_time,
-                per_second(b.tokens, r->generate_time));
+                per_second(r->timed, r->generate_time));
     }
     if (b.errors > 0 && rc == DONE) {
         return fail(BAD_INPUT, "%s of %s requests were not valid; their answers say why",
