@@ -137,7 +137,7 @@ typedef struct {                        /* of a conversation                    
     buffer   raw;                       /* the text generated since the snapshot                  */
 } conversation;
 
-typedef struct {                        /* guesses at the next tokens, from the text so far; 5    */
+typedef struct {                        /* guesses at the next tokens, from the text so far; 6    */
     int32_t  *text;                     /* (RECALLED) its newest tokens, a ring                   */
     uint64_t *last;                     /* (RECALLED) by the hash of two tokens: where the text   */
     uint64_t *before;                   /* (RECALLED) went on behind them; and by that place, the */
@@ -1484,14 +1484,12 @@ static void report(const run *r, const char *feeding, int reading) {
 static int save_state(run *r, buffer *s) {
     size_t n = based_sampler_recent(&r->sampler, r->recent), note_bytes = NOTE_HEADER + 4 * n;
     size_t bytes = based_saved_bytes(r->model, note_bytes);
-    unsigned char *note = calloc(1, note_bytes);
     s->n = 0;
-    if (!note || !bytes || !reserve(s, bytes)) {
-        free(note);
-        return out_of_memory("the saved past");
-    }
+    if (!bytes || !reserve(s, bytes + note_bytes)) return out_of_memory("the saved past");
 
-    /* the note, as above; what is not set is zero */
+    /* the note, as above, behind where the state will be; what is not set is zero */
+    unsigned char *note = (unsigned char *)s->bytes + bytes;
+    memset(note, 0, note_bytes);
     memcpy(note, "run\1", 4);
     put_little(note + 4, (uint64_t)r->o->has_seed, 4);
     if (r->o->has_seed) put_little(note + 8, r->sampler.state, 8);
@@ -1505,9 +1503,8 @@ static int save_state(run *r, buffer *s) {
 
     /* the session and the note */
     s->n = bytes;
-    int status = based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error);
-    free(note);
-    return status == BASED_OK ? DONE : library_failed(r, r->o->checkpoint);
+    TRY_MODEL(based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error));
+    return DONE;
 }
 
 /* Another program may save a state with a note of its own; that note is ignored. */
