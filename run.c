@@ -919,9 +919,9 @@ static int cannot_read(const char *path) {
  * only its beginning if a saved state was expected and it is none. The bytes are followed by a zero
  * that does not count; there are none at the end of the input. */
 static int read_input(const char *path, enum extent extent, buffer *to) {
-    int standard = strcmp(path, "-") == 0, enough = 1;
-    FILE *file = standard ? stdin : fopen(path, "rb");
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
     size_t wanted = 0, got = 0;
+    int enough = 1;
     to->n = 0;
     while (file && got == wanted) {
         if (extent == LINE && to->n > 0 && to->bytes[to->n - 1] == '\n') break;
@@ -934,7 +934,7 @@ static int read_input(const char *path, enum extent extent, buffer *to) {
     }
     int good = file && enough && !ferror(file), error = enough ? errno : ENOMEM;
     if (good) to->bytes[to->n] = '\0';
-    if (file && !standard) fclose(file);
+    if (file && file != stdin) fclose(file);
     if (good) return DONE;
     if (interrupted && error == EINTR) {
         clearerr(stdin);
@@ -2255,10 +2255,9 @@ static int check_few(run *r) {
     enum { FEW = 8 };
     const based_config *c = r->config;
     size_t total = FEW * r->width, bad = 0, inputs = FEW * (size_t)c->input;
-    int32_t ids[FEW], start = r->has_tokenizer ? start_token(&r->tokenizer) : -1;
-    for (int i = 0; i < FEW && c->vocab; i++) {
-        ids[i] = i == 0 && start >= 0 ? start : any_token(r, (uint64_t)i);
-    }
+    int32_t ids[FEW];
+    for (int i = 0; i < FEW && c->vocab; i++) ids[i] = any_token(r, (uint64_t)i);
+    if (r->has_tokenizer && start_token(&r->tokenizer) >= 0) ids[0] = start_token(&r->tokenizer);
     TRY(new_session(r, &r->session, FEW));
     float *rows = calloc(total + inputs, sizeof(float));        /* (FEW, width), (FEW, input)     */
     if (!rows) return out_of_memory("logits");
@@ -2667,8 +2666,7 @@ static int unknown_flag(const char *typed) {
                         foreign[i].advice);
         }
     }
-    for (int i = 0; i < FLAGS; i++) {
-        const flag *f = &flags[i];
+    for (const flag *f = flags; f < flags + FLAGS; f++) {
         if (typed[1] == f->letter && f->kind != SWITCH && strspn(typed + 2, "+-.0123456789") > 0) {
             return fail(BAD_USAGE, "unknown option %s; put a space before the value: -%c %.20s",
                         QUOTE(typed), typed[1], typed + 2);
@@ -2748,11 +2746,10 @@ static int read_template(options *o) {
 
 /* Where the user said nothing, settings of the sampler are those that the checkpoint recommends. */
 static void take_recommended(options *o, const based_config *c) {
-    for (int i = 0; i < FLAGS && (c->flags & BASED_SAMPLING); i++) {
-        const flag *f = &flags[i];
+    for (const flag *f = flags; f < flags + FLAGS && (c->flags & BASED_SAMPLING); f++) {
         const void *from = (const char *)c + f->config;
         void *to = (char *)o + f->offset;
-        if (!f->config || (o->given >> i & 1)) continue;
+        if (!f->config || (o->given >> (f - flags) & 1)) continue;
         if (f->kind == REAL) *(double *)to = (double)*(const float *)from;
         else *(int64_t *)to = *(const uint32_t *)from;
     }
@@ -2764,10 +2761,10 @@ static void print_settings(const run *r, FILE *to) {
     int recommends = (r->config->flags & BASED_SAMPLING) != 0, groups = 0;
     for (int who = 2; who >= 0; who--) {
         int n = 0;
-        for (int i = 0; i < FLAGS; i++) {
-            const flag *f = &flags[i];
+        for (const flag *f = flags; f < flags + FLAGS; f++) {
             const void *field = (const char *)r->o + f->offset;
-            if (!f->config || who != (r->o->given >> i & 1 ? 2 : recommends)) continue;
+            int given = r->o->given >> (f - flags) & 1;
+            if (!f->config || who != (given ? 2 : recommends)) continue;
             if (n++ == 0 && groups++ > 0) putc(',', to);
             fputs(f->letter ? FORMAT(" -%c ", f->letter) : FORMAT(" --%s ", f->name), to);
             if (f->kind == REAL) fprintf(to, "%g", *(const double *)field);
