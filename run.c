@@ -1010,8 +1010,8 @@ static int open_model(run *r) {
     if (!r->model) return no_checkpoint(r);
     r->config = based_model_config(r->model);
     r->width = based_width(r->model);
-    memcpy(r->name, r->config->name, sizeof r->name - 1);
-    if (!r->name[0]) strcpy(r->name, "a model without a name");
+    const char *name = r->config->name; /* (64)                                                   */
+    snprintf(r->name, sizeof r->name, "%.64s", *name ? name : "a model without a name");
     sanitize(r->name);
     r->has_tokenizer = r->config->tokenizer_bytes > 0;
     if (!r->has_tokenizer) return DONE;
@@ -2732,15 +2732,17 @@ static int read_template(options *o) {
     if (!o->turn) return out_of_memory("the template of a conversation");
     o->stop = o->turn + n;
     o->own = o->stop + n;
-    unescape(strcpy(o->turn, text));
+    snprintf(o->turn, n, "%s", text);
+    unescape(o->turn);
     const char *hole = strstr(o->turn, "{}");
     if (!hole || strstr(hole + 2, "{}")) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
                     "\"" PLAIN_TURN "\"");
     }
     snprintf(o->stop, n, "\n%.*s", (int)(hole - o->turn), o->turn);
+    snprintf(o->own, n, "%s", hole + 2);
     drop_spaces(o->stop);
-    drop_spaces(strcpy(o->own, hole + 2));
+    drop_spaces(o->own);
     return DONE;
 }
 
