@@ -282,6 +282,7 @@ static const char *amount(char out[SHORT_BYTES], double bytes) {
     return out;
 }
 
+/* Are the n bytes that were typed this name? */
 static int is_name(const char *name, const char *typed, size_t n) {
     return name && strlen(name) == n && memcmp(name, typed, n) == 0;
 }
@@ -1279,15 +1280,10 @@ static int dump_rows(run *r, const float *rows, size_t n) {
 }
 
 /* The progress line is rewritten a few times per second, once the work has taken a while. */
-static void show_progress(run *r, const char *format, ...) {
-    char line[FORMAT_BYTES];
+static void show_progress(const run *r, const char *line) {
     double now = seconds();
     int due = now - r->begun >= 0.3 && now - progress_shown >= 0.1;
     if (!due || r->o->quiet || !is_terminal(stderr)) return;
-    va_list arguments;
-    va_start(arguments, format);
-    vsnprintf(line, sizeof line, format, arguments);
-    va_end(arguments);
     fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
     fflush(stderr);
     progress_shown = now;
@@ -1320,10 +1316,10 @@ static int feed_ids(run *r, size_t n) {
         if (o->dump) TRY(dump_rows(r, r->rows, some));
         double spent = seconds() - r->begun, done = (double)(i + some);
         if (!o->jsonl) {
-            show_progress(r, "%s: %s of %s tokens, %.0f tok/s, %.0f s left%s",
+            show_progress(r, FORMAT("%s: %s of %s tokens, %.0f tok/s, %.0f s left%s",
                           o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(i + some),
                           THOUSANDS(n), done / spent, spent / done * ((double)n - done),
-                          o->perplexity ? FORMAT(", PPL %.4g", exp(r->mean)) : "");
+                          o->perplexity ? FORMAT(", PPL %.4g", exp(r->mean)) : ""));
         }
     }
     r->feed_time += seconds() - r->begun;
@@ -3314,11 +3310,10 @@ static int deliver(batch *b) {
     if (!b->r->o->jsonl) return DONE;
 
     double spent = seconds() - b->begun;
-    show_progress(b->r, "answered %s requests, %s tokens, %.0f tok/s%s", THOUSANDS(b->answered),
-                  THOUSANDS(b->tokens), per_second(b->tokens, spent),
-                  b->file_bytes > 0 && b->done_bytes > 0
-                  ? FORMAT(", %.0f s left", spent / b->done_bytes * (b->file_bytes - b->done_bytes))
-                  : "");
+    double share = b->file_bytes > 0 ? b->done_bytes / b->file_bytes : 0;
+    show_progress(b->r, FORMAT("answered %s requests, %s tokens, %.0f tok/s%s",
+                  THOUSANDS(b->answered), THOUSANDS(b->tokens), per_second(b->tokens, spent),
+                  share > 0 ? FORMAT(", %.0f s left", spent / share - spent) : ""));
     return DONE;
 }
 
