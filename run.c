@@ -1148,14 +1148,9 @@ static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, si
     return got < 0 ? (int)got : BASED_OK;
 }
 
-static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                        size_t to) {
-    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
-    return DONE;
-}
-
 static int encode(run *r, const char *text, size_t n, enum lead lead) {
-    return encode_parts(r, text, n, lead, n, n);
+    TRY_LIB(encode_quietly(r, text, n, lead, n, n), "cannot encode the text");
+    return DONE;
 }
 
 /* The length of the special token's name that the text begins with; or 0. */
@@ -1179,7 +1174,8 @@ static int encode_message(run *r, const char *text, size_t n, enum lead lead, si
         if (name) begin = at;
     }
     while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
-    return encode_parts(r, text, n, lead, begin, to);
+    TRY_LIB(encode_quietly(r, text, n, lead, begin, to), "cannot encode the text");
+    return DONE;
 }
 
 /* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
@@ -2343,10 +2339,10 @@ typedef struct {
     char        letter;                 /* 0: none                                                */
     const char *name;
     enum kind   kind;
-    int         is, excludes, needs;    /* of the enum above                                      */
     size_t      offset;                 /* of the field in options                                */
     const char *help;
     const char *title;                  /* in help, the heading above this flag                   */
+    int         is, excludes, needs;    /* of the enum above                                      */
     const char *standard;               /* the default as one would type it                       */
     double      low, high;              /* of a number, both allowed                              */
     size_t      config;                 /* of the field in based_config that recommends a value   */
@@ -2356,7 +2352,7 @@ typedef struct {
 } flag;
 
 #define AT(field) .offset = offsetof(options, field)
-#define RECOMMENDED(field) AT(field), .config = offsetof(based_config, field)
+#define RECOMMENDED(field) .config = offsetof(based_config, field), AT(field)
 
 static const flag flags[] = {
 
@@ -2366,19 +2362,19 @@ static const flag flags[] = {
              "second; or else a new text begins",
      .is = PROMPT, .excludes = PROMPT},
     {'f', "file", INPUT, AT(file),
-     .help = "Continue the text in this file; \"-\" is standard input. One newline at the end of "
-             "the input is dropped",
+     "Continue the text in this file; \"-\" is standard input. One newline at the end of "
+     "the input is dropped",
      .is = PROMPT, .excludes = PROMPT},
     {0, "tokens", IDS, AT(tokens),
-     .help = "Continue these token ids, such as \"1 403 407\", exactly as given",
+     "Continue these token ids, such as \"1 403 407\", exactly as given",
      .is = PROMPT, .excludes = PROMPT | CHAT},
     {'j', "threads", WHOLE, AT(threads),
-     .help = "Compute with N threads; the result is the same for any number. 0 chooses by the "
-             "size of the model and the processors there are",
+     "Compute with N threads; the result is the same for any number. 0 chooses by the "
+     "size of the model and the processors there are",
      .standard = "0", .high = 1024},
     {0, "no-checksum", SWITCH, AT(no_checksum),
-     .help = "Open the checkpoint without comparing its checksum: at once, where the file is "
-             "known to be whole, or to see what is left of a damaged one"},
+     "Open the checkpoint without comparing its checksum: at once, where the file is "
+     "known to be whole, or to see what is left of a damaged one"},
 
     {'n', "predict", WHOLE, AT(predict), .title = "Generation and sampling",
      .help = "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the "
@@ -2387,53 +2383,53 @@ static const flag flags[] = {
      .standard = "256", .low = -1, .high = 9e18, .alias = "n-predict",
      .takes = "a whole number of tokens, 0 or more, or -1 for no limit"},
     {'t', "temp", REAL, RECOMMENDED(temperature),
-     .help = "Temperature: low is careful, high is daring, 0 always takes the most probable token",
+     "Temperature: low is careful, high is daring, 0 always takes the most probable token",
      .standard = "1.0", .high = 100, .elsewhere = "for threads use -j or --threads"},
     {'p', "top-p", REAL, RECOMMENDED(top_p),
-     .help = "Choose among the most probable tokens that together reach probability X; 1 is all",
+     "Choose among the most probable tokens that together reach probability X; 1 is all",
      .standard = "0.9", .high = 1, .elsewhere = "for a prompt use -i or --prompt"},
     {'k', "top-k", WHOLE, RECOMMENDED(top_k),
-     .help = "Choose among the N most probable tokens; 0 is all",
+     "Choose among the N most probable tokens; 0 is all",
      .standard = "0", .high = 4294967295.0},
     {0, "min-p", REAL, RECOMMENDED(min_p),
-     .help = "Leave out tokens less than X times as probable as the best one",
+     "Leave out tokens less than X times as probable as the best one",
      .standard = "0", .high = 1},
     {0, "repeat-penalty", REAL, RECOMMENDED(repeat_penalty),
-     .help = "Make recent tokens less probable if above 1",
+     "Make recent tokens less probable if above 1",
      .standard = "1.0", .low = 0.01, .high = 100},
     {0, "repeat-last-n", WHOLE, RECOMMENDED(repeat_last_n),
-     .help = "Count the last N tokens as recent",
+     "Count the last N tokens as recent",
      .standard = "64", .high = 1048576},
     {'s', "seed", SEED, AT(seed),
-     .help = "Seed of the random choices; the same seed gives the same text on every machine "
-             "(default: the time, which -v shows)",
+     "Seed of the random choices; the same seed gives the same text on every machine "
+     "(default: the time, which -v shows)",
      .takes = "a whole number from 0 to 18446744073709551615"},
-    {'r', "reverse-prompt", TEXTS,
-     .help = "Stop before this text would be printed; may be given several times. \\n is a new "
-             "line, \\\\ a backslash",
+    {'r', "reverse-prompt", TEXTS, .offset = 0,
+     "Stop before this text would be printed; may be given several times. \\n is a new "
+     "line, \\\\ a backslash",
      .takes = "a text that is not empty"},
     {0, "lookup", WHOLE, AT(lookup),
-     .help = "Where the text repeats itself, guess up to N tokens from what followed before and "
-             "compute them together: the same text, sooner. 0 makes no guesses",
+     "Where the text repeats itself, guess up to N tokens from what followed before and "
+     "compute them together: the same text, sooner. 0 makes no guesses",
      .standard = "15", .high = GUESSES},
-    {0, "ignore-eos", SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
+    {0, "ignore-eos", SWITCH, AT(ignore_eos), "Go on past the end of a text"},
 
     {0, "save", REGULAR, AT(save), .title = "The past as a file",
      .help = "At the end, write all that the model remembers to FILE; its size depends only on "
              "the model",
      .is = SAVE},
     {0, "load", REGULAR, AT(load),
-     .help = "Begin where a run with --save ended. Without a prompt its text goes on. A prompt "
-             "(-i, -f, --tokens) is the whole text, as always: it must begin with the saved one, "
-             "and only the rest is read",
+     "Begin where a run with --save ended. Without a prompt its text goes on. A prompt "
+     "(-i, -f, --tokens) is the whole text, as always: it must begin with the saved one, "
+     "and only the rest is read",
      .is = LOAD},
     {0, "append", TEXT, AT(append),
-     .help = "With --load: put this behind the saved text before going on; \"-\" reads it from "
-             "standard input",
+     "With --load: put this behind the saved text before going on; \"-\" reads it from "
+     "standard input",
      .excludes = PROMPT | CHAT, .needs = LOAD},
     {0, "branches", WHOLE, AT(branches),
-     .help = "Read the prompt once and write N continuations, each as a run of its own with the "
-             "next seed would; 0 is one text as usual",
+     "Read the prompt once and write N continuations, each as a run of its own with the "
+     "next seed would; 0 is one text as usual",
      .is = BRANCHES, .excludes = SAVE | DUMP | CHAT, .standard = "0", .high = 65536},
 
     {0, "jsonl", INPUT, AT(jsonl), .title = "Many texts at once",
@@ -2444,11 +2440,11 @@ static const flag flags[] = {
              "line leaves out is as the options say",
      .is = JOB | JSONL},
     {0, "parallel", WHOLE, AT(parallel),
-     .help = "Compute at most N texts together; the answers are the same for any number. 0 is "
-             "64, or fewer if the model's memory of so many texts takes more than 1 GB",
+     "Compute at most N texts together; the answers are the same for any number. 0 is "
+     "64, or fewer if the model's memory of so many texts takes more than 1 GB",
      .needs = JSONL | BRANCHES, .standard = "0", .high = BASED_MAX_BLOCK},
     {0, "unordered", SWITCH, AT(unordered),
-     .help = "Write each answer when it is complete, not in the order of the requests",
+     "Write each answer when it is complete, not in the order of the requests",
      .needs = JSONL},
 
     {'m', "mode", MODE, AT(chat), .title = "Conversation",
@@ -2457,15 +2453,15 @@ static const flag flags[] = {
      .is = CHAT, .takes = "generate or chat",
      .elsewhere = "the model is the first argument, before the options"},
     {'y', "system-prompt", TEXT, AT(system),
-     .help = "A text that stands before the conversation",
+     "A text that stands before the conversation",
      .needs = CHAT},
     {0, "chat-template", TEXT, AT(chat_template),
-     .help = "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash "
-             "(default: as the checkpoint says, else \"" PLAIN_TURN "\")",
+     "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash "
+     "(default: as the checkpoint says, else \"" PLAIN_TURN "\")",
      .takes = "a text with one {} in it"},
     {0, "specials", SWITCH, AT(specials),
-     .help = "Names of special tokens in what you say become these tokens. Without it they are "
-             "text, as anything that you say",
+     "Names of special tokens in what you say become these tokens. Without it they are "
+     "text, as anything that you say",
      .needs = CHAT},
 
     {'x', "perplexity", INPUT, AT(perplexity), .title = "Measuring",
@@ -2474,37 +2470,37 @@ static const flag flags[] = {
              "each",
      .is = JOB},
     {'b', "bench", SWITCH, AT(bench),
-     .help = "Measure speed: prompts, texts of several lengths, several texts at once; beside "
-             "each the share of the memory's speed that it uses",
+     "Measure speed: prompts, texts of several lengths, several texts at once; beside "
+     "each the share of the memory's speed that it uses",
      .is = JOB | BENCH},
     {0, "csv", SWITCH, AT(csv),
-     .help = "With --bench: comma-separated values instead of a table",
+     "With --bench: comma-separated values instead of a table",
      .needs = BENCH},
     {0, "info", SWITCH, AT(info),
-     .help = "Say what this checkpoint is: its layers, parameters and sizes",
+     "Say what this checkpoint is: its layers, parameters and sizes",
      .is = JOB},
     {0, "check", SWITCH, AT(check),
-     .help = "Check all of this checkpoint, each weight too, and say in one line whether it is "
-             "sound (status 0) or what is wrong first (status 1)",
+     "Check all of this checkpoint, each weight too, and say in one line whether it is "
+     "sound (status 0) or what is wrong first (status 1)",
      .is = JOB},
     {0, "dump-logits", REGULAR, AT(dump),
-     .help = "Write the logits after every token read, row after row, as little-endian float32",
+     "Write the logits after every token read, row after row, as little-endian float32",
      .is = DUMP, .excludes = CHAT},
     {0, "vectors", INPUT, AT(vectors),
-     .help = "For a model that reads vectors: feed those in FILE, rows of little-endian float32; "
-             "--dump-logits receives what comes out",
+     "For a model that reads vectors: feed those in FILE, rows of little-endian float32; "
+     "--dump-logits receives what comes out",
      .is = JOB, .needs = DUMP},
 
     {0, "no-display-prompt", SWITCH, AT(no_display_prompt), .title = "Output",
      .help = "Print only what is generated"},
     {'q', "quiet", SWITCH, AT(quiet),
-     .help = "Write nothing but errors to standard error",
+     "Write nothing but errors to standard error",
      .excludes = VERBOSE},
     {'v', "verbose", SWITCH, AT(verbose),
-     .help = "Also write the model, the seed, sizes, times, and a fingerprint of all logits used",
+     "Also write the model, the seed, sizes, times, and a fingerprint of all logits used",
      .is = VERBOSE},
-    {'h', "help", SWITCH, AT(help), .help = "Print this text"},
-    {0, "version", SWITCH, AT(version), .help = "Print the version"},
+    {'h', "help", SWITCH, AT(help), "Print this text"},
+    {0, "version", SWITCH, AT(version), "Print the version"},
 };
 
 enum { FLAGS = (int)COUNT(flags) };
