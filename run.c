@@ -921,22 +921,23 @@ static int cannot_read(const char *path) {
  * that does not count; there are none at the end of the input. */
 static int read_input(const char *path, enum extent extent, buffer *to) {
     FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
-    size_t wanted = 0, got = 0;
-    int enough = 1;
+    int error = file ? 0 : errno;
     to->n = 0;
-    while (file && got == wanted) {
+    for (size_t wanted = 0, got = 0; !error && got == wanted; ) {
         if (extent == LINE && to->n > 0 && to->bytes[to->n - 1] == '\n') break;
         if (extent == STATE && to->n >= 8 && memcmp(to->bytes, BASED_STATE_MAGIC, 8) != 0) break;
-        enough = reserve(to, 1);
-        if (!enough) break;
+        if (!reserve(to, 1)) {
+            error = ENOMEM;
+            break;
+        }
         wanted = extent == LINE ? 1 : to->room - 1 - to->n;
         got = fread(to->bytes + to->n, 1, wanted, file);
         to->n += got;
+        if (ferror(file)) error = errno;
     }
-    int good = file && enough && !ferror(file), error = enough ? errno : ENOMEM;
-    if (good) to->bytes[to->n] = '\0';
+    if (!error) to->bytes[to->n] = '\0';
     if (file && file != stdin) fclose(file);
-    if (good) return DONE;
+    if (!error) return DONE;
     if (interrupted && error == EINTR) {
         clearerr(stdin);
         return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
@@ -945,11 +946,15 @@ static int read_input(const char *path, enum extent extent, buffer *to) {
     return cannot_read(path);
 }
 
-/* Drops a byte order mark, which is no part of a text. */
+/* The length of the byte order mark that a text begins with, and which is no part of it; or 0. */
+static size_t mark_bytes(const char *text, size_t n) {
+    return n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+}
+
 static void drop_mark(buffer *text) {
-    if (text->n < 3 || memcmp(text->bytes, "\xef\xbb\xbf", 3) != 0) return;
-    text->n -= 3;
-    memmove(text->bytes, text->bytes + 3, text->n + 1);
+    size_t mark = mark_bytes(text->bytes, text->n);
+    text->n -= mark;
+    memmove(text->bytes, text->bytes + mark, text->n + 1);
 }
 
 /* Drops one newline at the end, \n or \r\n. */
@@ -3109,13 +3114,11 @@ static int next_line(batch *b, int wait) {
         char *end = memchr(b->bytes.bytes + searched, '\n', b->bytes.n - searched);
         if (!end && b->ended && b->bytes.n > b->at) end = b->bytes.bytes + b->bytes.n;
         if (end) {
-            b->line = (span){ from, (size_t)(end - from) };
-            b->at += b->line.n + (end < b->bytes.bytes + b->bytes.n);
+            size_t n = (size_t)(end - from), mark = b->lines == 0 ? mark_bytes(from, n) : 0;
+            b->line = (span){ from + mark, n - mark };
+            b->at += n + (end < b->bytes.bytes + b->bytes.n);
             searched = b->at;
             b->lines++;
-            if (b->lines == 1 && b->line.n >= 3 && memcmp(from, "\xef\xbb\xbf", 3) == 0) {
-                b->line = (span){ from + 3, b->line.n - 3 };    /* a byte order mark              */
-            }
             reader blank = { b->line.text, b->line.text + b->line.n, NULL };
             if (peek(&blank) != -1 || b->too_long) return 1;
             continue;
