@@ -2344,10 +2344,10 @@ typedef struct {
     char        letter;                 /* 0: none                                                */
     const char *name;
     enum kind   kind;
+    int         is, excludes, needs;    /* of the enum above                                      */
     size_t      offset;                 /* of the field in options                                */
     const char *help;
     const char *title;                  /* in help, the heading above this flag                   */
-    int         is, excludes, needs;    /* of the enum above                                      */
     const char *standard;               /* the default as one would type it                       */
     double      low, high;              /* of a number, both allowed                              */
     size_t      config;                 /* of the field in based_config that recommends a value   */
