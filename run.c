@@ -27,8 +27,8 @@
  *         -- readers who only want to know how a text is written can stop there --
  *      3. The operating system       all that is not C99
  *      4. Files                      reading, and writing a file that appears only when complete
- *      5. Feeding and statistics     blocks of tokens, guesses, the progress line, times
- *      6. From text to tokens        prompts from everywhere
+ *      5. From text to tokens        prompts from everywhere
+ *      6. Feeding and statistics     blocks of tokens, guesses, the progress line, times
  *      7. Saved states               --save, --load, and what /undo goes back to
  *      8. Chat                       turns, with commands
  *      9. Perplexity                 -x
@@ -37,7 +37,7 @@
  *     12. Vectors                    --vectors, for models that do not read text
  *     13. Options                    one table: parsing, help, errors, what goes with what
  *     14. Many texts at once         --jsonl, --branches
- *     15. main
+ *     15. main                       generate, and the choice of what is to be done
  */
 #if !defined(_XOPEN_SOURCE) && !defined(_WIN32)
 #define _XOPEN_SOURCE 700               /* POSIX 2008, and realpath                               */
@@ -83,6 +83,7 @@ enum { NUMBER_BYTES = 24 };             /* a 64-bit number with its sign, a spac
 enum { NOTE_HEADER = 28 };              /* bytes of a saved note before the recent tokens         */
 enum { UNDO = 8 };                      /* turns of a conversation that can be taken back         */
 enum { SHORT_BYTES = 80 };              /* what the user typed, shortened for a line              */
+enum { FORMAT_BYTES = 160 };            /* of FORMAT, below                                       */
 
 typedef struct {                        /* the command line; section 13 fills it                  */
     const char *checkpoint;
@@ -91,7 +92,7 @@ typedef struct {                        /* the command line; section 13 fills it
     const char *save, *load, *append;   /* files of saved states; text behind a loaded one        */
     const char *jsonl;                  /* requests, one a line                                   */
     const char *system, *chat_template; /* chat: the text before it, and how a turn looks         */
-    char       *turn, *stop, *own;      /* the plain template; what ends a reply there            */
+    char       *turn, *stop, *own;      /* the plain template; what ends a reply there; one block */
     char      **stops;                  /* (n_stops) texts that end the generated text            */
     size_t      n_stops;
     int64_t     predict, top_k, repeat_last_n, threads, branches, parallel, lookup;
@@ -131,12 +132,12 @@ typedef struct {                        /* of a conversation                    
     buffer   begin;                     /* what stands before the first message                   */
     uint64_t start;                     /* based_history there                                    */
     buffer   line, name;                /* what was typed; the file of the last /save, or --save  */
+    buffer   message;                   /* what was typed, in the template                        */
     based_session *snapshot;            /* before the token in which the held text begins         */
     buffer   raw;                       /* the text generated since the snapshot                  */
-    int      has_snapshot;
 } conversation;
 
-typedef struct {                        /* guesses at the next tokens, from the text so far; 5    */
+typedef struct {                        /* guesses at the next tokens, from the text so far; 6    */
     int32_t  *text;                     /* (RECALLED) its newest tokens, a ring                   */
     uint64_t *last;                     /* (RECALLED) by the hash of two tokens: where the text   */
     uint64_t *before;                   /* (RECALLED) went on behind them; and by that place, the */
@@ -152,6 +153,9 @@ typedef struct {                        /* guesses at the next tokens, from the 
 typedef struct {                        /* one run of the program                                 */
     const options  *o;
     based_model    *model;
+    const based_config *config;         /* of the model                                           */
+    size_t          width;              /* of a row of its logits                                 */
+    char            name[65];           /* its name, fit for a terminal                           */
     based_session  *session;
     based_tokenizer tokenizer;
     int             has_tokenizer;
@@ -165,7 +169,6 @@ typedef struct {                        /* one run of the program               
     size_t          n_first;            /* tokens before text[from] when it was encoded           */
     int32_t         unfed;              /* the newest token, if it is not fed yet; or -1          */
     size_t          block;              /* tokens of r->ids that are fed together                 */
-    int             told_nfc;           /* warn_of_nfc has said its line                          */
     float          *rows;               /* (block, width) logits of fed tokens; NULL: not needed  */
     text_out        out;
     output          dump;
@@ -179,7 +182,7 @@ typedef struct {                        /* one run of the program               
     uint32_t        hash;               /* of all logits used                                     */
     uint64_t        fed, timed;         /* tokens that took feed_time, and generate_time          */
     double          feed_time, generate_time;   /* seconds                                        */
-    double          begun, shown;       /* of the progress line; shown 0: it is not on the screen */
+    double          begun;              /* when reading or measuring began, for the progress line */
 } run;
 
 /* Replaces bytes that could move the cursor or break a line. Names and files are not trusted. */
@@ -189,27 +192,37 @@ static void sanitize(char *text) {
     }
 }
 
-/* The name in the checkpoint, made fit for a terminal. */
-static const char *model_name(const run *r, char name[65]) {
-    memcpy(name, based_model_config(r->model)->name, 64);
-    name[64] = '\0';
-    sanitize(name);
-    return name[0] ? name : "a model without a name";
-}
-
 /* What the program was started as; set once, by main. */
 static const char *program = "run";
+
+/* When the progress line was last written; 0: it is not on the screen. */
+static double progress_shown = 0;
+enum { PROGRESS_COLUMNS = 76 };
+
+/* Must come before anything else is written. Also covers the "^C" of the terminal. */
+static void clear_progress(void) {
+    if (progress_shown > 0) fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");
+    fflush(stderr);
+    progress_shown = 0;
+}
+
+/* Prints one line on stderr, unless -q forbids it. */
+static void say(const options *o, const char *line) {
+    if (o->quiet) return;
+    clear_progress();
+    fprintf(stderr, "%s\n", line);
+}
 
 /* Prints one error line and returns `status`. */
 static int fail(int status, const char *format, ...) {
     char line[1024];
-    int n = snprintf(line, sizeof line / 4, "%s: ", program);
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(line + n, sizeof line - (size_t)n, format, arguments);
+    vsnprintf(line, sizeof line, format, arguments);
     va_end(arguments);
     sanitize(line);
-    fprintf(stderr, "%s\n", line);
+    clear_progress();
+    fprintf(stderr, "%s: %s\n", program, line);
     return status;
 }
 
@@ -229,12 +242,21 @@ static int out_of_memory(const char *what) {
     return fail(BAD_INPUT, "not enough memory for %s", what);
 }
 
-/* 1234567 as 1,234,567. THOUSANDS(value) brings its own buffer, which lives as long as the block
- * around it. So do QUOTE(text), what the user typed in quotes and shortened, and AMOUNT(bytes),
- * 412 kB or 6.1 MB. */
+/* FORMAT(...), a short text made as printf does, brings its own buffer, which lives as long as the
+ * block around it. So do THOUSANDS(1234567), 1,234,567; QUOTE(text), what the user typed, in quotes
+ * and shortened; and AMOUNT(bytes), 412 kB or 6.1 MB. */
+#define FORMAT(...) format_text((char[FORMAT_BYTES]){ 0 }, __VA_ARGS__)
 #define THOUSANDS(value) thousands((char[SHORT_BYTES]){ 0 }, value)
 #define QUOTE(text) quote((char[SHORT_BYTES]){ 0 }, text)
 #define AMOUNT(bytes) amount((char[SHORT_BYTES]){ 0 }, (double)(bytes))
+
+static const char *format_text(char out[FORMAT_BYTES], const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(out, FORMAT_BYTES, format, arguments);
+    va_end(arguments);
+    return out;
+}
 
 static const char *thousands(char out[SHORT_BYTES], uint64_t value) {
     int n = snprintf(out, SHORT_BYTES, "%" PRIu64, value);
@@ -259,6 +281,13 @@ static const char *amount(char out[SHORT_BYTES], double bytes) {
     else snprintf(out, SHORT_BYTES, "%.1f MB", bytes / 1e6);
     return out;
 }
+
+/* Are the n bytes that were typed this name? */
+static int is_name(const char *name, const char *typed, size_t n) {
+    return name && strlen(name) == n && memcmp(name, typed, n) == 0;
+}
+
+static size_t smaller(size_t a, size_t b) { return a < b ? a : b; }
 
 static double per_second(uint64_t count, double spent) {
     return spent > 0 ? (double)count / spent : 0;
@@ -286,30 +315,14 @@ enum lead { CONTINUES, OPENS, BEGINS, PREDICTS };
 enum extent { ALL, LINE, STATE };
 
 /* What is used before its section, with the number of that. */
-static int     save_to_file(run *r, const char *path);              /*  7: --save, /save          */
-static int     load_prompt(run *r);                                 /*  7: --load                 */
-static int     score_rows(run *r, size_t first, size_t n);          /*  9: for feed_ids           */
-static int     no_tokenizer(const run *r);                          /*  6: an error line          */
-static int32_t start_token(const based_tokenizer *t);               /*  6: begins a text; or -1   */
-static int     check_logits(run *r, const float *logits, uint64_t token);   /*  5: are there any? */
-static int     read_prompt(run *r);                                 /*  6: -i, -f, ... to r->ids  */
-static int     open_session(run *r, int every_row);                 /*  5: r->session             */
-static int     feed_ids(run *r, size_t n);                          /*  5: the first n of r->ids  */
-static void    hash_logits(run *r, const float *logits);            /*  5: for -v                 */
-static int     open_lookup(run *r);                                 /*  5: --lookup               */
-static void    look_up(run *r, int32_t id);                         /*  5: one more token of text */
-static int     feed_ahead(run *r, int32_t id, uint64_t most);       /*  5: it, and guesses        */
-static int     drop_guesses(run *r);                                /*  5: out of the session     */
-static int     dump_rows(run *r, const float *rows, size_t n);      /*  5: --dump-logits          */
-static void    clear_progress(run *r);                              /*  5: before an error line   */
-static void    describe(const run *r, const char *what);            /*  5: the lines of -v        */
-static void    report(const run *r, const char *feeding, int reading);      /*  5                 */
-static int     open_output(const run *r, output *f, const char *path, const char *what);    /*  4 */
-static int     close_output(output *f, int rc);                     /*  4: and gives it its name  */
-static double  seconds(void);                                       /*  3: a clock                */
-static void    catch_signals(int all);                              /*  3: Ctrl-C ends the text   */
-static void    print_settings(const run *r, FILE *to);              /* 13: of the sampler         */
-static int     write_branches(run *r);                              /* 14: --branches             */
+static int    feed_ids(run *r, size_t n);                           /*  6: the first n of r->ids  */
+static int    feed_ahead(run *r, int32_t id, uint64_t most);        /*  6: it, and guesses        */
+static void   look_up(run *r, int32_t id);                          /*  6: one more token of text */
+static int    drop_guesses(run *r);                                 /*  6: out of the session     */
+static int    dump_rows(run *r, const float *rows, size_t n);       /*  6: --dump-logits          */
+static int    score_rows(run *r, size_t first, size_t n);           /*  9: --perplexity           */
+static double seconds(void);                                        /*  3: a clock                */
+static void   print_settings(const run *r, FILE *to);               /* 13: of the sampler         */
 
 /* ==== 2. Continue a text =========================================================================
  * Why the program exists. The prompt is fed in blocks; then each new token is drawn from the
@@ -393,7 +406,7 @@ static int put_text(run *r, const char *text, size_t n, int last) {
         for (size_t i = 0; i < r->o->n_stops; i++) {
             const char *stop = r->o->stops[i];
             size_t bytes = strlen(stop);
-            if (memcmp(held->bytes + at, stop, bytes < rest ? bytes : rest) != 0) continue;
+            if (memcmp(held->bytes + at, stop, smaller(bytes, rest)) != 0) continue;
             out->stopped |= bytes <= rest;
             if (bytes <= rest || (!last && at < ready)) ready = at;
         }
@@ -426,10 +439,25 @@ static int end_text(run *r) {
  * ahead of the text: guesses are fed together with the token before them (--lookup). */
 static const float *logits_of(const run *r) {
     const lookup *l = &r->lookup;
-    return l->used ? l->rows + (l->used - 1) * based_width(r->model) : based_logits(r->session);
+    return l->used ? l->rows + (l->used - 1) * r->width : based_logits(r->session);
 }
 static uint64_t count_of(const run *r) {
     return based_count(r->session) - (r->lookup.fed - r->lookup.used);
+}
+
+/* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
+static void hash_logits(run *r, const float *logits) {
+    if (r->o->verbose) r->hash = based_hash(r->hash, logits, r->width);
+}
+
+/* If no logit is finite, there is nothing to choose from. */
+static int check_logits(run *r, const float *logits, uint64_t token) {
+    for (size_t i = 0; i < r->width; i++) {
+        if (logits[i] - logits[i] == 0) return DONE;
+    }
+    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
+                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
+                r->o->vectors ? ", or the vectors are" : "");
 }
 
 /* Feeds the newest token of the text, unless that has been done, and at most `ahead` guesses. */
@@ -461,13 +489,9 @@ static int feed_prompt(run *r) {
 static void take_snapshot(run *r, size_t n) {
     conversation *c = &r->chat;
     size_t held = r->out.held.n;
-    if (held == 0) c->has_snapshot = 0;
+    if (held <= n || c->raw.n + n > c->raw.room) c->raw.n = 0;
     if (held == 0) return;
-    if (held <= n || !c->has_snapshot || c->raw.n + n > c->raw.room) {
-        c->has_snapshot = 1;
-        c->raw.n = 0;
-        based_copy(c->snapshot, r->session, NULL);
-    }
+    if (c->raw.n == 0) based_copy(c->snapshot, r->session, NULL);
     memcpy(c->raw.bytes + c->raw.n, r->out.token, n);
     c->raw.n += n;
 }
@@ -529,7 +553,7 @@ static int prepare(run *r) {
         .temperature = (float)o->temperature, .top_p = (float)o->top_p,
         .top_k = (uint32_t)o->top_k, .min_p = (float)o->min_p,
         .repeat_penalty = (float)o->repeat_penalty, .repeat_last_n = (uint32_t)o->repeat_last_n,
-        .seed = o->seed, .vocab = (uint32_t)based_width(r->model)
+        .seed = o->seed, .vocab = (uint32_t)r->width
     };
     /* without -s the seed differs from one start to the next, also within a second */
     if (!o->has_seed) {
@@ -560,40 +584,8 @@ static void free_text(run *r) {
     r->out.token = r->out.held.bytes = NULL;
 }
 
-/* For -v: the seed and the settings. */
-static void tell_sampling(const run *r) {
-    if (!r->o->verbose) return;
-    fprintf(stderr, "seed:   %" PRIu64 "\nsample:", r->sampler.seed);
-    print_settings(r, stderr);
-}
-
-static int generate(run *r) {
-    TRY(open_session(r, r->o->dump != NULL));
-    TRY(read_prompt(r));
-    TRY(prepare(r));
-    TRY(open_lookup(r));
-    if (r->o->load) TRY(load_prompt(r));
-    if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
-    catch_signals(0);
-    describe(r, "prompt:");
-    tell_sampling(r);
-    TRY(feed_prompt(r));
-    if (r->o->branches) {
-        TRY(write_branches(r));
-    } else {
-        if (!interrupted) TRY(show_prompt(r, !r->o->no_display_prompt));
-        TRY(flush_text());
-        TRY(continue_text(r));
-        TRY(end_text(r));
-    }
-    if (r->o->save) TRY(feed_newest(r, 0));     /* its logits belong to the dump                  */
-    TRY(close_output(&r->dump, DONE));
-    if (r->o->save) TRY(save_to_file(r, r->o->save));
-    report(r, "prompt eval time", r->o->predict == 0);
-    return interrupted ? INTERRUPTED : DONE;
-}
-
-/* ---- If you wanted to know how a text is written with based.h, you can stop reading here. ---- */
+/* ---- If you wanted to know how a text is written with based.h, you can stop reading here; only
+ * generate, in section 15, puts these functions into their order. ---- */
 
 /* ==== 3. The operating system ====================================================================
  * Everything that is not C99. Without it the program still works: the clock is coarser, files are
@@ -741,12 +733,12 @@ static int open_temporary(output *f) {
     f->target = realpath(f->path, NULL);
     if (!f->target && errno != ENOENT) return -1;
     const char *path = f->target ? f->target : f->path, *slash = strrchr(path, '/');
-    size_t folder = slash ? (size_t)(slash + 1 - path) : 0, base = strlen(path + folder);
+    size_t folder = slash ? (size_t)(slash + 1 - path) : 0;
+    size_t base = smaller(strlen(path + folder), 200);  /* names may have 255 bytes */
     size_t bytes = folder + base + 48;
     char *name = malloc(bytes);
     int fd = -1;
     if (!name) return -1;
-    if (base > 200) base = 200;         /* names may have 255 bytes                               */
     renaming = 1;
     for (int k = 0; fd < 0 && k < 10000 && (k == 0 || errno == EEXIST); k++) {
         snprintf(name, bytes, "%.*s.%ld-%d.tmp", (int)(folder + base), path, (long)getpid(), k);
@@ -919,40 +911,50 @@ static uint64_t get_little(const unsigned char *from, size_t n) {
     return value;
 }
 
+static int cannot_read(const char *path) {
+    return fail(BAD_INPUT, "cannot read %s: %s",
+                strcmp(path, "-") == 0 ? "standard input" : path, strerror(errno));
+}
+
 /* Reads a file, or standard input for "-"; all of it, or only its next line, newline included, or
  * only its beginning if a saved state was expected and it is none. The bytes are followed by a zero
  * that does not count; there are none at the end of the input. */
 static int read_input(const char *path, enum extent extent, buffer *to) {
-    int standard = strcmp(path, "-") == 0, enough = 1;
-    FILE *file = standard ? stdin : fopen(path, "rb");
-    size_t wanted = 0, got = 0;
+    FILE *file = strcmp(path, "-") == 0 ? stdin : fopen(path, "rb");
+    int error = file ? 0 : errno;
     to->n = 0;
-    while (file && got == wanted) {
+    for (size_t wanted = 0, got = 0; !error && got == wanted; ) {
         if (extent == LINE && to->n > 0 && to->bytes[to->n - 1] == '\n') break;
         if (extent == STATE && to->n >= 8 && memcmp(to->bytes, BASED_STATE_MAGIC, 8) != 0) break;
-        enough = reserve(to, 1);
-        if (!enough) break;
+        if (!reserve(to, 1)) {
+            error = ENOMEM;
+            break;
+        }
         wanted = extent == LINE ? 1 : to->room - 1 - to->n;
         got = fread(to->bytes + to->n, 1, wanted, file);
         to->n += got;
+        if (ferror(file)) error = errno;
     }
-    int good = file && enough && !ferror(file), error = enough ? errno : ENOMEM;
-    if (good) to->bytes[to->n] = '\0';
-    if (file && !standard) fclose(file);
-    if (good) return DONE;
+    if (!error) to->bytes[to->n] = '\0';
+    if (file && file != stdin) fclose(file);
+    if (!error) return DONE;
     if (interrupted && error == EINTR) {
         clearerr(stdin);
         return interrupted > 0 ? 128 + (int)interrupted : INTERRUPTED;
     }
-    return fail(BAD_INPUT, "cannot read %s: %s", standard ? "standard input" : path,
-                strerror(error));
+    errno = error;
+    return cannot_read(path);
 }
 
-/* Drops a byte order mark, which is no part of a text. */
+/* The length of the byte order mark that a text begins with, and which is no part of it; or 0. */
+static size_t mark_bytes(const char *text, size_t n) {
+    return n >= 3 && memcmp(text, "\xef\xbb\xbf", 3) == 0 ? 3 : 0;
+}
+
 static void drop_mark(buffer *text) {
-    if (text->n < 3 || memcmp(text->bytes, "\xef\xbb\xbf", 3) != 0) return;
-    text->n -= 3;
-    memmove(text->bytes, text->bytes + 3, text->n + 1);
+    size_t mark = mark_bytes(text->bytes, text->n);
+    text->n -= mark;
+    memmove(text->bytes, text->bytes + mark, text->n + 1);
 }
 
 /* Drops one newline at the end, \n or \r\n. */
@@ -1007,6 +1009,20 @@ static int no_checkpoint(const run *r) {
     if (!advice) return fail(BAD_INPUT, "%s is %s", path, is);
     return fail(BAD_INPUT, "%s is %s; python3 export.py %s OUT.bin%s makes a checkpoint of it",
                 path, is, path, advice);
+}
+
+static int open_model(run *r) {
+    r->model = based_open(r->o->checkpoint, r->o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
+    if (!r->model) return no_checkpoint(r);
+    r->config = based_model_config(r->model);
+    r->width = based_width(r->model);
+    const char *name = r->config->name; /* (64)                                                   */
+    snprintf(r->name, sizeof r->name, "%.64s", *name ? name : "a model without a name");
+    sanitize(r->name);
+    r->has_tokenizer = r->config->tokenizer_bytes > 0;
+    if (!r->has_tokenizer) return DONE;
+    TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
+    return DONE;
 }
 
 /* Refuses to write over what the program reads. A state may be saved where it was loaded from: it
@@ -1065,7 +1081,155 @@ static int close_output(output *f, int rc) {
     return rc == DONE && error ? output_failed(f) : rc;
 }
 
-/* ==== 5. Feeding and statistics ==================================================================
+/* ==== 5. From text to tokens =====================================================================
+ * Prompts come from -i, -f, --tokens, --append or standard input, and end up in r->ids.
+ */
+static int no_tokenizer(const run *r) {
+    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a "
+                "tokenizer", r->o->checkpoint);
+}
+
+/* The token that the model saw before every text in training; -1 if there is none. */
+static int32_t start_token(const based_tokenizer *t) {
+    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
+    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
+}
+
+/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
+ * follow their letter) and this one does not. */
+static void warn_of_nfc(const run *r, const char *text, size_t n) {
+    static int told = 0;
+    for (size_t i = 0; i + 1 < n && !told && (r->tokenizer.flags & BASED_TOK_NFC); i++) {
+        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
+        told = a == 0xCC || (a == 0xCD && b <= 0xAF);
+        if (told) say(r->o, "note: some accents of this text stand apart from their letters; the "
+                       "model was trained on text without such (Unicode's NFC), and understands it "
+                       "less well");
+    }
+}
+
+/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
+ * text[from .. to - 1]. Returns a status of the library; r->error says more. */
+static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
+    based_tokenizer t = r->tokenizer;
+    const size_t end[3] = { from, to, n };
+    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
+    int64_t got = 0;
+    warn_of_nfc(r, text, n);
+    if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+
+    /* room for the start token and as many others as there can be */
+    size_t bound = based_encode_bound(&t, n), size = sizeof *r->ids;
+    free(r->ids);
+    r->n_ids = r->n_loaded = 0;
+    r->ids = bound >= SIZE_MAX / size ? NULL : malloc((bound + 1) * size);
+    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
+    if (!r->ids || !scratch) {
+        free(scratch);
+        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
+        return BASED_ENOMEM;
+    }
+
+    /* the start token, where based_encode does not put it */
+    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
+        r->ids[r->n_ids++] = start_token(&t);
+    }
+    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
+        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
+        if (part == 1) r->n_first = r->n_ids;
+        if (end[part] == at) continue;
+        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
+        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
+                           &r->error);
+        /* only the first text gets a prefix space */
+        for (int64_t i = 0; i < got; i++) {
+            size_t shown;
+            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
+            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
+        }
+    }
+    free(scratch);
+    return got < 0 ? (int)got : BASED_OK;
+}
+
+static int encode(run *r, const char *text, size_t n, enum lead lead) {
+    TRY_LIB(encode_quietly(r, text, n, lead, n, n), "cannot encode the text");
+    return DONE;
+}
+
+/* The length of the special token's name that the text begins with; or 0. */
+static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
+    for (uint32_t i = 0; i < t->specials; i++) {
+        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
+        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
+    }
+    return 0;
+}
+
+/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
+ * text there. The text is cut only at special tokens of the template, where it would be cut in any
+ * case; so without such names the tokens are those of encode. */
+static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
+                          size_t to) {
+    size_t begin = 0, name;
+    for (size_t at = 0; at < from; ) {
+        name = special_name(&r->tokenizer, text + at, from - at);
+        at += name ? name : 1;
+        if (name) begin = at;
+    }
+    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
+    TRY_LIB(encode_quietly(r, text, n, lead, begin, to), "cannot encode the text");
+    return DONE;
+}
+
+/* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
+static int read_tokens(run *r, const char *list) {
+    static const char separators[] = " ,\t\r\n";
+    uint64_t vocab = r->width;
+    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
+    if (!r->ids) return out_of_memory("the tokens");
+    for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
+        n = strcspn(list, separators);
+        uint64_t id = strtoull(list, NULL, 10);
+        if (strspn(list, "0123456789") < n || id >= vocab) {
+            return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
+                        "got %s", vocab - 1, QUOTE(FORMAT("%.*s", (int)smaller(n, 99), list)));
+        }
+        r->ids[r->n_ids++] = (int32_t)id;
+    }
+    if (r->n_ids > 0) return DONE;
+    return fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
+}
+
+/* The prompt. Without one a new text begins with the start token. After --load the prompt is the
+ * text of --append, or nothing. */
+static int read_prompt(run *r) {
+    const options *o = r->o;
+    int append = o->load && !(o->prompt || o->file || o->tokens);
+    const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
+    if (append && !text) return DONE;
+    if (o->tokens) return read_tokens(r, o->tokens);
+    if (!r->has_tokenizer) return no_tokenizer(r);
+    if (text && strcmp(text, "-") == 0) path = "-";
+    if (!text && !path && !same_file(o->checkpoint, "-")) {
+        int comes = input_comes();
+        if (comes > 0) path = "-";
+        if (comes < 0) say(o, "note: nothing came through the pipe on standard input, so a new "
+                            "text begins; -i - waits for it");
+    }
+    size_t n = text ? strlen(text) : 0;
+    if (path) {
+        TRY(read_text(r, path));
+        text = r->input.bytes, n = r->input.n;
+    }
+    TRY(encode(r, text, n, append ? CONTINUES : BEGINS));
+    if (r->n_ids > 0 || append) return DONE;
+    return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
+                o->checkpoint);
+}
+
+/* ==== 6. Feeding and statistics ==================================================================
  * Sessions, blocks of tokens with a progress line where a person is waiting, and what is told on
  * stderr.
  */
@@ -1079,13 +1243,13 @@ static int new_session(run *r, based_session **s, size_t block) {
 /* Opens a session for text. every_row: with room for the logits of every token of a block, which is
  * smaller then if the vocabulary is large. */
 static int open_session(run *r, int every_row) {
-    const based_config *c = based_model_config(r->model);
-    size_t row = based_width(r->model) * sizeof(float), fit = ROWS_BYTES / (row > 0 ? row : 1);
+    const based_config *c = r->config;
     if (c->input > 0 || c->rows == 0) {
         return fail(BAD_INPUT, "%s is not a language model: it reads or writes vectors; see "
                     "--vectors", r->o->checkpoint);
     }
-    r->block = !every_row || fit > BLOCK ? BLOCK : fit > 0 ? fit : 1;
+    size_t row = r->width * sizeof(float), fit = ROWS_BYTES / row;
+    r->block = every_row ? smaller(BLOCK, fit > 0 ? fit : 1) : BLOCK;
     if (c->prefix > r->block) r->block = c->prefix;     /* it is fed in one block */
     r->unfed = -1;
     TRY(new_session(r, &r->session, r->block));
@@ -1095,77 +1259,35 @@ static int open_session(run *r, int every_row) {
                                                                                : no_tokenizer(r);
 }
 
-/* Logits that decided something enter the fingerprint. It costs time, so only where it is shown. */
-static void hash_logits(run *r, const float *logits) {
-    if (r->o->verbose) r->hash = based_hash(r->hash, logits, based_width(r->model));
-}
-
-/* If no logit is finite, there is nothing to choose from. */
-static int check_logits(run *r, const float *logits, uint64_t token) {
-    for (size_t i = 0; i < based_width(r->model); i++) {
-        if (logits[i] - logits[i] == 0) return DONE;
-    }
-    clear_progress(r);
-    return fail(BAD_INPUT, "all logits after %s %s are NaN or infinite; %s is broken%s",
-                r->o->vectors ? "vector" : "token", THOUSANDS(token), r->o->checkpoint,
-                r->o->vectors ? ", or the vectors are" : "");
-}
-
 /* Writes the n newest rows of logits, (n, width), little-endian on every machine. */
 static int dump_rows(run *r, const float *rows, size_t n) {
-    size_t width = based_width(r->model), total = n * width;
+    size_t width = r->width, total = n * width, at = 0;
     uint64_t before = count_of(r) - n;
     unsigned char bytes[4096];
     for (size_t row = 0; row < n; row++) {
         TRY(check_logits(r, rows + row * width, before + row + 1));
         hash_logits(r, rows + row * width);
     }
-    for (size_t done = 0, some; done < total; done += some) {
-        some = total - done < sizeof bytes / 4 ? total - done : sizeof bytes / 4;
-        for (size_t i = 0; i < some; i++) {
-            uint32_t bits;
-            memcpy(&bits, rows + done + i, sizeof bits);
-            put_little(bytes + 4 * i, bits, 4);
-        }
-        if (fwrite(bytes, 4, some, r->dump.file) != some) {
-            clear_progress(r);
-            return output_failed(&r->dump);
-        }
+    for (size_t i = 0; i < total; i++) {
+        uint32_t bits;
+        memcpy(&bits, rows + i, sizeof bits);
+        put_little(bytes + at, bits, 4);
+        at += 4;
+        if (at < sizeof bytes && i + 1 < total) continue;
+        if (fwrite(bytes, 1, at, r->dump.file) != at) return output_failed(&r->dump);
+        at = 0;
     }
     return DONE;
 }
 
-enum { PROGRESS_COLUMNS = 76 };
-
-/* Must come before anything else is written to stderr. Also covers the "^C" of the terminal. */
-static void clear_progress(run *r) {
-    if (r->shown > 0) fprintf(stderr, "\r%*s\r", PROGRESS_COLUMNS + 3, "");
-    fflush(stderr);
-    r->shown = 0;
-}
-
 /* The progress line is rewritten a few times per second, once the work has taken a while. */
-static int progress_is_due(const run *r) {
+static void show_progress(const run *r, const char *line) {
     double now = seconds();
-    return !r->o->quiet && now - r->begun >= 0.3 && now - r->shown >= 0.1 && is_terminal(stderr);
-}
-
-static void print_progress(run *r, const char *line) {
+    int due = now - r->begun >= 0.3 && now - progress_shown >= 0.1;
+    if (!due || r->o->quiet || !is_terminal(stderr)) return;
     fprintf(stderr, "\r%-*.*s", PROGRESS_COLUMNS, PROGRESS_COLUMNS, line);
     fflush(stderr);
-    r->shown = seconds();
-}
-
-static void show_progress(run *r, size_t done, size_t total) {
-    double spent = seconds() - r->begun;
-    char line[160];
-    if (r->o->jsonl || !progress_is_due(r)) return;
-    int n = snprintf(line, sizeof line, "%s: %s of %s tokens, %.0f tok/s, %.0f s left",
-                     r->o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(done),
-                     THOUSANDS(total), per_second(done, spent),
-                     spent / (double)done * (double)(total - done));
-    if (r->scored) snprintf(line + n, sizeof line - (size_t)n, ", PPL %.4g", exp(r->mean));
-    print_progress(r, line);
+    progress_shown = now;
 }
 
 /* Feeds the first n of r->ids, without the loaded ones, and scores or dumps the logits if that is
@@ -1176,7 +1298,7 @@ static int feed_ids(run *r, size_t n) {
     float *rows = o->perplexity || o->dump ? r->rows : NULL;
     r->begun = seconds();
     for (size_t i = r->n_loaded, some; i < n && !interrupted; i += some) {
-        some = n - i < r->block ? n - i : r->block;
+        some = smaller(n - i, r->block);
         if (o->perplexity) {
             /* every document of a text begins, at a start token, with an empty session */
             size_t same = 1;
@@ -1186,20 +1308,23 @@ static int feed_ids(run *r, size_t n) {
         }
         /* the beginning of a prompt, in a model that has prefix layers */
         int alone = o->perplexity || based_count(r->session) > 0;
-        size_t prefix = alone ? 0 : based_model_config(r->model)->prefix;
+        size_t prefix = alone ? 0 : r->config->prefix;
         if (prefix > 0 && some > prefix) some = prefix;
-        if ((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, rows,
-                                                          &r->error) != BASED_OK) {
-            clear_progress(r);
-            return fail(BAD_INPUT, "cannot compute tokens %zu and on: %s", i, r->error.text);
-        }
+        TRY_LIB((prefix > 0 ? based_feed_prefix : based_feed)(r->session, r->ids + i, some, rows,
+                &r->error), FORMAT("cannot compute tokens %zu and on", i));
         r->fed += some;
         if (o->perplexity) TRY(score_rows(r, i, some));
         if (o->dump) TRY(dump_rows(r, r->rows, some));
-        show_progress(r, i + some, n);
+        double spent = seconds() - r->begun, done = (double)(i + some);
+        if (!o->jsonl) {
+            show_progress(r, FORMAT("%s: %s of %s tokens, %.0f tok/s, %.0f s left%s",
+                          o->perplexity ? "measuring" : "reading the prompt", THOUSANDS(i + some),
+                          THOUSANDS(n), done / spent, spent / done * ((double)n - done),
+                          o->perplexity ? FORMAT(", PPL %.4g", exp(r->mean)) : ""));
+        }
     }
     r->feed_time += seconds() - r->begun;
-    clear_progress(r);
+    clear_progress();
     return DONE;
 }
 
@@ -1218,7 +1343,7 @@ static int open_lookup(run *r) {
     size_t most = 1 + (size_t)r->o->lookup;
     if (most == 1 || (r->o->chat && r->o->n_stops > 0)) return DONE;    /* see take_snapshot      */
     l->enough = 16;
-    size_t rows = most * based_width(r->model), old = most * based_draft_width(r->model);
+    size_t rows = most * r->width, old = most * based_draft_width(r->model);
     l->text = calloc(RECALLED, sizeof *l->text);
     l->last = calloc(2 * RECALLED, sizeof *l->last);
     l->rows = malloc((rows + old) * sizeof *l->rows);
@@ -1304,12 +1429,18 @@ static int feed_ahead(run *r, int32_t id, uint64_t most) {
 
 /* -v, before the work: what was opened and how long the text is. */
 static void describe(const run *r, const char *what) {
-    char name[65];
     if (!r->o->verbose) return;
     fprintf(stderr, "model:  %s, %s parameters\nstate:  %s bytes, however long the text\n",
-            model_name(r, name), THOUSANDS(based_model_parameters(r->model)),
+            r->name, THOUSANDS(based_model_parameters(r->model)),
             THOUSANDS(based_state_bytes(r->model)));
     if (what) fprintf(stderr, "%-7s %s tokens\n", what, THOUSANDS(r->n_ids));
+}
+
+/* For -v: the seed and the settings. */
+static void tell_sampling(const run *r) {
+    if (!r->o->verbose) return;
+    fprintf(stderr, "seed:   %" PRIu64 "\nsample:", r->sampler.seed);
+    print_settings(r, stderr);
 }
 
 static void time_line(const char *what, double spent, uint64_t n, const char *unit) {
@@ -1330,167 +1461,8 @@ static void report(const run *r, const char *feeding, int reading) {
         }
         fprintf(stderr, "logits #%08x\n", (unsigned)r->hash);
     }
-    if (r->o->quiet) return;
-    fprintf(stderr, "achieved tok/s: %f\n", reading ? per_second(r->fed, r->feed_time)
-                                                    : per_second(r->timed, r->generate_time));
-}
-
-/* ==== 6. From text to tokens =====================================================================
- * Prompts come from -i, -f, --tokens, --append or standard input, and end up in r->ids.
- */
-static int no_tokenizer(const run *r) {
-    return fail(BAD_INPUT, "%s has no tokenizer; give token ids with --tokens, or export it with a "
-                "tokenizer", r->o->checkpoint);
-}
-
-/* The token that the model saw before every text in training; -1 if there is none. */
-static int32_t start_token(const based_tokenizer *t) {
-    if (t->bos != BASED_NONE && (t->flags & BASED_TOK_ADD_BOS)) return (int32_t)t->bos;
-    return t->eos != BASED_NONE ? (int32_t)t->eos : t->bos != BASED_NONE ? (int32_t)t->bos : -1;
-}
-
-/* Says once that a text holds what the original tokenizer composes (U+0300 to U+036F, accents that
- * follow their letter) and this one does not. */
-static void warn_of_nfc(run *r, const char *text, size_t n) {
-    int quiet = r->o->quiet || r->told_nfc || !(r->tokenizer.flags & BASED_TOK_NFC);
-    for (size_t i = 0; i + 1 < n && !quiet; i++) {
-        unsigned char a = (unsigned char)text[i], b = (unsigned char)text[i + 1];
-        if (a != 0xCC && (a != 0xCD || b > 0xAF)) continue;
-        clear_progress(r);
-        fputs("note: some accents of this text stand apart from their letters; the model was "
-              "trained on text without such (Unicode's NFC), and understands it less well\n",
-              stderr);
-        quiet = r->told_nfc = 1;
-    }
-}
-
-/* Fills r->ids with n bytes of text. Names of special tokens become these tokens, except in
- * text[from .. to - 1]. Returns a status of the library; r->error says more. */
-static int encode_quietly(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                          size_t to) {
-    based_tokenizer t = r->tokenizer;
-    const size_t end[3] = { from, to, n };
-    int add_bos = lead >= BEGINS && (t.flags & BASED_TOK_ADD_BOS) && t.bos != BASED_NONE;
-    int64_t got = 0;
-    warn_of_nfc(r, text, n);
-    if (lead == CONTINUES) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
-
-    /* room for the start token and as many others as there can be */
-    size_t bound = based_encode_bound(&t, n), size = sizeof *r->ids;
-    free(r->ids);
-    r->n_ids = r->n_loaded = 0;
-    r->ids = bound >= SIZE_MAX / size ? NULL : malloc((bound + 1) * size);
-    void *scratch = malloc(based_encode_scratch(&t, n) + 1);
-    if (!r->ids || !scratch) {
-        free(scratch);
-        r->error = (based_error){ BASED_ENOMEM, "not enough memory for its tokens" };
-        return BASED_ENOMEM;
-    }
-
-    /* the start token, where based_encode does not put it */
-    if (start_token(&t) >= 0 && (n == 0 ? lead >= BEGINS : lead == PREDICTS && !add_bos)) {
-        r->ids[r->n_ids++] = start_token(&t);
-    }
-    for (size_t part = 0, at = 0; part < 3 && got >= 0; at = end[part++]) {
-        int flags = part == 1 ? 0 : BASED_PARSE_SPECIALS;
-        if (part == 1) r->n_first = r->n_ids;
-        if (end[part] == at) continue;
-        if (at == 0 && add_bos) flags |= BASED_ADD_BOS;
-        got = based_encode(&t, text + at, end[part] - at, flags, r->ids + r->n_ids, scratch,
-                           &r->error);
-        /* only the first text gets a prefix space */
-        for (int64_t i = 0; i < got; i++) {
-            size_t shown;
-            based_token_bytes(&t, r->ids[r->n_ids++], &shown);
-            if (shown > 0) t.flags &= ~(uint32_t)BASED_TOK_PREFIX_SPACE;
-        }
-    }
-    free(scratch);
-    return got < 0 ? (int)got : BASED_OK;
-}
-
-static int encode_parts(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                        size_t to) {
-    TRY_LIB(encode_quietly(r, text, n, lead, from, to), "cannot encode the text");
-    return DONE;
-}
-
-static int encode(run *r, const char *text, size_t n, enum lead lead) {
-    return encode_parts(r, text, n, lead, n, n);
-}
-
-/* The length of the special token's name that the text begins with; or 0. */
-static size_t special_name(const based_tokenizer *t, const char *text, size_t n) {
-    for (uint32_t i = 0; i < t->specials; i++) {
-        uint32_t from = t->start[t->special_id[i]], bytes = t->start[t->special_id[i] + 1] - from;
-        if (bytes <= n && memcmp(t->bytes + from, text, bytes) == 0) return bytes;
-    }
-    return 0;
-}
-
-/* Encodes a turn, in which text[from .. to - 1] is what somebody said: names of special tokens are
- * text there. The text is cut only at special tokens of the template, where it would be cut in any
- * case; so without such names the tokens are those of encode. */
-static int encode_message(run *r, const char *text, size_t n, enum lead lead, size_t from,
-                          size_t to) {
-    size_t begin = 0, name;
-    for (size_t at = 0; at < from; ) {
-        name = special_name(&r->tokenizer, text + at, from - at);
-        at += name ? name : 1;
-        if (name) begin = at;
-    }
-    while (to < n && !special_name(&r->tokenizer, text + to, n - to)) to++;
-    return encode_parts(r, text, n, lead, begin, to);
-}
-
-/* --tokens: ids such as "1 403 407", separated by spaces, commas or newlines. */
-static int read_tokens(run *r, const char *list) {
-    static const char separators[] = " ,\t\r\n";
-    uint64_t id, vocab = based_width(r->model);
-    r->ids = malloc((strlen(list) / 2 + 1) * sizeof *r->ids);   /* an id and a space: two bytes   */
-    if (!r->ids) return out_of_memory("the tokens");
-    for (size_t n; *(list += strspn(list, separators)) != '\0'; list += n) {
-        n = strcspn(list, separators);
-        id = strtoull(list, NULL, 10);
-        if (strspn(list, "0123456789") < n || id >= vocab) {
-            char word[SHORT_BYTES];
-            snprintf(word, sizeof word, "%.*s", n < SHORT_BYTES ? (int)n : SHORT_BYTES, list);
-            return fail(BAD_USAGE, "--tokens takes ids from 0 to %" PRIu64 " separated by spaces, "
-                        "got %s", vocab - 1, QUOTE(word));
-        }
-        r->ids[r->n_ids++] = (int32_t)id;
-    }
-    if (r->n_ids > 0) return DONE;
-    return fail(BAD_USAGE, "--tokens is empty; it takes ids such as \"1 403 407\"");
-}
-
-/* The prompt. Without one a new text begins with the start token. After --load the prompt is the
- * text of --append, or nothing. */
-static int read_prompt(run *r) {
-    const options *o = r->o;
-    int append = o->load && !(o->prompt || o->file || o->tokens);
-    const char *text = append ? o->append : o->prompt, *path = append ? NULL : o->file;
-    if (append && !text) return DONE;
-    if (o->tokens) return read_tokens(r, o->tokens);
-    if (!r->has_tokenizer) return no_tokenizer(r);
-    if (text && strcmp(text, "-") == 0) path = "-";
-    if (!text && !path && !same_file(o->checkpoint, "-")) {
-        int comes = input_comes();
-        if (comes > 0) path = "-";
-        if (comes < 0 && !o->quiet) {
-            fputs("note: nothing came through the pipe on standard input, so a new text begins; "
-                  "-i - waits for it\n", stderr);
-        }
-    }
-    if (path) {
-        TRY(read_text(r, path));
-        TRY(encode(r, r->input.bytes, r->input.n, append ? CONTINUES : BEGINS));
-    } else {
-        TRY(encode(r, text, text ? strlen(text) : 0, append ? CONTINUES : BEGINS));
-    }
-    if (r->n_ids > 0 || append) return DONE;
-    return fail(BAD_INPUT, "%s has no token that begins a text; give a prompt with -i",
-                o->checkpoint);
+    say(r->o, FORMAT("achieved tok/s: %f", reading ? per_second(r->fed, r->feed_time)
+                                                   : per_second(r->timed, r->generate_time)));
 }
 
 /* ==== 7. Saved states ============================================================================
@@ -1509,14 +1481,12 @@ static int read_prompt(run *r) {
 static int save_state(run *r, buffer *s) {
     size_t n = based_sampler_recent(&r->sampler, r->recent), note_bytes = NOTE_HEADER + 4 * n;
     size_t bytes = based_saved_bytes(r->model, note_bytes);
-    unsigned char *note = calloc(1, note_bytes);
     s->n = 0;
-    if (!note || !bytes || !reserve(s, bytes)) {
-        free(note);
-        return out_of_memory("the saved past");
-    }
+    if (!bytes || !reserve(s, bytes + note_bytes)) return out_of_memory("the saved past");
 
-    /* the note, as above; what is not set is zero */
+    /* the note, as above, behind where the state will be; what is not set is zero */
+    unsigned char *note = (unsigned char *)s->bytes + bytes;
+    memset(note, 0, note_bytes);
     memcpy(note, "run\1", 4);
     put_little(note + 4, (uint64_t)r->o->has_seed, 4);
     if (r->o->has_seed) put_little(note + 8, r->sampler.state, 8);
@@ -1530,9 +1500,8 @@ static int save_state(run *r, buffer *s) {
 
     /* the session and the note */
     s->n = bytes;
-    int status = based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error);
-    free(note);
-    return status == BASED_OK ? DONE : library_failed(r, r->o->checkpoint);
+    TRY_MODEL(based_save(r->session, note, note_bytes, s->bytes, bytes, &r->error));
+    return DONE;
 }
 
 /* Another program may save a state with a note of its own; that note is ignored. */
@@ -1607,10 +1576,9 @@ static int save_to_file(run *r, const char *path) {
     TRY(open_output(r, &f, path, "the past"));
     int good = fwrite(r->saved.bytes, 1, r->saved.n, f.file) == r->saved.n;
     TRY(close_output(&f, good ? DONE : output_failed(&f)));
-    if (!r->o->quiet && !ferror(stdin) && !ferror(stdout)) {    /* nothing behind an error line   */
-        fprintf(stderr, "saved %s tokens in %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(r->saved.n));
-    }
+    if (ferror(stdin) || ferror(stdout)) return DONE;   /* nothing stands behind an error line    */
+    say(r->o, FORMAT("saved %s tokens in %s", THOUSANDS(based_count(r->session)),
+                      AMOUNT(r->saved.n)));
     return DONE;
 }
 
@@ -1627,11 +1595,9 @@ static void show_recent(run *r) {
 static int load_from_file(run *r, const char *path) {
     TRY(read_input(path, STATE, &r->input));
     TRY(load_state(r, &r->input, path));
-    if (!r->o->quiet) {
-        fprintf(stderr, "restored %s tokens from %s\n", THOUSANDS(based_count(r->session)),
-                AMOUNT(r->input.n));
-        if (r->o->chat) show_recent(r);
-    }
+    say(r->o, FORMAT("restored %s tokens from %s", THOUSANDS(based_count(r->session)),
+                      AMOUNT(r->input.n)));
+    if (r->o->chat && !r->o->quiet) show_recent(r);
     return DONE;
 }
 
@@ -1710,7 +1676,7 @@ static int undo(run *r) {
     c->n_undo--;
     size_t at = --c->turns % UNDO;
     TRY(load_state(r, &c->turn[at].state, "the last turn"));
-    if (!r->o->quiet) fprintf(stderr, "took back %s\n", c->turn[at].said);
+    say(r->o, FORMAT("took back %s", c->turn[at].said));
     return DONE;
 }
 
@@ -1731,7 +1697,6 @@ static int commit_reply(run *r) {
     /* a stop text: back to before it, then up to it */
     r->unfed = -1;
     based_copy(r->session, c->snapshot, NULL);
-    c->has_snapshot = 0;
     if (printed > 0) {
         TRY(encode_message(r, c->raw.bytes, printed, CONTINUES, 0, printed));
         TRY(feed_prompt(r));
@@ -1741,33 +1706,29 @@ static int commit_reply(run *r) {
 
 /* One turn: a message of n bytes and the reply to it. */
 static int chat_turn(run *r, const char *message, size_t n) {
-    const options *o = r->o;
-    const conversation *c = &r->chat;
+    conversation *c = &r->chat;
 
     /* the message in its template, then the beginning of a reply */
     const char *user = c->text[BASED_CHAT_USER], *said = strstr(user, "{}"),
                *reply = c->text[BASED_CHAT_REPLY], *end = strstr(reply, "{}");
     int first = based_history(r->session) == c->start;
     enum lead opens = based_count(r->session) == 0 ? OPENS : CONTINUES;
-    buffer text = { 0 };
-    int rc = put(&text, "%s%.*s", first ? c->begin.bytes : end + 2, (int)(said - user), user);
-    size_t from = text.n;
-    if (rc == DONE) rc = append(&text, message, n);
-    if (rc == DONE) rc = put(&text, "%s%.*s", said + 2, (int)(end - reply), reply);
-    if (rc == DONE) rc = save_state(r, &r->saved);
-    if (rc == DONE) {
-        rc = o->specials ? encode(r, text.bytes, text.n, opens)
-                         : encode_message(r, text.bytes, text.n, opens, from, from + n);
-    }
-    free(text.bytes);
-    TRY(rc);
+    buffer *text = &c->message;
+    text->n = 0;
+    TRY(put(text, "%s%.*s", first ? c->begin.bytes : end + 2, (int)(said - user), user));
+    size_t from = text->n;
+    TRY(append(text, message, n));
+    TRY(put(text, "%s%.*s", said + 2, (int)(end - reply), reply));
+    TRY(save_state(r, &r->saved));
+    TRY(r->o->specials ? encode(r, text->bytes, text->n, opens)
+                       : encode_message(r, text->bytes, text->n, opens, from, from + n));
     TRY(feed_prompt(r));
     if (interrupted) return load_state(r, &r->saved, "the last turn");
     push_undo(r, message);
 
     /* the reply */
-    r->chat.has_snapshot = 0;
-    rc = continue_text(r);
+    c->raw.n = 0;
+    int rc = continue_text(r);
     if (rc != DONE && !ferror(stdout)) return rc;
     int committed = commit_reply(r);    /* the session knows what was said, even if nobody reads  */
     return rc != DONE ? rc : committed;
@@ -1779,19 +1740,18 @@ static int run_command(run *r, const char *line, size_t n) {
     conversation *c = &r->chat;
     size_t word = strcspn(line, " ");
     const char *file = line + word + strspn(line + word, " ");
-    int named = word == 5 && (*file || line[word] == '\0');
     if (strlen(line) < n) {
         fail(BAD_INPUT, "a command has no zero byte in it; /help lists them");
     } else if (strcmp(line, "/quit") == 0 || strcmp(line, "/exit") == 0) {
         return 0;
-    } else if (named && strncmp(line, "/save", 5) == 0) {
+    } else if (is_name("/save", line, word)) {
         if (!*file && c->name.n == 0) {
             fail(BAD_INPUT, "/save needs the name of a file the first time");
         } else if (save_to_file(r, *file ? file : c->name.bytes) == DONE && *file) {
             c->name.n = 0;
             put(&c->name, "%s", file);
         }
-    } else if ((named && *file && strncmp(line, "/load", 5) == 0) || strcmp(line, "/reset") == 0) {
+    } else if ((is_name("/load", line, word) && *file) || strcmp(line, "/reset") == 0) {
         if (save_state(r, &r->saved) != DONE) return 1;
         if ((*file ? load_from_file(r, file)
                    : load_state(r, &c->first, "the beginning")) == DONE) push_undo(r, line);
@@ -1824,7 +1784,6 @@ static int run_command(run *r, const char *line, size_t n) {
 /* What a turn looks like: as --chat-template says, as the checkpoint says, or plain. */
 static void choose_template(run *r, options *o) {
     const char *const plain[4] = { "{}\n", o->turn, "{}\n", "" };
-    char name[65];
     if (!o->chat || !r->has_tokenizer) return;
     if (r->tokenizer.chat[0] && !o->chat_template) {
         memcpy(r->chat.text, r->tokenizer.chat, sizeof r->chat.text);
@@ -1833,9 +1792,9 @@ static void choose_template(run *r, options *o) {
     memcpy(r->chat.text, plain, sizeof r->chat.text);
     o->stops[o->n_stops++] = o->stop;
     if (o->own[strspn(o->own, " \n")]) o->stops[o->n_stops++] = o->own;
-    if (o->chat_template || o->quiet) return;
-    fprintf(stderr, "%s is a base model: it was not trained to converse, and goes on as a text of "
-            "two people might\n", model_name(r, name));
+    if (o->chat_template) return;
+    say(o, FORMAT("%s is a base model: it was not trained to converse, and goes on as a text of "
+                   "two people might", r->name));
 }
 
 /* Feeds the start token if the template does not name it, and sets what stands before the first
@@ -1923,12 +1882,11 @@ static int chat(run *r) {
 
 /* Scores the n tokens that follow those just fed. `first` is the index of the first one fed. */
 static int score_rows(run *r, size_t first, size_t n) {
-    size_t width = based_width(r->model);
+    size_t width = r->width;
     for (size_t i = 0; i < n; i++) {
         const float *logits = r->rows + i * width;
         double nats = -based_log_probability(logits, width, r->ids[first + i + 1]);
         if (nats - nats != 0) {         /* infinite, or not a number                              */
-            clear_progress(r);
             return fail(BAD_INPUT, "%s gives token %zu of %s no probability; the checkpoint is "
                         "broken", r->o->checkpoint, first + i + 1, r->o->perplexity);
         }
@@ -1963,10 +1921,8 @@ static int measure(run *r) {
 
     /* after Ctrl-C nothing on stdout may look like a result */
     if (interrupted) {
-        if (!r->o->quiet && r->scored > 0) {
-            fprintf(stderr, "interrupted after %s tokens: PPL = %.4f so far\n",
-                    THOUSANDS(r->scored), perplexity);
-        }
+        if (r->scored > 0) say(r->o, FORMAT("interrupted after %s tokens: PPL = %.4f so far",
+                                             THOUSANDS(r->scored), perplexity));
         report(r, "eval time", 1);
         return INTERRUPTED;
     }
@@ -1979,10 +1935,7 @@ static int measure(run *r) {
         int32_t id = r->ids[i];
         if (based_token_bytes(t, id, &n) && n == 0) predicted -= t->start[id + 1] - t->start[id];
     }
-    if (!r->o->quiet) {
-        fprintf(stderr, "%s tokens predicted, %s bytes\n", THOUSANDS(r->scored),
-                THOUSANDS(text->n));
-    }
+    say(r->o, FORMAT("%s tokens predicted, %s bytes", THOUSANDS(r->scored), THOUSANDS(text->n)));
     printf("Final estimate: PPL = %.4f +/- %.5f, %.4f bits per byte\n", perplexity,
            perplexity * sqrt(r->squares / tokens / (tokens - 1)),
            r->nats / log(2.0) / (double)predicted);
@@ -2001,8 +1954,6 @@ enum { REPEATS = 5, DECODED = 128, BATCH_STEPS = 16, BATCH_MOST = 64, DEEPEST = 
 enum { LONGEST_WAIT = 600 };            /* seconds for a text before its test is left out         */
 
 typedef struct {
-    char     name[65];
-    const char *model;
     int      threads;
     uint64_t weights, state, memory;    /* bytes: read per token, of a session, of the process    */
     unsigned char *bytes;               /* (weights) what is read to measure the memory           */
@@ -2010,42 +1961,30 @@ typedef struct {
     based_session *session[BATCH_MOST];
 } benchmark;
 
-/* Two ways to read all cache lines of a block: one byte of each line, at addresses known
- * beforehand; and a search for a byte that is not there, for which the C library uses the widest
- * instructions of the machine. */
-static int read_lines(const unsigned char *p, size_t n) {
-    int found = 0;
-    for (size_t i = 0; i < n; i += 64) found |= p[i];
-    return found >> 1;
-}
-
-static int search(const unsigned char *p, size_t n) { return memchr(p, 2, n) != NULL; }
-
-/* How many bytes per second can be read now, by as many threads as the model uses? 0 if that cannot
- * be measured. The best of several readings, because a block that fits into a cache is there only
- * after the first ones. */
+/* How many bytes per second can be read now, by as many threads as the model uses? They search for
+ * a byte that is not there, for which the C library uses the widest instructions of the machine.
+ * The best of several readings, because a block that fits into a cache is there only after the
+ * first one. 0 if that cannot be measured. */
 static double read_memory(const benchmark *b) {
     size_t part = (size_t)b->weights / (size_t)b->threads;
     double most = 0.0, enough = seconds() + 0.05;
     int found = 0;
-    for (int way = 0; b->bytes && (way < 2 || seconds() < enough); way++) {
-        double begun = seconds(), spent;
+    for (int i = 0; b->bytes && (i < 2 || seconds() < enough); i++) {
+        double begun = seconds();
 #ifdef _OPENMP
 #pragma omp parallel for num_threads(b->threads) schedule(static) reduction(| : found)
 #endif
-        for (int i = 0; i < b->threads; i++) {
-            found |= (way % 2 ? search : read_lines)(b->bytes + (size_t)i * part, part);
+        for (int thread = 0; thread < b->threads; thread++) {
+            found |= memchr(b->bytes + (size_t)thread * part, 2, part) != NULL;
         }
-        spent = seconds() - begun;
-        if (!found && spent > 0.0 && (double)b->weights / spent > most) {
-            most = (double)b->weights / spent;
-        }
+        double speed = per_second(b->weights, seconds() - begun);
+        if (!found && speed > most) most = speed;
     }
     return most;
 }
 
 static int32_t any_token(const run *r, uint64_t i) {
-    return (int32_t)((i * 2654435761u >> 7) % based_model_config(r->model)->vocab);
+    return (int32_t)((i * 2654435761u >> 7) % r->config->vocab);
 }
 
 /* Feeds n tokens that mean nothing. */
@@ -2064,12 +2003,12 @@ static int feed_any(run *r, uint64_t n) {
  * prompt of n tokens. reset: each repetition begins with an empty session. */
 static int time_test(run *r, benchmark *b, const char *test, size_t sessions, uint64_t n,
                      int reset) {
-    double tokens = (double)n * (sessions ? (double)sessions : 1);
-    double readings = sessions ? (double)n : ceil((double)n / (double)BLOCK);   /* of weights */
+    double tokens = (double)(sessions ? n * sessions : n);
+    double readings = sessions ? (double)n : ceil((double)n / BLOCK);   /* of the weights         */
     double each[REPEATS], mean = 0.0, spread = 0.0, reads = 0.0;
     int32_t ids[BATCH_MOST];
     for (int i = 0; i < REPEATS; i++) {
-        reads += read_memory(b) * 1e-9 / (double)REPEATS;
+        reads += read_memory(b) * 1e-9 / REPEATS;
         if (reset) based_reset(r->session);
 
         /* the prompt, or the steps */
@@ -2081,7 +2020,7 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
             if (interrupted) return INTERRUPTED;
         }
         each[i] = b->speed = tokens / (seconds() - begun);
-        mean += each[i] / (double)REPEATS;
+        mean += each[i] / REPEATS;
     }
 
     /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
@@ -2093,7 +2032,7 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
     double used = reads > 0.0 ? 100.0 * bandwidth / reads : 0.0;
     if (r->o->csv) {
         printf("\"%s\",%s,%d,%" PRIu64 ",%" PRIu64 ",%" PRIu64 ",%.3f,%s,%.2f,%.2f,%.3f,%.1f\n",
-               b->model, based_model_kernels(r->model), b->threads, b->weights, b->state,
+               r->name, based_model_kernels(r->model), b->threads, b->weights, b->state,
                b->memory, reads, test, mean, spread, bandwidth, used);
     } else {
         printf("| %-14s | %9.2f | %7.2f | %6.2f | %6.2f | %4.0f%% |\n", test, mean, spread,
@@ -2105,7 +2044,6 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
 
 static int run_tests(run *r, benchmark *b) {
     static const uint64_t prompts[] = { 128, 512, 2048 }, depths[] = { 0, 1024, 16384, DEEPEST };
-    char test[32];
     if (r->o->csv) {
         puts("model,kernels,threads,weight bytes,state bytes,peak memory,read GB/s,test,tokens/s,"
              "spread,GB/s,% of read speed");
@@ -2114,14 +2052,13 @@ static int run_tests(run *r, benchmark *b) {
                "%s bytes of memory at most with one session\n\n"
                "| test           |  tokens/s |  spread |   GB/s | memory | used |\n"
                "|----------------|-----------|---------|--------|--------|------|\n",
-               b->model, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s",
+               r->name, based_model_kernels(r->model), b->threads, b->threads == 1 ? "" : "s",
                THOUSANDS(b->weights), THOUSANDS(b->state), THOUSANDS(b->memory));
     }
 
     /* read a prompt */
     for (size_t i = 0; i < 3; i++) {
-        snprintf(test, sizeof test, "pp%" PRIu64, prompts[i]);
-        TRY(time_test(r, b, test, 0, prompts[i], 1));
+        TRY(time_test(r, b, FORMAT("pp%" PRIu64, prompts[i]), 0, prompts[i], 1));
     }
     double prompt_speed = b->speed;
 
@@ -2132,8 +2069,7 @@ static int run_tests(run *r, benchmark *b) {
             TRY(new_session(r, &b->session[have], BATCH_MOST));
             TRY_MODEL(based_copy(b->session[have], r->session, &r->error));
         }
-        snprintf(test, sizeof test, "tg%d x %zu", BATCH_STEPS, many);
-        TRY(time_test(r, b, test, many, BATCH_STEPS, 0));
+        TRY(time_test(r, b, FORMAT("tg%d x %zu", BATCH_STEPS, many), many, BATCH_STEPS, 0));
     }
 
     /* behind texts of several lengths. The longest test comes last: Ctrl-C loses only that one */
@@ -2141,8 +2077,8 @@ static int run_tests(run *r, benchmark *b) {
     for (size_t i = 0; i < 4; i++) {
         uint64_t depth = depths[i], count = based_count(r->session);
         double wait = ((double)depth - (double)count) / prompt_speed;
-        snprintf(test, sizeof test, "tg%d @ %" PRIu64, DECODED, depth);
-        if (wait > (double)LONGEST_WAIT) {
+        const char *test = FORMAT("tg%d @ %" PRIu64, DECODED, depth);
+        if (wait > LONGEST_WAIT) {
             fprintf(stderr, "%s is left out: reading so long a text first would take %.0f "
                     "minutes\n", test, wait / 60.0);
             continue;
@@ -2158,7 +2094,6 @@ static int bench(run *r) {
     char line[128];
     TRY(open_session(r, 0));
     catch_signals(0);
-    b.model = model_name(r, b.name);
     b.weights = based_model_weight_bytes(r->model);
     b.state = based_state_bytes(r->model);
 
@@ -2198,27 +2133,18 @@ static void print_size(const char *label, uint64_t bytes, const char *note) {
 
 /* The line of layers first..last, which are all alike. */
 static void print_layers(const based_layer *l, unsigned first, unsigned last) {
-    char range[NUMBER_BYTES], heads[48], shape[120] = "";
-    snprintf(range, sizeof range, first == last ? "%u" : "%u-%u", first, last);
-    int n = snprintf(heads, sizeof heads, "%u heads", (unsigned)l->heads);
-    if (l->kv_heads != l->heads) {
-        snprintf(heads + n, sizeof heads - (size_t)n, " (%u key/value)", (unsigned)l->kv_heads);
-    }
-    if (l->mixer == BASED_CONV) {
-        snprintf(shape, sizeof shape, "%u channels, width %u", (unsigned)l->head_dim_v,
-                 (unsigned)l->conv_width);
-    } else if (l->mixer == BASED_TAYLOR) {
-        n = snprintf(shape, sizeof shape, "%s, keys of %u, values of %u, %s %u", heads,
-                     (unsigned)l->head_dim_k, (unsigned)l->head_dim_v,
-                     l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree", (unsigned)l->degree);
-        if (l->window) {
-            snprintf(shape + n, sizeof shape - (size_t)n, ", last %u tokens exact",
-                     (unsigned)l->window);
-        }
-    } else if (l->mixer == BASED_WINDOW) {
-        snprintf(shape, sizeof shape, "%s of %u, last %u tokens", heads, (unsigned)l->head_dim_k,
-                 (unsigned)l->window);
-    }
+    const char *heads = FORMAT(l->kv_heads == l->heads ? "%u heads" : "%u heads (%u key/value)",
+                               (unsigned)l->heads, (unsigned)l->kv_heads);
+    const char *exact = l->window ? FORMAT(", last %u tokens", (unsigned)l->window) : "";
+    const char *shape = l->mixer == BASED_CONV
+        ? FORMAT("%u channels, width %u", (unsigned)l->head_dim_v, (unsigned)l->conv_width)
+        : l->mixer == BASED_TAYLOR
+        ? FORMAT("%s, keys of %u, values of %u, %s %u%s%s", heads, (unsigned)l->head_dim_k,
+                 (unsigned)l->head_dim_v, l->kernel == BASED_HEDGEHOG ? "hedgehog" : "degree",
+                 (unsigned)l->degree, exact, l->window ? " exact" : "")
+        : l->mixer == BASED_WINDOW
+        ? FORMAT("%s of %u%s", heads, (unsigned)l->head_dim_k, exact) : "";
+    const char *range = FORMAT(first == last ? "%u" : "%u-%u", first, last);
     printf("%-12s %-8s %-52s %s", range, NAME_OF(mixer_names, l->mixer), shape,
            NAME_OF(mlp_names, l->mlp));
     if (l->mlp != BASED_MLP_NONE) printf(" %u", (unsigned)l->hidden_dim);
@@ -2235,9 +2161,8 @@ static void print_layers(const based_layer *l, unsigned first, unsigned last) {
 }
 
 static int print_info(run *r) {
-    const based_config *c = based_model_config(r->model);
+    const based_config *c = r->config;
     const based_tokenizer *t = &r->tokenizer;
-    char name[65];
 
     /* one dtype, if all matrices have the same */
     int same = c->rows == 0 || c->head_dtype == c->embedding_dtype;
@@ -2248,28 +2173,28 @@ static int print_info(run *r) {
     }
 
     /* the header */
-    printf("%-12s %s\n", "name", model_name(r, name));
-    printf("%-12s %u, checksum %08x%08x is %s\n", "format", (unsigned)c->format,
+    printf("name         %s\n", r->name);
+    printf("format       %u, checksum %08x%08x is %s\n", (unsigned)c->format,
            (unsigned)c->checksum[1], (unsigned)c->checksum[0],
            r->o->no_checksum ? "not compared" : "right");
-    printf("%-12s %s (%s)\n", "parameters", THOUSANDS(based_model_parameters(r->model)),
+    printf("parameters   %s (%s)\n", THOUSANDS(based_model_parameters(r->model)),
            same ? NAME_OF(dtype_names, c->embedding_dtype) : "mixed");
-    printf("%-12s %u wide, %u layers, final norm %s\n", "shape", (unsigned)c->dim,
+    printf("shape        %u wide, %u layers, final norm %s\n", (unsigned)c->dim,
            (unsigned)c->layers, NAME_OF(norm_names, c->final_norm));
-    printf("%-12s %s tokens, %u rows, head %s\n", "vocabulary", THOUSANDS(c->vocab),
+    printf("vocabulary   %s tokens, %u rows, head %s\n", THOUSANDS(c->vocab),
            (unsigned)c->rows, c->flags & BASED_TIED ? "tied to the embedding" : "of its own");
     if (c->context > 0) {
-        printf("%-12s %s tokens at once (a note, not a limit)\n", "trained on",
+        printf("trained on   %s tokens at once (a note, not a limit)\n",
                THOUSANDS(c->context));
     }
     if (c->prefix > 0) {
-        printf("%-12s the first %s tokens of a prompt see each other\n", "prefix",
+        printf("prefix       the first %s tokens of a prompt see each other\n",
                THOUSANDS(c->prefix));
     }
 
     /* the tokenizer */
     if (r->has_tokenizer) {
-        printf("%-12s %s, %s tokens, %u special", "tokenizer", NAME_OF(tokenizer_names, t->kind),
+        printf("tokenizer    %s, %s tokens, %u special", NAME_OF(tokenizer_names, t->kind),
                THOUSANDS(t->size), (unsigned)t->specials);
         if (t->bos != BASED_NONE) {
             printf(", begin %u%s", (unsigned)t->bos,
@@ -2280,13 +2205,13 @@ static int print_info(run *r) {
             printf("%s%u", i || t->eos != BASED_NONE ? " or " : ", end ", (unsigned)t->stop_id[i]);
         }
         putchar('\n');
-        printf("%-12s %s\n", "chat", t->chat[0] ? "by a template of its own" : "no: a base model");
+        printf("chat         %s\n", t->chat[0] ? "by a template of its own" : "no: a base model");
     } else {
         puts("tokenizer    none");
     }
 
     if (c->rows > 0) {
-        printf("%-12s", "sampling");
+        printf("sampling    ");
         print_settings(r, stdout);
     }
 
@@ -2325,12 +2250,11 @@ static int print_info(run *r) {
  * and still too large. */
 static int check_few(run *r) {
     enum { FEW = 8 };
-    const based_config *c = based_model_config(r->model);
-    size_t total = FEW * based_width(r->model), bad = 0, inputs = FEW * (size_t)c->input;
-    int32_t ids[FEW], start = r->has_tokenizer ? start_token(&r->tokenizer) : -1;
-    for (int i = 0; i < FEW && c->vocab; i++) {
-        ids[i] = i == 0 && start >= 0 ? start : any_token(r, (uint64_t)i);
-    }
+    const based_config *c = r->config;
+    size_t total = FEW * r->width, bad = 0, inputs = FEW * (size_t)c->input;
+    int32_t ids[FEW];
+    for (int i = 0; i < FEW && c->vocab; i++) ids[i] = any_token(r, (uint64_t)i);
+    if (r->has_tokenizer && start_token(&r->tokenizer) >= 0) ids[0] = start_token(&r->tokenizer);
     TRY(new_session(r, &r->session, FEW));
     float *rows = calloc(total + inputs, sizeof(float));        /* (FEW, width), (FEW, input)     */
     if (!rows) return out_of_memory("logits");
@@ -2364,7 +2288,7 @@ static int check(run *r) {
  * bidirectional model reads the file as one window.
  */
 static int vectors(run *r) {
-    const based_config *c = based_model_config(r->model);
+    const based_config *c = r->config;
     if (c->input == 0) {
         return fail(BAD_INPUT, "%s reads tokens, not vectors; give it a text", r->o->checkpoint);
     }
@@ -2386,11 +2310,11 @@ static int vectors(run *r) {
     }
     const float *x = (const float *)(void *)bytes;              /* (rows, input)                  */
     TRY(new_session(r, &r->session, block));
-    r->rows = malloc(block * based_width(r->model) * sizeof(float));    /* (block, width)         */
+    r->rows = malloc(block * r->width * sizeof(float));    /* (block, width)         */
     if (!r->rows) return out_of_memory("the result");
     TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
     for (size_t at = 0; at < rows; at += block) {
-        size_t some = rows - at < block ? rows - at : block;
+        size_t some = smaller(rows - at, block);
         TRY_MODEL((window ? based_feed_bidirectional : based_feed_vectors)(r->session,
                 x + at * c->input, some, r->rows, &r->error));
         TRY(dump_rows(r, r->rows, some));
@@ -2405,19 +2329,20 @@ static int vectors(run *r) {
  * go together all follow from it.
  */
 #define PLAIN_TURN "User: {}\\nAssistant:"
-enum kind { SWITCH, TEXT, TEXTS, NAME, WHOLE, REAL, SEED, MODE };
+/* What a flag takes; and how help calls that. A REGULAR file cannot be "-". */
+enum kind { SWITCH, TEXT, TEXTS, IDS, INPUT, REGULAR, WHOLE, SEED, REAL, MODE };
+static const char *const values[] = { NULL, "TEXT", "TEXT", "IDS", "FILE", "FILE", "N", "N", "X",
+                                      "MODE" };
 
-/* What a flag is, for the rules about others. */
+/* What a flag is, for the rules about others. A JOB writes no text; it excludes NO_TEXT. */
 enum {
     PROMPT = 1, CHAT = 2, JOB = 4, BENCH = 8, SAVE = 16, LOAD = 32, BRANCHES = 64, DUMP = 128,
-    VERBOSE = 256, JSONL = 512,
-    NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES | DUMP       /* what a job excludes    */
+    VERBOSE = 256, JSONL = 512, NO_TEXT = PROMPT | CHAT | JOB | SAVE | LOAD | BRANCHES | DUMP
 };
 
 typedef struct {
     char        letter;                 /* 0: none                                                */
     const char *name;
-    const char *value;                  /* how help calls the value; NULL for a switch            */
     enum kind   kind;
     int         is, excludes, needs;    /* of the enum above                                      */
     size_t      offset;                 /* of the field in options                                */
@@ -2432,155 +2357,155 @@ typedef struct {
 } flag;
 
 #define AT(field) .offset = offsetof(options, field)
-#define RECOMMENDED(field) AT(field), .config = offsetof(based_config, field)
+#define RECOMMENDED(field) .config = offsetof(based_config, field), AT(field)
 
 static const flag flags[] = {
 
-    {'i', "prompt", "TEXT", TEXT, AT(prompt), .title = "Model and prompt",
+    {'i', "prompt", TEXT, AT(prompt), .title = "Model and prompt",
      .help = "Continue this text; \"-\" reads it from standard input. Without a prompt, that "
              "is done with what comes through a pipe or from a file there, if it begins within a "
              "second; or else a new text begins",
      .is = PROMPT, .excludes = PROMPT},
-    {'f', "file", "FILE", TEXT, AT(file),
-     .help = "Continue the text in this file; \"-\" is standard input. One newline at the end of "
-             "the input is dropped",
+    {'f', "file", INPUT, AT(file),
+     "Continue the text in this file; \"-\" is standard input. One newline at the end of "
+     "the input is dropped",
      .is = PROMPT, .excludes = PROMPT},
-    {0, "tokens", "IDS", TEXT, AT(tokens),
-     .help = "Continue these token ids, such as \"1 403 407\", exactly as given",
+    {0, "tokens", IDS, AT(tokens),
+     "Continue these token ids, such as \"1 403 407\", exactly as given",
      .is = PROMPT, .excludes = PROMPT | CHAT},
-    {'j', "threads", "N", WHOLE, AT(threads),
-     .help = "Compute with N threads; the result is the same for any number. 0 chooses by the "
-             "size of the model and the processors there are",
+    {'j', "threads", WHOLE, AT(threads),
+     "Compute with N threads; the result is the same for any number. 0 chooses by the "
+     "size of the model and the processors there are",
      .standard = "0", .high = 1024},
-    {0, "no-checksum", NULL, SWITCH, AT(no_checksum),
-     .help = "Open the checkpoint without comparing its checksum: at once, where the file is "
-             "known to be whole, or to see what is left of a damaged one"},
+    {0, "no-checksum", SWITCH, AT(no_checksum),
+     "Open the checkpoint without comparing its checksum: at once, where the file is "
+     "known to be whole, or to see what is left of a damaged one"},
 
-    {'n', "predict", "N", WHOLE, AT(predict), .title = "Generation and sampling",
+    {'n', "predict", WHOLE, AT(predict), .title = "Generation and sampling",
      .help = "Generate N tokens after the prompt. 0 only reads the prompt; -1 goes on until the "
              "end of the text or Ctrl-C: the model's memory of the past has a fixed size, so "
              "there is no limit",
      .standard = "256", .low = -1, .high = 9e18, .alias = "n-predict",
      .takes = "a whole number of tokens, 0 or more, or -1 for no limit"},
-    {'t', "temp", "X", REAL, RECOMMENDED(temperature),
-     .help = "Temperature: low is careful, high is daring, 0 always takes the most probable token",
+    {'t', "temp", REAL, RECOMMENDED(temperature),
+     "Temperature: low is careful, high is daring, 0 always takes the most probable token",
      .standard = "1.0", .high = 100, .elsewhere = "for threads use -j or --threads"},
-    {'p', "top-p", "X", REAL, RECOMMENDED(top_p),
-     .help = "Choose among the most probable tokens that together reach probability X; 1 is all",
+    {'p', "top-p", REAL, RECOMMENDED(top_p),
+     "Choose among the most probable tokens that together reach probability X; 1 is all",
      .standard = "0.9", .high = 1, .elsewhere = "for a prompt use -i or --prompt"},
-    {'k', "top-k", "N", WHOLE, RECOMMENDED(top_k),
-     .help = "Choose among the N most probable tokens; 0 is all",
+    {'k', "top-k", WHOLE, RECOMMENDED(top_k),
+     "Choose among the N most probable tokens; 0 is all",
      .standard = "0", .high = 4294967295.0},
-    {0, "min-p", "X", REAL, RECOMMENDED(min_p),
-     .help = "Leave out tokens less than X times as probable as the best one",
+    {0, "min-p", REAL, RECOMMENDED(min_p),
+     "Leave out tokens less than X times as probable as the best one",
      .standard = "0", .high = 1},
-    {0, "repeat-penalty", "X", REAL, RECOMMENDED(repeat_penalty),
-     .help = "Make recent tokens less probable if above 1",
+    {0, "repeat-penalty", REAL, RECOMMENDED(repeat_penalty),
+     "Make recent tokens less probable if above 1",
      .standard = "1.0", .low = 0.01, .high = 100},
-    {0, "repeat-last-n", "N", WHOLE, RECOMMENDED(repeat_last_n),
-     .help = "Count the last N tokens as recent",
+    {0, "repeat-last-n", WHOLE, RECOMMENDED(repeat_last_n),
+     "Count the last N tokens as recent",
      .standard = "64", .high = 1048576},
-    {'s', "seed", "N", SEED, AT(seed),
-     .help = "Seed of the random choices; the same seed gives the same text on every machine "
-             "(default: the time, which -v shows)",
+    {'s', "seed", SEED, AT(seed),
+     "Seed of the random choices; the same seed gives the same text on every machine "
+     "(default: the time, which -v shows)",
      .takes = "a whole number from 0 to 18446744073709551615"},
-    {'r', "reverse-prompt", "TEXT", TEXTS,
-     .help = "Stop before this text would be printed; may be given several times. \\n is a new "
-             "line, \\\\ a backslash",
+    {'r', "reverse-prompt", TEXTS, .offset = 0,
+     "Stop before this text would be printed; may be given several times. \\n is a new "
+     "line, \\\\ a backslash",
      .takes = "a text that is not empty"},
-    {0, "lookup", "N", WHOLE, AT(lookup),
-     .help = "Where the text repeats itself, guess up to N tokens from what followed before and "
-             "compute them together: the same text, sooner. 0 makes no guesses",
+    {0, "lookup", WHOLE, AT(lookup),
+     "Where the text repeats itself, guess up to N tokens from what followed before and "
+     "compute them together: the same text, sooner. 0 makes no guesses",
      .standard = "15", .high = GUESSES},
-    {0, "ignore-eos", NULL, SWITCH, AT(ignore_eos), .help = "Go on past the end of a text"},
+    {0, "ignore-eos", SWITCH, AT(ignore_eos), "Go on past the end of a text"},
 
-    {0, "save", "FILE", NAME, AT(save), .title = "The past as a file",
+    {0, "save", REGULAR, AT(save), .title = "The past as a file",
      .help = "At the end, write all that the model remembers to FILE; its size depends only on "
              "the model",
      .is = SAVE},
-    {0, "load", "FILE", NAME, AT(load),
-     .help = "Begin where a run with --save ended. Without a prompt its text goes on. A prompt "
-             "(-i, -f, --tokens) is the whole text, as always: it must begin with the saved one, "
-             "and only the rest is read",
+    {0, "load", REGULAR, AT(load),
+     "Begin where a run with --save ended. Without a prompt its text goes on. A prompt "
+     "(-i, -f, --tokens) is the whole text, as always: it must begin with the saved one, "
+     "and only the rest is read",
      .is = LOAD},
-    {0, "append", "TEXT", TEXT, AT(append),
-     .help = "With --load: put this behind the saved text before going on; \"-\" reads it from "
-             "standard input",
+    {0, "append", TEXT, AT(append),
+     "With --load: put this behind the saved text before going on; \"-\" reads it from "
+     "standard input",
      .excludes = PROMPT | CHAT, .needs = LOAD},
-    {0, "branches", "N", WHOLE, AT(branches),
-     .help = "Read the prompt once and write N continuations, each as a run of its own with the "
-             "next seed would; 0 is one text as usual",
+    {0, "branches", WHOLE, AT(branches),
+     "Read the prompt once and write N continuations, each as a run of its own with the "
+     "next seed would; 0 is one text as usual",
      .is = BRANCHES, .excludes = SAVE | DUMP | CHAT, .standard = "0", .high = 65536},
 
-    {0, "jsonl", "FILE", TEXT, AT(jsonl), .title = "Many texts at once",
+    {0, "jsonl", INPUT, AT(jsonl), .title = "Many texts at once",
      .help = "Answer the requests in FILE, one JSON object a line, such as {\"id\": 1, "
              "\"prompt\": \"Once\", \"max_tokens\": 20}, with one line each; \"-\" is standard "
              "input. Other keys: temperature, top_p, top_k, min_p, repeat_penalty, "
              "repeat_last_n, seed, stop, logprobs, n; or continuation, a text to be scored. What a "
              "line leaves out is as the options say",
-     .is = JOB | JSONL, .excludes = NO_TEXT},
-    {0, "parallel", "N", WHOLE, AT(parallel),
-     .help = "Compute at most N texts together; the answers are the same for any number. 0 is "
-             "64, or fewer if the model's memory of so many texts takes more than 1 GB",
+     .is = JOB | JSONL},
+    {0, "parallel", WHOLE, AT(parallel),
+     "Compute at most N texts together; the answers are the same for any number. 0 is "
+     "64, or fewer if the model's memory of so many texts takes more than 1 GB",
      .needs = JSONL | BRANCHES, .standard = "0", .high = BASED_MAX_BLOCK},
-    {0, "unordered", NULL, SWITCH, AT(unordered),
-     .help = "Write each answer when it is complete, not in the order of the requests",
+    {0, "unordered", SWITCH, AT(unordered),
+     "Write each answer when it is complete, not in the order of the requests",
      .needs = JSONL},
 
-    {'m', "mode", "MODE", MODE, AT(chat), .title = "Conversation",
+    {'m', "mode", MODE, AT(chat), .title = "Conversation",
      .help = "generate (the default) or chat: a conversation, line by line from standard input, "
              "until Ctrl-D; /help there lists its commands",
      .is = CHAT, .takes = "generate or chat",
      .elsewhere = "the model is the first argument, before the options"},
-    {'y', "system-prompt", "TEXT", TEXT, AT(system),
-     .help = "A text that stands before the conversation",
+    {'y', "system-prompt", TEXT, AT(system),
+     "A text that stands before the conversation",
      .needs = CHAT},
-    {0, "chat-template", "TEXT", TEXT, AT(chat_template),
-     .help = "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash "
-             "(default: as the checkpoint says, else \"" PLAIN_TURN "\")",
+    {0, "chat-template", TEXT, AT(chat_template),
+     "How a turn looks to the model; {} is what you say, \\n a new line, \\\\ a backslash "
+     "(default: as the checkpoint says, else \"" PLAIN_TURN "\")",
      .takes = "a text with one {} in it"},
-    {0, "specials", NULL, SWITCH, AT(specials),
-     .help = "Names of special tokens in what you say become these tokens. Without it they are "
-             "text, as anything that you say",
+    {0, "specials", SWITCH, AT(specials),
+     "Names of special tokens in what you say become these tokens. Without it they are "
+     "text, as anything that you say",
      .needs = CHAT},
 
-    {'x', "perplexity", "FILE", TEXT, AT(perplexity), .title = "Measuring",
+    {'x', "perplexity", INPUT, AT(perplexity), .title = "Measuring",
      .help = "Measure how well the model predicts the text in FILE, of any length; \"-\" is "
              "standard input. Documents that an end-of-text token separates begin from nothing "
              "each",
-     .is = JOB, .excludes = NO_TEXT},
-    {'b', "bench", NULL, SWITCH, AT(bench),
-     .help = "Measure speed: prompts, texts of several lengths, several texts at once; beside "
-             "each the share of the memory's speed that it uses",
-     .is = JOB | BENCH, .excludes = NO_TEXT},
-    {0, "csv", NULL, SWITCH, AT(csv),
-     .help = "With --bench: comma-separated values instead of a table",
+     .is = JOB},
+    {'b', "bench", SWITCH, AT(bench),
+     "Measure speed: prompts, texts of several lengths, several texts at once; beside "
+     "each the share of the memory's speed that it uses",
+     .is = JOB | BENCH},
+    {0, "csv", SWITCH, AT(csv),
+     "With --bench: comma-separated values instead of a table",
      .needs = BENCH},
-    {0, "info", NULL, SWITCH, AT(info),
-     .help = "Say what this checkpoint is: its layers, parameters and sizes",
-     .is = JOB, .excludes = NO_TEXT},
-    {0, "check", NULL, SWITCH, AT(check),
-     .help = "Check all of this checkpoint, each weight too, and say in one line whether it is "
-             "sound (status 0) or what is wrong first (status 1)",
-     .is = JOB, .excludes = NO_TEXT},
-    {0, "dump-logits", "FILE", NAME, AT(dump),
-     .help = "Write the logits after every token read, row after row, as little-endian float32",
+    {0, "info", SWITCH, AT(info),
+     "Say what this checkpoint is: its layers, parameters and sizes",
+     .is = JOB},
+    {0, "check", SWITCH, AT(check),
+     "Check all of this checkpoint, each weight too, and say in one line whether it is "
+     "sound (status 0) or what is wrong first (status 1)",
+     .is = JOB},
+    {0, "dump-logits", REGULAR, AT(dump),
+     "Write the logits after every token read, row after row, as little-endian float32",
      .is = DUMP, .excludes = CHAT},
-    {0, "vectors", "FILE", TEXT, AT(vectors),
-     .help = "For a model that reads vectors: feed those in FILE, rows of little-endian float32; "
-             "--dump-logits receives what comes out",
-     .is = JOB, .excludes = NO_TEXT, .needs = DUMP},
+    {0, "vectors", INPUT, AT(vectors),
+     "For a model that reads vectors: feed those in FILE, rows of little-endian float32; "
+     "--dump-logits receives what comes out",
+     .is = JOB, .needs = DUMP},
 
-    {0, "no-display-prompt", NULL, SWITCH, AT(no_display_prompt), .title = "Output",
+    {0, "no-display-prompt", SWITCH, AT(no_display_prompt), .title = "Output",
      .help = "Print only what is generated"},
-    {'q', "quiet", NULL, SWITCH, AT(quiet),
-     .help = "Write nothing but errors to standard error",
+    {'q', "quiet", SWITCH, AT(quiet),
+     "Write nothing but errors to standard error",
      .excludes = VERBOSE},
-    {'v', "verbose", NULL, SWITCH, AT(verbose),
-     .help = "Also write the model, the seed, sizes, times, and a fingerprint of all logits used",
+    {'v', "verbose", SWITCH, AT(verbose),
+     "Also write the model, the seed, sizes, times, and a fingerprint of all logits used",
      .is = VERBOSE},
-    {'h', "help", NULL, SWITCH, AT(help), .help = "Print this text"},
-    {0, "version", NULL, SWITCH, AT(version), .help = "Print the version"},
+    {'h', "help", SWITCH, AT(help), "Print this text"},
+    {0, "version", SWITCH, AT(version), "Print the version"},
 };
 
 enum { FLAGS = (int)COUNT(flags) };
@@ -2602,29 +2527,20 @@ static int print_help(void) {
     printf("usage: %s CHECKPOINT [options]\n\n"
            "Continues a text with a Based language model. The text goes to standard output and\n"
            "nothing else does; statistics and errors go to standard error.\n", program);
-    for (int i = 0; i < FLAGS; i++) {
-        const flag *f = &flags[i];
-        char left[64], letter[8] = "    ", whole[512];
+    for (const flag *f = flags; f < flags + FLAGS; f++) {
+        const char *letter = f->letter ? FORMAT("-%c, ", f->letter) : "    ";
+        char whole[512];
         if (f->title) printf("\n%s:\n", f->title);
-        if (f->letter) snprintf(letter, sizeof letter, "-%c, ", f->letter);
-        snprintf(left, sizeof left, "%s--%s %s", letter, f->name, f->value ? f->value : "");
-        printf("  %-27s ", left);
+        printf("  %-27s", FORMAT("%s--%s %s", letter, f->name,
+                                 f->kind == SWITCH ? "" : values[f->kind]));
 
-        /* the words of the text, wrapped between columns 30 and 80 */
+        /* the words of the text, in columns 30 to 80 */
         snprintf(whole, sizeof whole, f->config ? "%s (default %s, or as the checkpoint says)."
                  : f->standard ? "%s (default %s)." : "%s.", f->help, f->standard);
-        int column = 30;
-        for (const char *word = whole; *word; ) {
-            int n = (int)strcspn(word, " ");
-            if (column > 30) {
-                int fits = column + 1 + n <= 80;
-                fputs(fits ? " " : "\n                              ", stdout);
-                column = fits ? column + 1 : 30;
-            }
-            printf("%.*s", n, word);
-            column += n;
-            word += n;
-            word += *word == ' ';
+        int column = 29;
+        for (const char *word = strtok(whole, " "); word; word = strtok(NULL, " ")) {
+            if (column + 1 + (int)strlen(word) > 80) column = printf("\n%29s", "") - 1;
+            column += printf(" %s", word);
         }
         putchar('\n');
     }
@@ -2680,6 +2596,10 @@ static void unescape(char *text) {
     *to = '\0';
 }
 
+static void drop_spaces(char *text) {
+    for (size_t n = strlen(text); n > 0 && text[n - 1] == ' '; n--) text[n - 1] = '\0';
+}
+
 /* Stores the value of a flag. Returns 0 if the flag takes no such value. */
 static int store_value(options *o, const flag *f, const char *text) {
     void *field = (char *)o + f->offset;
@@ -2687,10 +2607,12 @@ static int store_value(options *o, const flag *f, const char *text) {
     int good = 1;
     switch (f->kind) {
     case SWITCH: *(int *)field = 1; break;
-    case TEXT:   *(const char **)field = text; break;
+    case TEXT:
+    case IDS:
+    case INPUT:  *(const char **)field = text; break;
     case TEXTS:  o->stops[o->n_stops] = (char *)text, good = *text != '\0';
                  unescape(o->stops[o->n_stops++]); break;
-    case NAME:   *(const char **)field = text;
+    case REGULAR: *(const char **)field = text;
                  good = *text != '\0' && strcmp(text, "-") != 0; break;
     case SEED:   good = o->has_seed = parse_number(text, SEED, field); break;
     case MODE:   *(int *)field = strcmp(text, "chat") == 0;
@@ -2716,7 +2638,7 @@ static int set_value(options *o, const flag *f, const char *typed, const char *t
 /* How many letters must be changed, added or left out to make one word of the other (Levenshtein),
  * row by row. */
 static size_t distance(const char *a, const char *b) {
-    size_t row[33], nb = strlen(b) < 32 ? strlen(b) : 32;
+    size_t row[33], nb = smaller(strlen(b), 32);
     for (size_t j = 0; j <= nb; j++) row[j] = j;
     for (size_t i = 0; i < 32 && a[i]; i++) {
         size_t diagonal = row[0]++;
@@ -2734,17 +2656,15 @@ static size_t distance(const char *a, const char *b) {
 static int unknown_flag(const char *typed) {
     const char *word = typed + strspn(typed, "-"), *nearest = NULL;
     size_t best = 2 + strlen(word) / 4;
-    char name[48];
-    snprintf(name, sizeof name, " %.*s ", (int)strcspn(typed, "= "), typed);
+    const char *name = FORMAT(" %.*s ", (int)strcspn(typed, "= "), typed);
     for (size_t i = 0; i < COUNT(foreign); i++) {
         if (strstr(foreign[i].names, name)) {
             return fail(BAD_USAGE, "there is no %.*s: %s", (int)strlen(name) - 2, name + 1,
                         foreign[i].advice);
         }
     }
-    for (int i = 0; i < FLAGS; i++) {
-        const flag *f = &flags[i];
-        if (typed[1] == f->letter && f->value && strspn(typed + 2, "+-.0123456789") > 0) {
+    for (const flag *f = flags; f < flags + FLAGS; f++) {
+        if (typed[1] == f->letter && f->kind != SWITCH && strspn(typed + 2, "+-.0123456789") > 0) {
             return fail(BAD_USAGE, "unknown option %s; put a space before the value: -%c %.20s",
                         QUOTE(typed), typed[1], typed + 2);
         }
@@ -2762,7 +2682,8 @@ static int is_on(const options *o, const flag *f) {
     const void *field = (const char *)o + f->offset;
     if (!(f->is || f->excludes || f->needs)) return 0;
     if (f->kind == WHOLE) return *(const int64_t *)field != 0;
-    return f->value && f->kind != MODE ? *(const char *const *)field != NULL : *(const int *)field;
+    if (f->kind == SWITCH || f->kind == MODE) return *(const int *)field;
+    return *(const char *const *)field != NULL;
 }
 
 /* The rules about several flags: excludes and needs in the table; and what stdin is in a chat. */
@@ -2773,14 +2694,14 @@ static int check_options(const options *o) {
     }
     /* each flag f that is on against all others */
     for (const flag *f = flags; f < flags + FLAGS; f++) {
-        int others = 0;                 /* what the others are                                    */
+        int others = 0, excludes = f->is & JOB ? NO_TEXT : f->excludes;
         const flag *needed = NULL;
         if (!is_on(o, f)) continue;
         for (const flag *g = flags; g < flags + FLAGS; g++) {
             if (g->is & f->needs) needed = g;
             if (g == f || !is_on(o, g)) continue;
             others |= g->is;
-            if (g->is & f->excludes & ~f->needs) {
+            if (g->is & excludes & ~f->needs) {
                 return fail(BAD_USAGE, "--%s does not go with --%s%s; leave one of them out",
                             f->name, g->name, g->kind == MODE ? " chat" : "");
             }
@@ -2803,32 +2724,31 @@ static int check_options(const options *o) {
  * the spaces at their ends. */
 static int read_template(options *o) {
     const char *text = o->chat_template ? o->chat_template : PLAIN_TURN;
-    size_t n = strlen(text) + 1;
-    o->turn = malloc(n);
-    o->stop = malloc(2 * n + 2);
-    if (!o->turn || !o->stop) return out_of_memory("the template of a conversation");
-    memcpy(o->turn, text, n);
+    size_t n = strlen(text) + 2;
+    o->turn = malloc(3 * n);
+    if (!o->turn) return out_of_memory("the template of a conversation");
+    o->stop = o->turn + n;
+    o->own = o->stop + n;
+    snprintf(o->turn, n, "%s", text);
     unescape(o->turn);
     const char *hole = strstr(o->turn, "{}");
     if (!hole || strstr(hole + 2, "{}")) {
         return fail(BAD_USAGE, "--chat-template takes a text with one {} in it, such as "
                     "\"" PLAIN_TURN "\"");
     }
-    o->own = o->stop + n + 1;
-    snprintf(o->stop, n + 1, "\n%.*s", (int)(hole - o->turn), o->turn);
-    memcpy(o->own, hole + 2, strlen(hole + 2) + 1);
-    for (n = strlen(o->stop); n > 1 && o->stop[n - 1] == ' '; n--) o->stop[n - 1] = '\0';
-    for (n = strlen(o->own); n > 0 && o->own[n - 1] == ' '; n--) o->own[n - 1] = '\0';
+    snprintf(o->stop, n, "\n%.*s", (int)(hole - o->turn), o->turn);
+    snprintf(o->own, n, "%s", hole + 2);
+    drop_spaces(o->stop);
+    drop_spaces(o->own);
     return DONE;
 }
 
 /* Where the user said nothing, settings of the sampler are those that the checkpoint recommends. */
 static void take_recommended(options *o, const based_config *c) {
-    for (int i = 0; i < FLAGS && (c->flags & BASED_SAMPLING); i++) {
-        const flag *f = &flags[i];
+    for (const flag *f = flags; f < flags + FLAGS && (c->flags & BASED_SAMPLING); f++) {
         const void *from = (const char *)c + f->config;
         void *to = (char *)o + f->offset;
-        if (!f->config || (o->given >> i & 1)) continue;
+        if (!f->config || (o->given >> (f - flags) & 1)) continue;
         if (f->kind == REAL) *(double *)to = (double)*(const float *)from;
         else *(int64_t *)to = *(const uint32_t *)from;
     }
@@ -2837,39 +2757,33 @@ static void take_recommended(options *o, const based_config *c) {
 /* The settings of the sampler as they would be typed, and who chose them. */
 static void print_settings(const run *r, FILE *to) {
     static const char *const by[] = { "by default", "as the checkpoint says", "as given" };
-    int recommends = (based_model_config(r->model)->flags & BASED_SAMPLING) != 0;
-    const char *last = NULL;
+    int recommends = (r->config->flags & BASED_SAMPLING) != 0, groups = 0;
     for (int who = 2; who >= 0; who--) {
-        for (int i = 0; i < FLAGS; i++) {
-            const flag *f = &flags[i];
+        int n = 0;
+        for (const flag *f = flags; f < flags + FLAGS; f++) {
             const void *field = (const char *)r->o + f->offset;
-            if (!f->config || who != (r->o->given >> i & 1 ? 2 : recommends)) continue;
-            if (last && last != by[who]) fprintf(to, " %s,", last);
-            last = by[who];
-            if (f->letter) fprintf(to, " -%c", f->letter);
-            else fprintf(to, " --%s", f->name);
-            if (f->kind == REAL) fprintf(to, " %g", *(const double *)field);
-            else fprintf(to, " %lld", (long long)*(const int64_t *)field);
+            int given = r->o->given >> (f - flags) & 1;
+            if (!f->config || who != (given ? 2 : recommends)) continue;
+            if (n++ == 0 && groups++ > 0) putc(',', to);
+            fputs(f->letter ? FORMAT(" -%c ", f->letter) : FORMAT(" --%s ", f->name), to);
+            if (f->kind == REAL) fprintf(to, "%g", *(const double *)field);
+            else fprintf(to, "%" PRId64, *(const int64_t *)field);
         }
+        if (n > 0) fprintf(to, " %s", by[who]);
     }
-    fprintf(to, " %s\n", last ? last : "");
-}
-
-static int is_name(const char *name, const char *typed, size_t n) {
-    return name && strlen(name) == n && memcmp(name, typed, n) == 0;
+    putc('\n', to);
 }
 
 /* Says what is allowed and seldom meant. */
 static void warn_of_values(const options *o) {
-    if (o->quiet) return;
     if (o->temperature >= 2) {
-        fprintf(stderr, "note: -t %g is a temperature, and a high one; for threads use -j\n",
-                o->temperature);
+        say(o, FORMAT("note: -t %g is a temperature, and a high one; for threads use -j",
+                       o->temperature));
     }
 #ifdef _OPENMP
     if (o->threads > omp_get_num_procs()) {
-        fprintf(stderr, "note: -j %lld is more than the %d processors there are, which makes it "
-                "slower\n", (long long)o->threads, omp_get_num_procs());
+        say(o, FORMAT("note: -j %d is more than the %d processors there are, which makes it slower",
+                       (int)o->threads, omp_get_num_procs()));
     }
 #endif
 }
@@ -2884,7 +2798,6 @@ static int parse_options(options *o, int argc, char **argv) {
         const char *typed = argv[i], *text = NULL;
         size_t n = strcspn(typed, "=");
         const flag *f = NULL;
-        char name[48];
 
         /* the checkpoint */
         if (only_paths || typed[0] != '-' || typed[1] == '\0') {
@@ -2910,10 +2823,11 @@ static int parse_options(options *o, int argc, char **argv) {
             }
         }
         if (!f) return unknown_flag(typed);
-        snprintf(name, sizeof name, "%.*s", (int)n, typed);
-        if (!f->value && text) return fail(BAD_USAGE, "%s is a switch and takes no value", name);
-        if (f->value && !text) {
-            if (++i == argc) return fail(BAD_USAGE, "%s needs a value: %s", name, f->value);
+        const char *name = FORMAT("%.*s", (int)n, typed);
+        if (f->kind == SWITCH) {
+            if (text) return fail(BAD_USAGE, "%s is a switch and takes no value", name);
+        } else if (!text) {
+            if (++i == argc) return fail(BAD_USAGE, "%s needs a value: %s", name, values[f->kind]);
             text = argv[i];
         }
         TRY(set_value(o, f, name, text));
@@ -2985,6 +2899,7 @@ typedef struct {
     int      ended, too_long, status;   /* of the file; the newest line; of reading               */
     double   file_bytes, done_bytes;    /* 0: not known                                           */
     uint64_t requests, answered, errors, prompt_tokens, shared_tokens, tokens;
+    double   begun;
 } batch;
 
 /* ---- JSON: one object of texts, numbers, true, false, null, and one list ----------------------*/
@@ -3021,15 +2936,11 @@ static size_t character(const unsigned char *p, size_t n) {
 
 /* Reads \uXXXX from p, of which n bytes are there. Returns its length, or 0. */
 static size_t read_unit(const char *p, size_t n, uint32_t *code) {
-    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    char digits[5] = "";
     if (n < 6 || p[0] != '\\' || p[1] != 'u') return 0;
-    *code = 0;
-    for (size_t i = 2; i < 6; i++) {
-        const char *digit = p[i] ? strchr(digits, p[i]) : NULL;
-        if (!digit) return 0;
-        *code = 16 * *code + (uint32_t)(digit - digits) % 16;
-    }
-    return 6;
+    memcpy(digits, p + 2, 4);
+    *code = (uint32_t)strtoul(digits, NULL, 16);
+    return strspn(digits, "0123456789abcdefABCDEF") == 4 ? 6 : 0;
 }
 
 /* Decodes the escape at p. Two \u that are surrogates make one character; one alone makes none. */
@@ -3199,19 +3110,15 @@ static int read_request(job *j, char *line, size_t n) {
 static int next_line(batch *b, int wait) {
     b->too_long = 0;
     for (size_t searched = b->at; ; ) {
-        char *from = b->bytes.bytes + b->at, *end = NULL;
-        if (b->bytes.n > searched) {
-            end = memchr(b->bytes.bytes + searched, '\n', b->bytes.n - searched);
-        }
+        char *from = b->bytes.bytes + b->at;
+        char *end = memchr(b->bytes.bytes + searched, '\n', b->bytes.n - searched);
         if (!end && b->ended && b->bytes.n > b->at) end = b->bytes.bytes + b->bytes.n;
         if (end) {
-            b->line = (span){ from, (size_t)(end - from) };
-            b->at += b->line.n + (end < b->bytes.bytes + b->bytes.n);
+            size_t n = (size_t)(end - from), mark = b->lines == 0 ? mark_bytes(from, n) : 0;
+            b->line = (span){ from + mark, n - mark };
+            b->at += n + (end < b->bytes.bytes + b->bytes.n);
             searched = b->at;
             b->lines++;
-            if (b->lines == 1 && b->line.n >= 3 && memcmp(from, "\xef\xbb\xbf", 3) == 0) {
-                b->line = (span){ from + 3, b->line.n - 3 };    /* a byte order mark              */
-            }
             reader blank = { b->line.text, b->line.text + b->line.n, NULL };
             if (peek(&blank) != -1 || b->too_long) return 1;
             continue;
@@ -3229,8 +3136,7 @@ static int next_line(batch *b, int wait) {
                              wait);
         if (wait) catch_signals(0);
         if (got == -2) return 0;
-        if (got < 0) b->status = fail(BAD_INPUT, "cannot read %s: %s", b->r->o->jsonl,
-                                      strerror(errno));
+        if (got < 0) b->status = cannot_read(b->r->o->jsonl);
         if (got > 0) b->bytes.n += (size_t)got;
         else b->ended = 1;
     }
@@ -3242,6 +3148,7 @@ static job *add_job(batch *b) {
     j->o = *b->r->o;
     j->r = *b->r;
     j->r.o = &j->o;
+    j->id = (span){ "null", 4 };
     j->r.out = (text_out){ .to = &j->text, .decoder = b->r->out.decoder };
     j->r.sampler_memory = NULL, j->r.recent = NULL;
     *(b->first ? &b->last->next : &b->first) = j;
@@ -3325,25 +3232,24 @@ static int put_quoted(buffer *b, const char *text, size_t n) {
     TRY(put(b, "\""));
     for (size_t i = 0; i < n; i++) {
         unsigned char c = (unsigned char)text[i];
+        if (c == '"' || c == '\\') TRY(put(b, "\\"));
         if (c < 0x20) TRY(put(b, c == '\n' ? "\\n" : "\\u%04x", c));
-        else TRY(append(b, c == '"' ? "\\\"" : c == '\\' ? "\\\\" : text + i,
-                        c == '"' || c == '\\' ? 2 : 1));
+        else TRY(append(b, text + i, 1));
     }
     return put(b, "\"");
 }
 
-/* A log probability; JSON has no infinity. */
-static int put_log(buffer *b, double x) { return put(b, x - x == 0 ? "%.9g" : "null", x); }
+/* A log probability behind some text; JSON has no infinity. */
+static int put_log(buffer *b, const char *before, double x) {
+    return put(b, x - x == 0 ? "%s%.9g" : "%snull", before, x);
+}
 
 /* Notes a token that was written or scored. */
 static int note_token(batch *b, job *j, const float *logits, int32_t id) {
     double log = j->logprobs || j->n_scored
-               ? based_log_probability(logits, based_width(b->r->model), id) : 0;
+               ? based_log_probability(logits, b->r->width, id) : 0;
     TRY(put(&j->tokens, j->n ? ", %ld" : "%ld", (long)id));
-    if (j->logprobs) {
-        TRY(put(&j->logs, j->n ? ", " : ""));
-        TRY(put_log(&j->logs, log));
-    }
+    if (j->logprobs) TRY(put_log(&j->logs, j->n ? ", " : "", log));
     j->n++;
     j->score += log;
     return DONE;
@@ -3355,27 +3261,23 @@ static int write_answer(batch *b, job *j) {
     a->n = 0;
     TRY(put(a, "{\"id\": "));
     if (j->id_is_text) TRY(put_quoted(a, j->id.text, j->id.n));
-    else TRY(put(a, "%.*s", j->id.text ? (int)j->id.n : 4, j->id.text ? j->id.text : "null"));
+    else TRY(put(a, "%.*s", (int)j->id.n, j->id.text));
     if (j->wrong) {
-        TRY(put(&j->text, "line %" PRIu64, j->line_number));
-        if (j->byte) TRY(put(&j->text, ", byte %" PRIu64, j->byte));
-        TRY(put(&j->text, ": %s", j->wrong));
+        const char *byte = j->byte ? FORMAT(", byte %" PRIu64, j->byte) : "";
+        TRY(put(&j->text, "line %" PRIu64 "%s: %s", j->line_number, byte, j->wrong));
         TRY(put(a, ", \"error\": "));
         TRY(put_quoted(a, j->text.bytes, j->text.n));
-    } else if (j->continuation.text) {
-        TRY(put(a, ", \"logprob\": "));
-        TRY(put_log(a, j->score));
-        TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
     } else {
-        TRY(put(a, ", \"index\": %" PRIu64 ", \"text\": ", j->index));
-        TRY(put_quoted(a, j->text.bytes, j->text.n));
-    }
-    if (!j->wrong) {
-        TRY(put(a, ", \"tokens\": ["));
-        TRY(append(a, j->tokens.bytes, j->tokens.n));
-        TRY(put(a, j->logprobs ? "], \"logprobs\": [" : ""));
-        TRY(append(a, j->logs.bytes, j->logs.n));
-        TRY(put(a, "]"));
+        if (j->continuation.text) {
+            TRY(put_log(a, ", \"logprob\": ", j->score));
+            TRY(put(a, ", \"greedy\": %s", j->greedy ? "true" : "false"));
+        } else {
+            TRY(put(a, ", \"index\": %" PRIu64 ", \"text\": ", j->index));
+            TRY(put_quoted(a, j->text.bytes, j->text.n));
+        }
+        TRY(put(a, ", \"tokens\": [%s%s%s]", j->n ? j->tokens.bytes : "",
+                j->logprobs ? "], \"logprobs\": [" : "",
+                j->n && j->logprobs ? j->logs.bytes : ""));
     }
     TRY(put(a, ", \"finish_reason\": \"%s\"}\n", j->finish));
     return fwrite(a->bytes, 1, a->n, stdout) == a->n ? DONE : write_failed();
@@ -3393,31 +3295,25 @@ static int write_branch(batch *b, const job *j) {
     return DONE;
 }
 
-/* Writes the answers that are complete: in order, up to the first that is not, or each. */
+/* Writes the answers that are complete: in order, up to the first that is not, or each. Then tells
+ * how far that is. */
 static int deliver(batch *b) {
     for (job *j = b->first; j && (j->finish || b->r->o->unordered); j = j->next) {
         if (!j->finish || j->delivered) continue;
-        clear_progress(b->r);
+        clear_progress();
         TRY(b->r->o->branches ? write_branch(b, j) : write_answer(b, j));
         if (j->index == 0) b->answered++, b->done_bytes += (double)j->line.n + 1;
         j->delivered = 1;
     }
     while (b->first && b->first->delivered) free_first(b);
-    return DONE;
-}
+    if (!b->r->o->jsonl) return DONE;
 
-static void show_requests(batch *b) {
-    char line[160];
-    double spent = seconds() - b->r->begun;
-    if (!b->r->o->jsonl || !progress_is_due(b->r)) return;
-    int n = snprintf(line, sizeof line, "answered %s requests, %s tokens, %.0f tok/s",
-                     THOUSANDS(b->answered), THOUSANDS(b->tokens),
-                     per_second(b->tokens, spent));
-    if (b->file_bytes > 0 && b->done_bytes > 0) {
-        snprintf(line + n, sizeof line - (size_t)n, ", %.0f s left",
-                 spent / b->done_bytes * (b->file_bytes - b->done_bytes));
-    }
-    print_progress(b->r, line);
+    double spent = seconds() - b->begun;
+    double share = b->file_bytes > 0 ? b->done_bytes / b->file_bytes : 0;
+    show_progress(b->r, FORMAT("answered %s requests, %s tokens, %.0f tok/s%s",
+                  THOUSANDS(b->answered), THOUSANDS(b->tokens), per_second(b->tokens, spent),
+                  share > 0 ? FORMAT(", %.0f s left", spent / share - spent) : ""));
+    return DONE;
 }
 
 /* ---- Computing --------------------------------------------------------------------------------*/
@@ -3454,12 +3350,11 @@ static size_t recall(batch *b, const int32_t *ids, size_t n) {
 static size_t next_fork(const batch *b, const int32_t *ids, size_t n, size_t from, int *shared) {
     const job *j = b->waiting;
     size_t fork = n, least = from + SHARED_LEAST;
-    size_t prefix = based_model_config(b->r->model)->prefix;
+    size_t prefix = b->r->config->prefix;
     *shared = 0;
     if (least < prefix) least = prefix; /* whose tokens see each other, so it is read as a whole  */
     for (int k = 0; j && k < LOOKAHEAD; k++, j = j->next) {
-        size_t most = j->n_prompt, same = 0;
-        if (most > fork) most = fork;
+        size_t most = smaller(j->n_prompt, fork), same = 0;
         if (j->finish || most < least) continue;
         while (same < most && j->r.ids[same] == ids[same]) same++;
         if (same >= least) fork = same, *shared = 1;
@@ -3497,11 +3392,11 @@ static int is_best(const float *logits, size_t n, int32_t id) {
  * the prompt but for its last token. */
 static int score_continuation(batch *b, job *j) {
     run *r = b->r;
-    size_t n = j->n_scored, width = based_width(r->model);
+    size_t n = j->n_scored, width = r->width;
     const int32_t *ids = j->r.ids + j->n_prompt;        /* (n_scored)                             */
     j->greedy = 1;
     for (size_t at = 0, some; at < n && !interrupted; at += some) {
-        some = n - at < r->block ? n - at : r->block;
+        some = smaller(n - at, r->block);
         TRY_LIB(based_feed(r->session, ids + at - 1, some, r->rows, &r->error), r->o->jsonl);
         for (size_t i = 0; i < some; i++) {
             const float *logits = r->rows + i * width;
@@ -3608,16 +3503,15 @@ static int run_jobs(batch *b) {
         while (b->waiting && b->n_running < b->parallel && !interrupted) {
             TRY(start_job(b));
             TRY(deliver(b));
-            show_requests(b);
         }
         if (b->n_running > 0 && !interrupted) TRY(advance_all(b));
         TRY(deliver(b));
-        show_requests(b);
     }
     return INTERRUPTED;
 }
 
 static int open_batch(batch *b) {
+    b->begun = b->r->begun = seconds();
     size_t fit = SESSIONS_BYTES / based_session_bytes(b->r->model, 1);
     b->parallel = (size_t)b->r->o->parallel;
     if (b->parallel == 0) b->parallel = fit > PARALLEL ? PARALLEL : fit > 0 ? fit : 1;
@@ -3627,6 +3521,8 @@ static int open_batch(batch *b) {
 }
 
 static void close_batch(batch *b) {
+    b->r->timed = b->tokens;
+    b->r->generate_time = seconds() - b->begun;
     while (b->first) free_first(b);
     for (size_t i = 0; b->session && i < b->parallel; i++) based_session_free(b->session[i]);
     for (size_t i = 0; i < KEPT; i++) based_session_free(b->kept[i]);
@@ -3641,7 +3537,6 @@ static void close_batch(batch *b) {
 static int write_branches(run *r) {
     batch b = { .r = r };
     int rc = open_batch(&b);
-    double begun = seconds();
     for (uint64_t i = 0; i < (uint64_t)r->o->branches && rc == DONE; i++) {
         job *j = add_job(&b);
         if (!j) rc = out_of_memory("so many texts");
@@ -3652,8 +3547,6 @@ static int write_branches(run *r) {
         if (finish(b.running[i], "interrupted") != DONE) rc = BAD_INPUT;
     }
     if (rc == INTERRUPTED) rc = deliver(&b);
-    r->timed = b.tokens;
-    r->generate_time = seconds() - begun;
     close_batch(&b);
     return rc;
 }
@@ -3661,7 +3554,7 @@ static int write_branches(run *r) {
 static int open_requests(batch *b) {
     run *r = b->r;
     b->file = strcmp(r->o->jsonl, "-") == 0 ? stdin : fopen(r->o->jsonl, "rb");
-    if (!b->file) return fail(BAD_INPUT, "cannot read %s: %s", r->o->jsonl, strerror(errno));
+    if (!b->file) return cannot_read(r->o->jsonl);
     b->file_bytes = file_size(b->file);
     if (!reserve(&b->bytes, BUFSIZ)) return out_of_memory("the requests");
     setvbuf(stdout, NULL, _IONBF, 0);   /* a line is written by one call                          */
@@ -3675,31 +3568,54 @@ static int answer_requests(run *r) {
     if (rc == DONE) rc = open_requests(&b);
     catch_signals(0);
     describe(r, NULL);
-    double begun = r->begun = seconds();
     if (rc == DONE) rc = run_jobs(&b);
-    clear_progress(r);
+    clear_progress();
     close_batch(&b);
     if (rc != DONE && rc != INTERRUPTED) return rc;
-    r->timed = b.tokens;
-    r->generate_time = seconds() - begun;
     if (r->o->verbose) {
         fprintf(stderr, "{\"requests\": %" PRIu64 ", \"errors\": %" PRIu64 ", \"prompt_tokens\": %"
                 PRIu64 ", \"shared_tokens\": %" PRIu64 ", \"tokens\": %" PRIu64 ", \"seconds\": "
                 "%.3f, \"tokens_per_second\": %.1f}\n", b.requests, b.errors, b.prompt_tokens,
                 b.shared_tokens, b.tokens, r->generate_time,
-                per_second(b.tokens, r->generate_time));
+                per_second(r->timed, r->generate_time));
     }
     if (b.errors > 0 && rc == DONE) {
         return fail(BAD_INPUT, "%s of %s requests were not valid; their answers say why",
                     THOUSANDS(b.errors), THOUSANDS(b.requests));
     }
-    if (!r->o->quiet) {
-        fprintf(stderr, "achieved tok/s: %f\n", per_second(r->timed, r->generate_time));
-    }
+    say(r->o, FORMAT("achieved tok/s: %f", per_second(r->timed, r->generate_time)));
     return rc;
 }
 
-/* ==== 15. main ================================================================================ */
+/* ==== 15. main ===================================================================================
+ * The work that the options ask for; generate, which continues one text, is the usual one.
+ */
+static int generate(run *r) {
+    TRY(open_session(r, r->o->dump != NULL));
+    TRY(read_prompt(r));
+    TRY(prepare(r));
+    TRY(open_lookup(r));
+    if (r->o->load) TRY(load_prompt(r));
+    if (r->o->dump) TRY(open_output(r, &r->dump, r->o->dump, "the logits"));
+    catch_signals(0);
+    describe(r, "prompt:");
+    tell_sampling(r);
+    TRY(feed_prompt(r));
+    if (r->o->branches) {
+        TRY(write_branches(r));
+    } else {
+        if (!interrupted) TRY(show_prompt(r, !r->o->no_display_prompt));
+        TRY(flush_text());
+        TRY(continue_text(r));
+        TRY(end_text(r));
+    }
+    if (r->o->save) TRY(feed_newest(r, 0));     /* its logits belong to the dump                  */
+    TRY(close_output(&r->dump, DONE));
+    if (r->o->save) TRY(save_to_file(r, r->o->save));
+    report(r, "prompt eval time", r->o->predict == 0);
+    return interrupted ? INTERRUPTED : DONE;
+}
+
 static int do_job(run *r, options *o) {
     if (o->help) return print_help();
     if (o->version) {
@@ -3709,13 +3625,8 @@ static int do_job(run *r, options *o) {
     warn_of_values(o);
     if (o->save) TRY(check_output(r, o->save, "the past"));
     if (o->dump) TRY(check_output(r, o->dump, "the logits"));
-    r->model = based_open(o->checkpoint, o->no_checksum ? BASED_NO_CHECKSUM : 0, &r->error);
-    if (!r->model) return no_checkpoint(r);
-    r->has_tokenizer = based_model_config(r->model)->tokenizer_bytes > 0;
-    if (r->has_tokenizer) {
-        TRY_MODEL(based_tokenizer_open(&r->tokenizer, r->model, &r->error));
-    }
-    take_recommended(o, based_model_config(r->model));
+    TRY(open_model(r));
+    take_recommended(o, r->config);
     if (o->vectors) return vectors(r);
     if (o->info) return print_info(r);
     if (o->check) return check(r);
@@ -3729,10 +3640,8 @@ int main(int argc, char **argv) {
     options o = { .stops = calloc((size_t)argc + 2, sizeof *o.stops) };
     run r = { .o = &o };
     prepare_system();
-    for (const char *at = argc > 0 ? argv[0] : ""; *at; at += *at != '\0') {
-        at += strspn(at, "/\\");
-        if (*at) program = at;
-        at += strcspn(at, "/\\");
+    for (char *at = argc > 0 ? argv[0] : NULL; at && *at; at++) {
+        if (at == argv[0] || strchr("/\\", at[-1])) program = at;
     }
     int rc = o.stops ? parse_options(&o, argc, argv) : out_of_memory("the options");
     if (rc == DONE) rc = do_job(&r, &o);
@@ -3742,6 +3651,7 @@ int main(int argc, char **argv) {
     free(r.chat.first.bytes);
     free(r.chat.line.bytes);
     free(r.chat.name.bytes);
+    free(r.chat.message.bytes);
     free(r.chat.raw.bytes);
     free(r.chat.begin.bytes);
     free(r.input.bytes);
@@ -3757,6 +3667,5 @@ int main(int argc, char **argv) {
     based_close(r.model);
     free(o.stops);
     free(o.turn);
-    free(o.stop);
     return rc;
 }

@@ -86,7 +86,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     int rc = parse_options(&o, argc, argv);
     check_refusal(rc, BAD_USAGE);
     if (rc == DONE && !o.help && !o.version) check_numbers(&o);
-    free(o.stops), free(o.turn), free(o.stop), free(text);
+    free(o.stops), free(o.turn), free(text);
     return 0;
 }
 
