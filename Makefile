@@ -42,7 +42,7 @@ help:
 	@echo 'Variables: CC CFLAGS OPENMP PREFIX DESTDIR PYTHON, for example: make CC=clang CFLAGS=-O2 OPENMP='
 
 demo: run
-	./run "$(DEMO)" -s 14 -i "The fox looked up at the moon and said"
+	./run "$(DEMO)" -s 12 -i "The fox looked up at the moon and said"
 
 UNITS := $(patsubst tests/%.c,$(BUILD)/%,$(wildcard tests/test_*.c))
 

@@ -331,7 +331,6 @@ def library_of_llama(options):
     """The directory with llama.cpp's libraries, and the program's name with its version."""
     directory = Path(options.llama or BUILD / "llama" / "package")
     if not directory.exists():
-        BUILD.mkdir(exist_ok=True)
         name = {"x86_64": "x64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
         say("npm pack @node-llama-cpp/linux-" + name)
         packed = subprocess.run(["npm", "pack", "--silent", "@node-llama-cpp/linux-" + name],
@@ -428,6 +427,7 @@ def main(arguments=None):
     parser.add_argument("--out", default=HERE / "speed.csv")
     options = parser.parse_args(arguments)
     table, begun = Table(options), time.time()
+    BUILD.mkdir(exist_ok=True)
     say("make run, and the library")
     subprocess.run(["make", "-s", "run"], cwd=ROOT, check=True)
     library = based.build("-O3", "-fopenmp", "-fno-trapping-math")
