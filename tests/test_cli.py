@@ -1007,11 +1007,11 @@ def test_second_interrupt_ends_at_once():
     reader, writer = os.pipe()
     fcntl.fcntl(writer, F_SETPIPE_SZ, 4096)                     # one page, full at once
     p = start(MODEL, *FOREVER, stdout=writer)
-    waiting = lambda: fcntl.ioctl(reader, termios.FIONREAD, bytes(4))
-    before = b""
-    while waiting() != before or waiting() == bytes(4):         # until it stops growing
-        before = waiting()
+    waiting, before = 0, -1
+    while waiting < 4000 or waiting != before:                  # until it is full
         time.sleep(0.5)
+        before = waiting
+        waiting = int.from_bytes(fcntl.ioctl(reader, termios.FIONREAD, bytes(4)), sys.byteorder)
     p.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert p.poll() is None

@@ -40,7 +40,7 @@ def test_target(targets, name):
     program, seeds = targets[name]
     files = [*seeds, *sorted((FOUND / name).glob("*"))]
     done = subprocess.run([program, "--random", str(COUNT), *files],
-                          capture_output=True, text=True, timeout=600)
+                          capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{len(files)} files, {COUNT} mutants of each\n"
 
