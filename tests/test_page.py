@@ -226,7 +226,7 @@ def test_greedy_text_is_the_native_one(built, browser, serve, where, prompt):
     assert browser.text("#hash") == logits
     assert browser.complaints() == []
     if where == "server":
-        assert sorted(serve.asked) == ["/", "/model.bin", "/relaxed.wasm"]
+        assert sorted(serve.asked) == ["/", "/based.wasm", "/model.bin", "/relaxed.wasm"]
 
 
 def test_stop_and_continue_change_nothing(built, browser):
@@ -373,11 +373,16 @@ def recommend(path, temperature, penalty):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("code", ["relaxed.wasm", "based.wasm"])
+@pytest.mark.parametrize("relaxed", ["right", "wrong", "unknown"])
 @pytest.mark.parametrize("dtype", ["q8", "q4"])
-def test_another_model_is_opened_from_disk(built, browser, serve, tmp_path, dtype, code):
-    """Quantized weights have kernels of their own here; settings are the recommended ones."""
-    if code == "based.wasm":        # as in a browser without relaxed dot products
+def test_another_model_is_opened_from_disk(built, browser, serve, tmp_path, dtype, relaxed):
+    """Quantized weights have kernels of their own here, with relaxed dot products if the browser
+    knows them and computes them rightly; settings are the recommended ones."""
+    pages = shutil.copytree(built / "page", tmp_path / "page")
+    if relaxed == "wrong":          # i32x4.sub instead of i32x4.add
+        code = (pages / "relaxed.wasm").read_bytes()
+        (pages / "relaxed.wasm").write_bytes(code.replace(b"\xfd\xae\x01", b"\xfd\xb1\x01"))
+    elif relaxed == "unknown":
         browser.ask("/goog/cdp/execute", {
             "cmd": "Page.addScriptToEvaluateOnNewDocument",
             "params": {"source": "WebAssembly.validate = () => false;"}})
@@ -387,8 +392,7 @@ def test_another_model_is_opened_from_disk(built, browser, serve, tmp_path, dtyp
     assert done.returncode == 0, done.stderr
     recommend(model, 0.65, 1.15)
     damaged.write_bytes(model.read_bytes()[:-1])
-    browser.open(serve(built / "page"))
-    assert [path for path in serve.asked if path.endswith("wasm")][-1] == "/" + code
+    browser.open(serve(pages))
     browser.type("#file", str(damaged))
     browser.until("return !document.getElementById('failed').hidden")
     assert "damaged.bin" in browser.text("#failed")
@@ -398,6 +402,7 @@ def test_another_model_is_opened_from_disk(built, browser, serve, tmp_path, dtyp
     browser.until("return document.getElementById('about').textContent !== arguments[0]", before)
     browser.until("return document.getElementById('count').textContent === '0'")
     assert not browser.visible("#failed")
+    assert browser.script("return faster") == (relaxed == "right")
     assert browser.text("#degrees").startswith("0.65") and browser.text("#against") == "1.15"
     browser.type("#seed", "5")
     browser.type("#pace", "as")
