@@ -2014,11 +2014,11 @@ static int feed_any(run *r, uint64_t n) {
 static int time_test(run *r, benchmark *b, const char *test, size_t sessions, uint64_t n,
                      int reset) {
     double tokens = (double)(sessions ? n * sessions : n);
-    double readings = sessions ? (double)n : ceil((double)n / BLOCK);   /* of the weights         */
+    double readings = sessions ? (double)n : ceil((double)n / (double)BLOCK);   /* of weights */
     double each[REPEATS], mean = 0.0, spread = 0.0, reads = 0.0;
     int32_t ids[BATCH_MOST];
     for (int i = 0; i < REPEATS; i++) {
-        reads += read_memory(b) * 1e-9 / REPEATS;
+        reads += read_memory(b) * 1e-9 / (double)REPEATS;
         if (reset) based_reset(r->session);
 
         /* the prompt, or the steps */
@@ -2030,7 +2030,7 @@ static int time_test(run *r, benchmark *b, const char *test, size_t sessions, ui
             if (interrupted) return INTERRUPTED;
         }
         each[i] = b->speed = tokens / (seconds() - begun);
-        mean += each[i] / REPEATS;
+        mean += each[i] / (double)REPEATS;
     }
 
     /* the standard deviation; and bytes per second beside what memory can give: of weights, and of
@@ -2088,7 +2088,7 @@ static int run_tests(run *r, benchmark *b) {
         uint64_t depth = depths[i], count = based_count(r->session);
         double wait = ((double)depth - (double)count) / prompt_speed;
         const char *test = FORMAT("tg%d @ %" PRIu64, DECODED, depth);
-        if (wait > LONGEST_WAIT) {
+        if (wait > (double)LONGEST_WAIT) {
             fprintf(stderr, "%s is left out: reading so long a text first would take %.0f "
                     "minutes\n", test, wait / 60.0);
             continue;
