@@ -1363,8 +1363,6 @@ double based_log_probability(const float *logits, size_t n, int32_t token) {
 #ifndef BASED_SOFT_FLOAT
 INLINE float mul_add(float a, float b, float c) { return a * b + c; }   /* rounded twice */
 INLINE float divide(float a, float b) { return a / b; }
-#else
-static float mul_add(float a, float b, float c), divide(float a, float b);
 #endif
 
 /* The sum of the sixteen lanes, in a fixed tree: 8 + 8, 4 + 4, 2 + 2, 1 + 1. */
