@@ -14,6 +14,7 @@ HERE = Path(__file__).resolve().parent
 PAGES = HERE / "speed.md", HERE.parent / "README.md"
 SIZE, PEER = "based-360m-q8", "llama-360m"      # what README and the plots show
 MANY = "writing 64 texts after 1024"
+REQUESTS = "64 requests: 512 tokens read, 1,024 written"
 NAMES = {"mamba-370m": "Mamba 370M", "mamba2-370m": "Mamba-2 370M", "rwkv7-0.4b": "RWKV-7 0.4B",
          "llama-110m-f32": "`run`, 32 bits", "llama-110m-q8": "`runq`, 8 bits"}
 
@@ -27,7 +28,8 @@ def pairs(rows, models):
 
     Programs that took turns stand one after the other in the file: this one's row is the last one
     before the other's. What was measured again replaces what was measured before; older versions
-    are left out. The machine that was measured last comes first, with its best kernels.
+    are left out. The machine that was measured last comes first, with its best kernels; its first
+    test is computed (whole_requests).
     """
     ours, found, versions = {}, {}, {}
     for row in rows:
@@ -40,8 +42,28 @@ def pairs(rows, models):
             tests = found.pop(place, {}) if versions.get(place) == version else {}
             tests.setdefault((row["what"], row["model"]), {})[row["threads"]] = ours[test], row
             found[place], versions[place] = tests, version
+    found = {place: whole_requests(tests) | tests for place, tests in found.items()}
     machines = list(dict.fromkeys(machine for machine, _ in reversed(found)))
     return dict(sorted(found.items(), key=lambda item: (machines.index(item[0][0]), item[0][1])))
+
+
+def whole_requests(tests):
+    """Computed from two other tests: 64 requests of 512 tokens, to each of which 1,024 are written.
+
+    Tokens read and written per second. The time of a token grows in a straight line with those
+    before it, if at all, so writing in the middle, after 1,024 tokens, is the mean.
+    """
+    def whole(reading, writing):
+        seconds = 64 * 512 / float(reading["value"]) + 64 * 1024 / float(writing["value"])
+        return {**writing, "value": 64 * (512 + 1024) / seconds}
+
+    found = {}
+    for (what, model), writing in tests.items():
+        reading = tests.get(("reading 512", model), {})
+        if what == MANY and reading.keys() & writing.keys():
+            found[REQUESTS, model] = {threads: tuple(map(whole, reading[threads], writing[threads]))
+                                      for threads in sorted(reading.keys() & writing.keys())}
+    return found
 
 
 def number(value):
@@ -145,7 +167,8 @@ def shown(rows):
 
     def pair(tests, what, threads):
         return tests.get((what, PEER), {}).get(threads)
-    rows = [("writing 64 texts after 1,024 tokens", pair(best, MANY, "2")),
+    rows = [(REQUESTS, pair(best, REQUESTS, "2")),
+            ("writing 64 texts after 1,024 tokens", pair(best, MANY, "2")),
             ("the same with one thread", pair(best, MANY, "1")),
             ("the same without AMX (AVX-512 VNNI)", pair(other, MANY, "2")),
             ("MB of memory, 64 texts after 1,024 tokens", pair(best, "most memory, " + MANY, "2")),
