@@ -45,7 +45,7 @@
 extern "C" {
 #endif
 
-#define BASED_VERSION "0.7.0"           /* of 2026-11-29 */
+#define BASED_VERSION "0.8.0"           /* of 2026-11-29 */
 
 /* ==== 1. Errors ==================================================================================
  * A function that can fail returns BASED_OK (0) or a negative status (or NULL where it returns a
