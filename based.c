@@ -1584,9 +1584,9 @@ struct matmul_kernels {
     /* out[t][r] = w[r] . x[t], for a few rows of float weights */
     void (*rows_f32)(float *out, size_t out_stride, const float *w, size_t rows,
                      const struct activations *x);
-    /* the same for `count` tiles of 16 rows of quantized weights, [0] of 8 and [1] of 4 bits, and
-       the vectors from .. to - 1 */
-    void (*tiles[2])(TILE, size_t count);
+    /* the same for 16 rows of quantized weights, [0] of 8 and [1] of 4 bits, and the vectors
+       from .. to - 1 */
+    void (*tile[2])(TILE);
     /* groups from .. to - 1 of all vectors become int8 numbers with a scale */
     void (*quantize)(const struct activations *x, size_t from, size_t to);
     uint64_t (*checksum)(const unsigned char *p, size_t n);     /* based_checksum */
@@ -2002,13 +2002,9 @@ INLINE uint64_t checksum_body(const unsigned char *p, size_t n) {
     target static uint64_t checksum_##set(const unsigned char *p, size_t n) {                      \
         return checksum_body(p, n);                                                                \
     }
-/* One call for many tiles: with 256 columns of 8 bits, a call for each costs a tenth of the speed. */
-#define TILES(set, target, bits)                                                                   \
-    target static void q##bits##_##set(TILE, size_t count) {                                       \
-        for (; count-- > 0; out += 16, scales += 8 * x->groups, w += tile_words(x->cols, bits))    \
-            tile_##set(out, out_stride, scales, w, x, from, to, bits);                             \
-    }
-#define TILE_KERNELS(set, target) TILES(set, target, 8) TILES(set, target, 4)
+#define TILE_KERNELS(set, target)                                                                  \
+    target static void q8_##set(TILE) { tile_##set(out, out_stride, scales, w, x, from, to, 8); }  \
+    target static void q4_##set(TILE) { tile_##set(out, out_stride, scales, w, x, from, to, 4); }
 #define KERNELS(set, name, begin, end, rows, tile, floats)                                         \
     static const struct matmul_kernels set##_matmul = {                                            \
         begin, end, rows_f32_##rows, { q8_##tile, q4_##tile }, quantize_##floats,                  \
@@ -2039,7 +2035,7 @@ static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t
     const based_session *p = th->s;
     const struct matmul_kernels *mm = p->m->k->mm;
     const int bits = bits_of(a->dtype), alone = by_itself(th, n);
-    const size_t own = alone ? th->id : 0, part_rows = rows / a->parts;
+    const size_t own = alone ? th->id : 0, count = (rows + 15) / 16 / a->parts;
     struct activations act = { x, (int8_t *)p->xq + own * p->m->widest_q,
                                p->xq_scale + own * p->m->most_groups,
                                (int32_t *)(void *)p->xq_offset + own * p->m->most_groups, n,
@@ -2050,29 +2046,31 @@ static void matmul(float *out, size_t out_stride, const struct matrix *a, size_t
                      alone ? act.groups : partition(n * act.groups, th, 1));
         if (!alone) barrier(th);
     }
-    for (size_t part = 0; part < rows; part += part_rows) {
-        /* this thread's rows, in tiles of 16, and the place of their results, out_stride apart */
-        size_t row = first + part + my_row(part_rows, th, 0);
-        size_t many = first + part + my_row(part_rows, th, 1) - row, whole = many / 16;
-        float *to = out + (row - first), y[16];
+    /* each thread computes some of the tiles of 16 rows */
+    for (size_t part = 0; part < a->parts; part++) FOR_MY_PART(j, count) {
+        size_t i = part * count + j, row = first + 16 * i;
+        size_t many = rows - 16 * i < 16 ? rows - 16 * i : 16;
+        float *to = out + 16 * i;                       /* (n, many), out_stride apart */
         if (a->dtype == BASED_F32) {
             mm->rows_f32(to, out_stride, a->data + row * a->cols, many, &act);
         } else {
             const uint32_t *scales = a->scales + row / 16 * act.groups * 8;
             const uint32_t *words = a->words + row / 16 * tile_words(a->cols, bits);
-            mm->tiles[bits == 4](to, out_stride, scales, words, &act, 0, n, whole);
+            if (many == 16) mm->tile[bits == 4](to, out_stride, scales, words, &act, 0, n);
             /* of the last tile, rows of padding must not be written to out */
-            scales += whole * act.groups * 8;
-            words += whole * tile_words(a->cols, bits);
-            for (size_t t = 0; many % 16 && t < n; t++) {
-                mm->tiles[bits == 4](y, 16, scales, words, &act, t, t + 1, 1);
-                memcpy(to + t * out_stride + whole * 16, y, many % 16 * sizeof *y);
+            for (size_t t = 0; many < 16 && t < n; t++) {
+                float y[16];
+                mm->tile[bits == 4](y, 16, scales, words, &act, t, t + 1);
+                memcpy(to + t * out_stride, y, many * sizeof *y);
             }
         }
-        /* tile by tile, each number of the bias would come from a slower cache */
-        for (size_t t = 0; a->bias && t < n; t++, to += out_stride)
-            for (size_t r = 0; r < many; r++) to[r] += a->bias[row + r];
     }
+    /* the bias, in the order of memory: tile by tile, each number would come from a slower cache */
+    for (size_t t = 0; a->bias && t < n; t++, out += out_stride)
+        for (size_t part = 0; part < rows; part += rows / a->parts)
+            for (size_t r = part + my_row(rows / a->parts, th, 0),
+                        end = part + my_row(rows / a->parts, th, 1); r < end; r++)
+                out[r] += a->bias[first + r];
 }
 
 /* x (cols) = one row of a quantized matrix. */

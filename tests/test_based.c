@@ -125,8 +125,8 @@ static void test_kernels_agree(const struct kernels *k, size_t n, size_t cols) {
               && memcmp(scale[0], scale[1], sizeof scale[0]) == 0);
         CHECK(memcmp(offset[0], offset[1], sizeof offset[0]) == 0);
         for (size_t from = 0; from <= 2; from += 2) {
-            plain->mm->tiles[bits == 4](a, ROWS, scales, words, &one, from, n, 1);
-            k->mm->tiles[bits == 4](b, ROWS, scales, words, &one, from, n, 1);
+            plain->mm->tile[bits == 4](a, ROWS, scales, words, &one, from, n);
+            k->mm->tile[bits == 4](b, ROWS, scales, words, &one, from, n);
             CHECK(memcmp(a, b, sizeof a) == 0);
         }
     }
@@ -175,8 +175,8 @@ static void test_extreme_scales(const struct kernels *k, uint32_t scale, float s
     for (size_t i = 0; i < COUNT(scales); i++) scales[i] = scale | scale << 16;
     generic_kernels.mm->quantize(&act, 0, N * GROUPS);
     if (k->mm->begin) k->mm->begin(N);
-    generic_kernels.mm->tiles[bits == 4](a, 16, scales, words, &act, 0, N, 1);
-    k->mm->tiles[bits == 4](b, 16, scales, words, &act, 0, N, 1);
+    generic_kernels.mm->tile[bits == 4](a, 16, scales, words, &act, 0, N);
+    k->mm->tile[bits == 4](b, 16, scales, words, &act, 0, N);
     if (k->mm->end) k->mm->end();
     CHECK(memcmp(a, b, sizeof a) == 0 && a[0] == a[0] && fabsf(a[0]) <= FLT_MAX);
 }
@@ -209,7 +209,7 @@ static void test_quantised_definition(int bits) {
         double step = (double)scale[i / width];
         CHECK_EACH(fabs(q[i] * step - (double)x[i]) <= step * 0.5000001);
     }
-    generic_kernels.mm->tiles[bits == 4](y, 16, scales, words, &a, 0, 1, 1);
+    generic_kernels.mm->tile[bits == 4](y, 16, scales, words, &a, 0, 1);
     for (size_t r = 0; r < 16; r++) {
         double expected = 0;
         for (size_t i = 0; i < 128; i++)
@@ -256,7 +256,7 @@ static void test_quantised_nan(const struct kernels *k) {
         fill(x, 128);
         memcpy(&x[80], &none[i], 4);
         k->mm->quantize(&a, 0, 2);
-        k->mm->tiles[0](y, 16, scales, words, &a, 0, 1, 1);
+        k->mm->tile[0](y, 16, scales, words, &a, 0, 1);
         CHECK(scale[0] == scale[0] && scale[1] != scale[1] && y[0] != y[0] && y[15] != y[15]);
     }
     x[80] = (float)INFINITY;
