@@ -150,8 +150,7 @@ struct based_session {          /* one text: its state, and memory to compute th
     int bidirectional, in_prefix; /* tokens of the block see those after them, too, section 7 */
     void *owned;                /* what based_session_free gives back */
     int threads, oversubscribed; /* section 15 */
-    unsigned char apart[64];    /* what threads only read lies in other cache lines than what they
-                                   write at a barrier */
+    unsigned char apart[64];    /* in other cache lines than the above, which threads only read: */
     int barrier_count, barrier_phase, spin_ns, contended;
     unsigned char apart_too[64];
 };
@@ -2664,7 +2663,7 @@ static struct matrix read_matrix(struct reader *r, const char *name, uint32_t ro
         for (uint64_t i = 0; a.scales && i < scales; i++)
             r->bad_scales += is_bad_scale(a.scales[i]) + is_bad_scale(a.scales[i] >> 16);
         m->parameters += U64(rows) * cols;
-        m->most_groups = max_u32(m->most_groups, (in_row + 15) / 16 * 16);
+        m->most_groups = max_u32(m->most_groups, in_row);
         m->widest_q = max_u32(m->widest_q, in_row * (uint32_t)group_width(bits));
     }
     m->weight_bytes += r->at - before;
@@ -2793,6 +2792,9 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
     m->head = m->embedding;
     if (c->rows && !tied) m->head = read_matrix(r, "head", c->rows, dim, c->head_dtype, 0);
     if (c->flags & BASED_HEAD_BIAS) m->head.bias = read_weights(r, "head", ".bias", c->rows);
+#ifdef _OPENMP
+    m->most_groups = (m->most_groups + 15) / 16 * 16; /* cache lines for each thread's own row */
+#endif
 }
 
 /* Walks through a model that is already open once more, and looks at every float. */
