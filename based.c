@@ -518,7 +518,7 @@ static void taylor_mixer(const struct layer *l, const struct thread *th, size_t 
 }
 
 /* ==== 5. The forward pass ========================================================================
- * n tokens, from embeddings in s->x (n, dim) to their last hidden vectors in s->x_norm (n, dim).
+ * n tokens, from embeddings in s->x (n, dim) to their last hidden vectors in the same place.
  * Every thread runs it on its part of the work, and waits for the others (in barrier and matmul)
  * before it reads what they have computed. In a plain Based model all flags are 0; the functions
  * declared here are refinements, section 7. */
@@ -600,8 +600,9 @@ static void forward(const struct thread *th, size_t n) {
     }
 }
 
-/* logits = head x, for rows first .. first + n - 1, each to its place row.out. In tiles, because
- * whole rows of logits for every token of a block would be most of a session's memory. */
+/* logits = head final_norm(x), for rows first .. first + n - 1, each to its place row.out: of one
+ * token at once, of more in tiles, because whole rows of logits for every token of a block would be
+ * most of a session's memory. */
 static void head(const struct thread *th, size_t first, size_t n) {
     based_session *s = th->s;
     const based_model *m = s->m;
@@ -615,9 +616,9 @@ static void head(const struct thread *th, size_t first, size_t n) {
         size_t many = width - at < tile ? width - at : tile;
         /* proj (n, tile) = rows at .. at + many - 1 of the head, times x */
         matmul(n == 1 ? row->out : s->proj, tile, &m->head, at, many, x, n, th);
+        if (n == 1) return;
         barrier(th);
-        FOR_MY_PART(r, n == 1 ? 0 : n)
-            memcpy(row[r].out + at, s->proj + r * tile, many * sizeof *x);
+        FOR_MY_PART(r, n) memcpy(row[r].out + at, s->proj + r * tile, many * sizeof *x);
         barrier(th);
     }
 }
