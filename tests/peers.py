@@ -66,7 +66,9 @@ ALONE = [
     ("based-82m-english.bin", ("writing after 2048", "writing 64 texts after 2048",
                                "writing after 0", "writing after 1024", "writing after 16384")),
     ("based-360m-q8.bin", ("writing after 2048",)),
-    ("based-360m-q4.bin", ("writing after 2048",))]
+    ("based-360m-q4.bin", ("writing after 2048",)),
+    ("based-30m-q8.bin", ("writing after 0",)),
+    ("based-15m-q8.bin", ("writing after 0",))]
 
 SHAPES = {
     "llama-360m": {"dim": 1024, "layers": 24, "heads": 16, "kv_heads": 16, "hidden": 2816,
@@ -367,9 +369,14 @@ def model(name):
             write_gguf(SHAPES[path.stem], unfinished)
         else:
             shape, dtype = path.stem.rsplit("-", 1)
+            described = HERE / "data" / f"{shape}.json"
+            shape = described if described.exists() else shape
             subprocess.run([sys.executable, ROOT / "export.py", "--random", shape, unfinished,
                             "--dtype", dtype], check=True, stdout=subprocess.DEVNULL)
         unfinished.rename(path)
+        with open(path, "rb") as file:      # read anew, it may lie in memory in pages of 2 MB
+            os.fsync(file)
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return path
 
 
