@@ -1702,16 +1702,25 @@ INLINE void compensated_add_body(float *total, float *comp, const float *x, cons
  * PREFETCH_WORDS in "Walled off II" says where this is used, and what it gains. */
 #ifdef __GNUC__
 #define PREFETCH(p) __builtin_prefetch(p)
+#define PREFETCH_L2(p) __builtin_prefetch(p, 0, 2)      /* only into the second-level cache */
 #else
 #define PREFETCH(p) ((void)(p))
+#define PREFETCH_L2(p) ((void)(p))
 #endif
 
-/* The columns e .. of a weighted sum, as many at a time as stay in registers. */
+/* The columns e .. of a weighted sum, as many at a time as stay in registers. In a session values
+ * lie behind keys, then comes the next head: prefetching what is FLOATS_AHEAD makes steps of 16 to
+ * 64 texts 2 to 3 % faster on Zen 4. */
+enum { FLOATS_AHEAD = 4096 };
 #define WEIGHTED_SUM(many)                                                                         \
     for (; width - e >= (many); e += (many)) {                                                     \
         float s[many] = { 0 };                                                                     \
-        for (size_t i = 0; i < n; i++)                                                             \
-            for (size_t l = 0; l < (many); l++) s[l] += w[i] * rows[i * stride + e + l];           \
+        for (size_t i = 0; i < n; i++) {                                                           \
+            const float *row = rows + i * stride + e;                                              \
+            for (size_t l = 0; (many) == 64 && l < 64; l += 16)                                    \
+                PREFETCH_L2(row + FLOATS_AHEAD + l);                                               \
+            for (size_t l = 0; l < (many); l++) s[l] += w[i] * row[l];                             \
+        }                                                                                          \
         for (size_t l = 0; l < (many); l++) out[e + l] = s[l];                                     \
     }
 
@@ -4383,16 +4392,12 @@ AVX2 INLINE void tile_avx2(TILE, const int bits) {
 
 /* ---- AVX-512 with VNNI: sixteen rows in a register ------------------------------------------- */
 
-/* v[c]: columns 4c .. 4c+3 of sixteen rows of one group */
-AVX512 INLINE void load_group(__m512i v[16], const uint32_t *w, const size_t columns,
-                              const int bits) {
+/* v: columns 4c .. 4c+3 and 4c+4 .. 4c+7 of sixteen rows of one group */
+AVX512 INLINE void load_pair(__m512i v[2], const uint32_t *w, size_t c, const int bits) {
     const __m512i low = _mm512_set1_epi8(15);
-    for (size_t c = 0; c < columns / 4 && bits == 8; c++) v[c] = _mm512_loadu_si512(w + 16 * c);
-    for (size_t c = 0; c < 8 && bits == 4; c += 2) {
-        __m512i two = _mm512_loadu_si512(w + 8 * c);
-        v[c] = _mm512_and_si512(two, low);
-        v[c + 1] = _mm512_and_si512(_mm512_srli_epi16(two, 4), low);
-    }
+    v[0] = _mm512_loadu_si512(w + (bits == 8 ? 16 : 8) * c);
+    v[1] = bits == 8 ? _mm512_loadu_si512(w + 16 * c + 16) : _mm512_srli_epi16(v[0], 4);
+    for (size_t i = 0; i < 2 && bits == 4; i++) v[i] = _mm512_and_si512(v[i], low);
 }
 
 struct row_scales { __m512 scale, magic; };     /* of sixteen rows, and ROUND_MAGIC_F * scale */
@@ -4414,32 +4419,44 @@ AVX512 INLINE __m512 add_scaled(__m512 y, __m512i s, struct row_scales ws, float
 }
 
 /* Adds one group to y: sixteen rows for each of `many` vectors. Two sums halve the chain of
- * dependent instructions. many, columns and bits are constants for the compiler. */
+ * dependent instructions. many, columns and bits are constants for the compiler. For one vector the
+ * loop over bytes is not unrolled: the order in which gcc puts sixteen loads costs up to 8 %. */
 AVX512 INLINE void add_group(__m512 y[8], const uint32_t *scales, const uint32_t *w,
                              const struct activations *x, size_t at, const size_t many,
                              const size_t columns, const int bits) {
-    const size_t half = columns / 8, stride = group_width(bits) / 4;
+    const size_t stride = group_width(bits) / 4;
+    const int one = many == 1 && bits == 8;
     const four_bytes *q = (const four_bytes *)(x->q + at * group_width(bits));
     struct row_scales ws = load_scales(scales);
     __m512i v[16];
-    load_group(v, w, columns, bits);
+    for (size_t c = 0; !one && c < columns / 4; c += 2) load_pair(v + c, w, c, bits);
     UNROLL8 for (size_t i = 0; i < many; i++, q += stride) {
         __m512i s = _mm512_set1_epi32(x->offset[at + i]), more = _mm512_setzero_si512();
-        for (size_t c = 0; c < half; c++)
+        if (!one) for (size_t c = 0; c < columns / 4; c += 2) {
             s = _mm512_dpbusd_epi32(s, v[c], _mm512_set1_epi32(q[c]));
-        for (size_t c = half; c < 2 * half; c++)
-            more = _mm512_dpbusd_epi32(more, v[c], _mm512_set1_epi32(q[c]));
+            more = _mm512_dpbusd_epi32(more, v[c + 1], _mm512_set1_epi32(q[c + 1]));
+        } else NO_UNROLL for (size_t c = 0; c < columns / 4; c += 2) {
+            load_pair(v, w, c, bits);
+            s = _mm512_dpbusd_epi32(s, v[0], _mm512_set1_epi32(q[c]));
+            more = _mm512_dpbusd_epi32(more, v[1], _mm512_set1_epi32(q[c + 1]));
+        }
         y[i] = add_scaled(y[i], _mm512_add_epi32(s, more), ws, x->scale[at + i]);
     }
 }
 
+/* Eights of vectors together prefetch the next tile, `part` bytes in each group: without that, the
+ * first eight waits for memory (64 vectors on Zen 4: 130 instead of 184 GMAC/s). */
 AVX512 INLINE void tile_zmm(VECTORS, const int bits, const int prefetch) {
     size_t whole = whole_groups(x, bits), at = group_at(x, t, 0), words = group_words(bits);
+    size_t eights = many == 8 ? x->n / 8 : 0;
+    size_t part = eights > 1 ? (words / 16 + eights - 1) / eights * 64 : 0;
+    const char *next = (const char *)(w + tile_words(x->cols, bits)) + t / 8 * whole * part;
     __m512 y[8];
     for (size_t i = 0; i < many; i++) y[i] = _mm512_setzero_ps();
     for (size_t g = 0; g < whole; g++, at += x->pack, scales += 8, w += words) {
         for (size_t i = 0; i < words && prefetch && t == 0; i += 16)
             PREFETCH(w + PREFETCH_WORDS + i);
+        for (size_t i = 0; i < part; i += 64) PREFETCH(next + g * part + i);
         add_group(y, scales, w, x, at, many, group_width(bits), bits);
     }
     if (whole < x->groups) add_group(y, scales, w, x, at, many, 32, bits);
@@ -4476,11 +4493,7 @@ enum { PANEL = 1024 };
 typedef __m512i panel[PANEL / 4];
 
 AVX512 INLINE void unpack_panel(panel to, const uint32_t *w, size_t columns) {
-    for (size_t i = 0; i < columns; i += 32, to += 8, w += tile_words(32, 4)) {
-        __m512i v[16];
-        load_group(v, w, 32, 4);
-        for (size_t c = 0; c < 8; c++) to[c] = v[c];
-    }
+    for (size_t c = 0; c < columns / 4; c += 2) load_pair(to + c, w, c, 4);
 }
 
 /* Tile register `sum` = sums of the products of group g, [vector][row], without the offset: weights
