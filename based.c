@@ -119,6 +119,7 @@ struct based_model {            /* immutable: any number of sessions and threads
     struct norm final_norm;
     uint32_t widest_in, widest_mid; /* the longest output of in/up, in 16s; input of out/down */
     uint32_t widest_q, most_groups; /* columns of the widest quantized matrix, and its groups */
+    uint32_t shifted;           /* a layer has BASED_SHIFT: sessions have mixer_in */
     size_t scratch; uint32_t scratch_heads; /* floats of scratch per head; heads at the same time */
     size_t state;               /* floats of state of one session */
     uint64_t parameters, weight_bytes;
@@ -140,7 +141,7 @@ struct based_session {          /* one text: its state, and memory to compute th
     uint32_t block; struct row *row; /* tokens computed together, at most; (block) one for each */
     float *x;                   /* (block, dim) the residual stream */
     float *x_norm;              /* (block, dim) x after a norm; then what a mixer or MLP gives */
-    float *mixer_in;            /* (block, dim) the mixer's input before its norm */
+    float *mixer_in;            /* (block, dim) the mixer's input before its norm, if shifted */
     float *proj;                /* (block, widest_in) what in/up give: q, k, v; gate, value */
     float *inner;               /* (block, widest_mid) what out/down take */
     float *scratch;             /* (scratch_heads, m->scratch) */
@@ -2793,7 +2794,7 @@ static void bind_weights(struct reader *r, based_model *m, struct layer *layer) 
         /* its place in a session: the input of the token before, if it is kept, comes last */
         l->state = m->state;
         m->state += (size_t)need.state;
-        if (f->flags & BASED_SHIFT) l->shift = m->state - dim;
+        if (f->flags & BASED_SHIFT) l->shift = m->state - dim, m->shifted = 1;
         if (need.scratch > m->scratch) m->scratch = (size_t)need.scratch;
 #ifdef _OPENMP
         m->scratch_heads = max_u32(m->scratch_heads, f->kv_heads);
@@ -3031,7 +3032,7 @@ static uint64_t lay_out(based_session *s, const based_model *m, uint64_t block,
     struct { float **where; uint64_t n; } part[] = {
         { &s->x, block * m->c->dim },
         { &s->x_norm, block * m->c->dim },
-        { &s->mixer_in, block * m->c->dim },
+        { &s->mixer_in, m->shifted ? block * m->c->dim : 0 },
         { &s->proj, block * m->widest_in },
         { &s->inner, block * m->widest_mid },
         { &s->scratch, U64(m->scratch_heads) * m->scratch },
