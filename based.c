@@ -3104,7 +3104,7 @@ int based_session_init(based_session **out, const based_model *m, void *memory,
 #include <unistd.h>
 #endif
 
-enum { SPINS_BEFORE_CLOCK = 2000, PREEMPTED_NS = 300000, CONTENDED_WAITS = 8000 };
+enum { SPINS_BEFORE_CLOCK = 2000, PREEMPTED_NS = 300000, CONTENDED_WAITS = 2500 };
 enum { MAX_THREADS = 1024 };
 
 /* The rows of a session in a block of n rows follow each other. A thread that computes its heads of
