@@ -376,7 +376,8 @@ def model(name):
         unfinished.rename(path)
         with open(path, "rb") as file:      # read anew, it may lie in memory in pages of 2 MB
             os.fsync(file)
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return path
 
 
