@@ -60,9 +60,10 @@ def whole_requests(tests):
     found = {}
     for (what, model), writing in tests.items():
         reading = tests.get(("reading 512", model), {})
-        if what == MANY and reading.keys() & writing.keys():
-            found[REQUESTS, model] = {threads: tuple(map(whole, reading[threads], writing[threads]))
-                                      for threads in sorted(reading.keys() & writing.keys())}
+        both = {threads: tuple(map(whole, reading[threads], writing[threads]))
+                for threads in writing if threads in reading and what == MANY}
+        if both:
+            found[REQUESTS, model] = both
     return found
 
 
@@ -123,7 +124,7 @@ def beside(rows, *models):
 
 
 def alone(rows, what, *models):
-    """What based.c does alone, with one thread / two: a line for each model and machine.
+    """What based.c does alone, with one thread / two: a line for each model, machine and version.
 
     what: "speed", or "share" of the memory's speed
     """
@@ -133,10 +134,10 @@ def alone(rows, what, *models):
         match = re.fullmatch(start + r"writing after (\d+)", row["what"])
         if match and row["model"] in models and row["program"].startswith("based.c"):
             columns.add(int(match[1]))
-            line = found.setdefault((row["machine"], row["model"]), {})
+            line = found.setdefault((row["machine"], row["model"], row["program"]), {})
             line.setdefault(int(match[1]), {})[row["threads"]] = row
     lines = []
-    for (machine, model), line in reversed(found.items()):
+    for (machine, model, _), line in reversed(found.items()):
         used = (row for cell in line.values() for row in cell.values())
         cells = (line.get(column, {}) for column in sorted(columns))
         lines.append([model, f"{machine}: {told(used)}", *(cell and " / ".join(
@@ -214,10 +215,11 @@ def curves(rows, start):
 
     Of the machine with the most points; of the last one, if several have as many.
     """
-    machines = {}
+    machines, amx = {}, {row["machine"] for row in rows if row["kernels"] == "amx"}
     for row in rows:
         depth = re.fullmatch(re.escape(start) + r"writing after (\d+)", row["what"])
-        if depth and row["model"] in (SIZE, PEER) and row["kernels"] != "avx512vnni":
+        best = row["kernels"] == "amx" or row["machine"] not in amx
+        if depth and row["model"] in (SIZE, PEER) and best:
             label = f"{row['program'].split()[0]}, {row['threads']} thread"
             label += "s" * (row["threads"] != "1")
             points = machines.setdefault(row["machine"], {})
