@@ -511,8 +511,8 @@ static void taylor_mixer(const struct layer *l, const struct thread *th, size_t 
 
 /* ==== 5. The forward pass ========================================================================
  * n tokens, from embeddings in s->x (n, dim) to their last hidden vectors in the same place.
- * Every thread runs it on its part of the work, and waits for the others (in barrier and matmul)
- * before it reads what they have computed. In a plain Based model all flags are 0; the functions
+ * Every thread runs it on its part of the work, and waits for the others (in a barrier) before it
+ * reads what they have computed. In a plain Based model all flags are 0; the functions
  * declared here are refinements, section 7. */
 typedef void layer_step(const struct layer *l, const struct thread *th, size_t n);
 static layer_step shift_tokens, gate_heads, bidirectional_mixer, keep_old;
@@ -532,7 +532,7 @@ static void forward(const struct thread *th, size_t n) {
             x = normalize_rows(x, &l->norm1, n, th);
             if (s->in_prefix && (c->flags & BASED_PREFIX)) store_prefix(l, x, th, n);
             matmul(s->proj, in_rows(c), &l->in, 0, in_rows(c), x, n, th);
-            if (l->in.parts == 1) barrier(th);
+            if (l->in.parts == 1) barrier(th); /* else a thread reads only what it computed */
             /* inner (n, inner_dim) = mixer(proj): the only place where one token sees another */
             if (c->mixer != BASED_CONV) apply_rope(l, th, n);
             if (s->row->old) keep_old(l, th, n);
@@ -551,7 +551,7 @@ static void forward(const struct thread *th, size_t n) {
             const size_t first = my_row(hidden, th, 0), many = my_row(hidden, th, 1) - first;
             /* proj (n, rows) = up(norm2(x)) */
             matmul(s->proj, rows, &l->up, 0, rows, normalize_rows(s->x, &l->norm2, n, th), n, th);
-            if (l->up.parts == 1) barrier(th);
+            if (l->up.parts == 1) barrier(th); /* the same */
             /* inner (n, hidden) = silu(gate) * value, or gelu(gate) */
             for (size_t r = 0; r < n; r++) {
                 const float *gate = s->proj + r * rows + first;
